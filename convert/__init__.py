@@ -1,0 +1,1 @@
+"""Checkpoint in, variants out: plan every byte, then stream."""

@@ -1,0 +1,76 @@
+"""Model families: HF tensor name -> GGUF tensor name, row order, hyperparameters. What is unknown is an error.
+
+Adding a family is adding one file with its table and one line in ARCHITECTURES.
+
+>>> sorted(ARCHITECTURES)[:2]
+['LlamaForCausalLM', 'MistralForCausalLM']
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from convert.architectures.base import (
+    ExtraTensor,
+    Family,
+    ModelDescription,
+    TensorKind,
+    TensorRule,
+    describe_model,
+)
+from convert.architectures.config_values import describe_type, shorten
+from convert.architectures.llama import LLAMA
+from convert.architectures.mistral import MISTRAL
+from convert.architectures.qwen2 import QWEN2
+from convert.architectures.qwen3 import QWEN3
+from convert.architectures.rope import rope_row_order
+from convert.architectures.seed_oss import SEED_OSS
+from quant.errors import StreamquantError
+
+__all__ = [
+    "ARCHITECTURES",
+    "ExtraTensor",
+    "Family",
+    "ModelDescription",
+    "TensorKind",
+    "TensorRule",
+    "describe",
+    "rope_row_order",
+]
+
+ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
+    {family.hf_architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS)}
+)
+
+
+def describe(config: Mapping[str, object]) -> ModelDescription:
+    """Describe the model of a parsed config.json: tensors, GGUF metadata, extra tensors. No weights are needed.
+
+    Raises StreamquantError naming the key where config.json is incomplete, contradicts itself, or asks for something
+    that is not supported. The reference is llama.cpp's convert_hf_to_gguf.py (conversion/base.py, llama.py, qwen.py).
+    """
+    return describe_model(ARCHITECTURES[architecture_of(config)], config)
+
+
+def architecture_of(config: Mapping[str, object]) -> str:
+    """The one supported class name under `architectures`."""
+    if not isinstance(config, Mapping):
+        raise StreamquantError(
+            "config.json is not an object", where="config.json", found=describe_type(config), required="an object"
+        )
+    named = config.get("architectures")
+    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
+        raise StreamquantError(
+            "config.json does not name one model class",
+            where="config.json, key 'architectures'",
+            found="no such key" if named is None else shorten(named),
+            required="a list of one class name",
+        )
+    if named[0] not in ARCHITECTURES:
+        raise StreamquantError(
+            f"unknown architecture {shorten(named[0])}",
+            where="config.json, key 'architectures'",
+            found=shorten(named[0]),
+            required=f"one of {', '.join(ARCHITECTURES)}",
+            hint="docs/adding-an-architecture.md tells how to add one",
+        )
+    return named[0]

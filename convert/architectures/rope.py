@@ -1,0 +1,296 @@
+"""Rotary position embeddings: what config.json says of them, GGUF metadata, the row order, rope_freqs.weight."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import gguf
+import numpy as np
+from gguf.constants import GGUFValueType
+from gguf.gguf_writer import GGUFValue
+from numpy.typing import NDArray
+
+from convert.architectures.config_values import ConfigValues, shorten
+from quant.errors import StreamquantError
+
+# What transformers assumes when config.json names no theta (RotaryEmbeddingConfigMixin.default_theta).
+DEFAULT_THETA = 10000.0
+
+# Rope type -> keys that it uses, besides rope_theta (transformers/modeling_rope_utils.py, _validate_*_rope_parameters;
+# attn_factor and extrapolation_factor are read by llama.cpp's converter).
+ROPE_TYPE_KEYS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset(
+        {
+            "factor",
+            "original_max_position_embeddings",
+            "attention_factor",
+            "attn_factor",
+            "extrapolation_factor",
+            "beta_fast",
+            "beta_slow",
+            "truncate",
+        }
+    ),
+}
+COMMON_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+# Keys where null means the same as no key.
+NULLABLE_KEYS = frozenset(
+    {"attention_factor", "attn_factor", "extrapolation_factor", "beta_fast", "beta_slow", "truncate"}
+)
+KNOWN_KEYS = COMMON_KEYS | {"finetuned"} | frozenset().union(*ROPE_TYPE_KEYS.values())
+
+REFUSED_TYPES: Mapping[str, str] = {
+    "dynamic": "its base changes with the length of the text, which GGUF has no key for",
+    "longrope": "its factors are tensors that only Phi-3 and MiniCPM have in llama.cpp",
+    "su": "it is the old name of longrope, whose factors only Phi-3 and MiniCPM have in llama.cpp",
+}
+REFUSED_KEYS: Mapping[str, str] = {
+    "mscale": "llama.cpp reads it for DeepSeek only",
+    "mscale_all_dim": "llama.cpp reads it for DeepSeek only",
+    "full_attention": "rope settings by layer type are not supported",
+    "sliding_attention": "rope settings by layer type are not supported",
+}
+
+# yarn's optional numbers: key of config.json -> GGUF key (llama.cpp, conversion/base.py, set_gguf_parameters).
+YARN_NUMBERS: tuple[tuple[str, str], ...] = (
+    ("extrapolation_factor", gguf.Keys.Rope.SCALING_YARN_EXT_FACTOR),
+    ("attention_factor", gguf.Keys.Rope.SCALING_YARN_ATTN_FACTOR),
+    ("beta_fast", gguf.Keys.Rope.SCALING_YARN_BETA_FAST),
+    ("beta_slow", gguf.Keys.Rope.SCALING_YARN_BETA_SLOW),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSettings:
+    """The rope of a model: its type, theta, and the numbers of that type by their names in config.json."""
+
+    rope_type: str
+    theta: float
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    original_context: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def rope_row_order(rows: int, heads: int) -> NDArray[np.int64]:
+    """int64[rows]: gguf_row[i] = hf_row[order[i]] of a q or k projection; its inverse is np.argsort(order).
+
+    Hugging Face rotates component j of a head with j + head_dim/2, llama.cpp's arch "llama" rotates neighbours: so the
+    two halves of each head are interleaved, 0, h, 1, h+1, ... with h = head_dim/2 (LlamaModel.permute in
+    conversion/llama.py of llama.cpp). Bias vectors follow the same order.
+
+    Raises StreamquantError if the rows are not `heads` heads of an even number of rows.
+
+    >>> rope_row_order(8, 2).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    if heads < 1 or rows % (2 * heads) != 0:
+        raise StreamquantError(
+            "rows do not divide into heads of even width",
+            found=f"{rows} rows, {heads} heads",
+            required="rows = heads * head_dim, head_dim even",
+        )
+    half = rows // heads // 2
+    return np.arange(rows, dtype=np.int64).reshape(heads, 2, half).swapaxes(1, 2).reshape(rows)
+
+
+def read_rope(config: ConfigValues, max_position_embeddings: int) -> RopeSettings:
+    """The rope settings of config.json, spelled as in transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+
+    Follows convert_rope_params_to_dict of transformers/modeling_rope_utils.py: a theta inside the settings wins over
+    the top-level one. Raises StreamquantError on an unknown type or key, and where the two spellings contradict.
+    """
+    notes: list[str] = []
+    settings = find_settings(config)
+    rope_type = read_type(settings)
+    check_keys(settings, rope_type, notes)
+    check_full_rotation(config)
+    check_full_rotation(settings)
+    theta = read_theta(config, settings, notes)
+    numbers: dict[str, float] = {}
+    context: int | None = None
+    if rope_type != "default":
+        numbers["factor"] = at_least_one(settings, "factor")
+    if rope_type == "llama3":
+        numbers |= read_llama3(settings)
+        context = settings.integer("original_max_position_embeddings")
+    elif rope_type == "yarn":
+        numbers |= read_yarn(settings)
+        context = yarn_context(config, settings, max_position_embeddings, notes)
+    return RopeSettings(rope_type, theta, numbers, context, tuple(notes))
+
+
+def find_settings(config: ConfigValues) -> ConfigValues:
+    """The one rope object of config.json; both spellings at once are fine only if they say the same."""
+    old, new = config.section("rope_scaling"), config.section("rope_parameters")
+    theta = config.values.get("rope_theta")
+    if old and new and canonical(old, theta) != canonical(new, theta):
+        raise config.refuse(
+            "rope_scaling",
+            "rope_scaling and rope_parameters contradict each other",
+            required=f"one of them, or the same settings as rope_parameters = {shorten(dict(new))}",
+            hint="remove the wrong one from config.json",
+        )
+    name = "rope_scaling" if old else "rope_parameters"
+    return ConfigValues(old or new, nullable=NULLABLE_KEYS, prefix=f"{name}.")
+
+
+def canonical(section: Mapping[str, object], theta: object) -> dict[str, object]:
+    """A rope object with its type under one name, its theta inside, and without nulls."""
+    values = {"rope_theta": theta, "rope_type": section.get("type", "default"), **section, "type": None}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def read_type(settings: ConfigValues) -> str:
+    """The rope type, "default" where there are no settings but theta; raises StreamquantError on an unsupported one."""
+    named = [key for key in ("rope_type", "type") if settings.values.get(key) is not None]
+    if not named:
+        if set(settings.values) - COMMON_KEYS:
+            raise settings.refuse(
+                "rope_type", "rope settings without a type", required=f"one of {', '.join(ROPE_TYPE_KEYS)}"
+            )
+        return "default"
+    types = {key: settings.text(key) for key in named}
+    if len(set(types.values())) > 1:
+        raise settings.refuse("rope_type", "rope_type and type differ", required=f"type = {types['type']!r}, or none")
+    rope_type = types[named[0]]
+    if rope_type not in ROPE_TYPE_KEYS:
+        reason = REFUSED_TYPES.get(rope_type)
+        raise settings.refuse(
+            named[0],
+            f"rope type {rope_type!r} is {'not supported' if reason else 'unknown'}",
+            required=f"one of {', '.join(ROPE_TYPE_KEYS)}",
+            hint=f"none: {reason}" if reason else None,
+        )
+    return rope_type
+
+
+def check_keys(settings: ConfigValues, rope_type: str, notes: list[str]) -> None:
+    """Refuse keys of unknown meaning; note those that belong to another type, which transformers ignores as well."""
+    for key, value in settings.values.items():
+        if value is None or key in COMMON_KEYS or key in ROPE_TYPE_KEYS[rope_type]:
+            continue
+        if key not in KNOWN_KEYS:
+            raise settings.refuse(
+                key,
+                f"rope setting {key!r} is not supported: {REFUSED_KEYS.get(key, 'its meaning is unknown')}",
+                required=f"for rope type {rope_type!r} one of {', '.join(sorted(ROPE_TYPE_KEYS[rope_type])) or 'none'}",
+            )
+        notes.append(f"config.json: {settings.prefix}{key} has no meaning for rope type {rope_type!r}; ignored")
+
+
+def check_full_rotation(values: ConfigValues) -> None:
+    """Refuse heads that are rotated in part: none of the families here are, in llama.cpp."""
+    if values.values.get("partial_rotary_factor") is not None and values.number("partial_rotary_factor") != 1.0:
+        raise values.refuse(
+            "partial_rotary_factor", "partial rotation is not supported", required="1.0, or no such key"
+        )
+
+
+def read_theta(config: ConfigValues, settings: ConfigValues, notes: list[str]) -> float:
+    """rope_theta: inside the settings, else at the top level, else transformers' default."""
+    if "rope_theta" in settings:
+        theta = settings.number("rope_theta", above=1.0)
+        if "rope_theta" in config and config.number("rope_theta", above=1.0) != theta:
+            outer = config.values["rope_theta"]
+            notes.append(f"config.json: {settings.prefix}rope_theta = {theta:g} wins over rope_theta = {outer}")
+        return theta
+    if "rope_theta" in config:
+        return config.number("rope_theta", above=1.0)
+    notes.append(f"config.json has no rope_theta; transformers' default of {DEFAULT_THETA:g} is used")
+    return DEFAULT_THETA
+
+
+def at_least_one(settings: ConfigValues, key: str) -> float:
+    """A scaling factor."""
+    value = settings.number(key)
+    if value < 1.0:
+        raise settings.refuse(key, "a rope factor below 1", required="1 or more")
+    return value
+
+
+def read_llama3(settings: ConfigValues) -> dict[str, float]:
+    """low_freq_factor and high_freq_factor."""
+    low, high = settings.number("low_freq_factor", above=1e-6), settings.number("high_freq_factor")
+    if high <= low:
+        raise settings.refuse(
+            "high_freq_factor", "high_freq_factor must exceed low_freq_factor", required=f"more than {low:g}"
+        )
+    return {"low_freq_factor": low, "high_freq_factor": high}
+
+
+def read_yarn(settings: ConfigValues) -> dict[str, float]:
+    """yarn's optional numbers; "attn_factor" is an older name of "attention_factor"."""
+    if "truncate" in settings and settings.raw("truncate") is not None and not settings.boolean("truncate"):
+        raise settings.refuse(
+            "truncate", "yarn without truncation is not supported", required="true: llama.cpp always truncates"
+        )
+    numbers = {}
+    for name, _ in YARN_NUMBERS:
+        key = "attn_factor" if name == "attention_factor" and name not in settings else name
+        if settings.values.get(key) is not None:
+            numbers[name] = settings.number(key)
+    return numbers
+
+
+def yarn_context(config: ConfigValues, settings: ConfigValues, max_position_embeddings: int, notes: list[str]) -> int:
+    """original_max_position_embeddings, which transformers takes to be max_position_embeddings where it is missing."""
+    key = "original_max_position_embeddings"
+    if key in settings:
+        return settings.integer(key)
+    if key in config:
+        raise config.refuse(
+            key, f"{key} stands outside the rope settings", required=f"the key inside {settings.prefix.rstrip('.')}"
+        )
+    notes.append(f"config.json: yarn without {key}; max_position_embeddings = {max_position_embeddings} is used")
+    return max_position_embeddings
+
+
+def rope_scaling_metadata(rope: RopeSettings, arch: str) -> dict[str, GGUFValue]:
+    """The {arch}.rope.scaling.* keys: none for "default", and none for "llama3", which is a tensor instead.
+
+    Keys and types as in set_gguf_parameters, conversion/base.py of llama.cpp.
+    """
+    if rope.rope_type not in ("linear", "yarn"):
+        return {}
+    keys = gguf.Keys.Rope
+    values = {
+        keys.SCALING_TYPE: GGUFValue(rope.rope_type, GGUFValueType.STRING),
+        keys.SCALING_FACTOR: GGUFValue(rope.numbers["factor"], GGUFValueType.FLOAT32),
+    }
+    if rope.rope_type == "yarn":
+        values[keys.SCALING_ORIG_CTX_LEN] = GGUFValue(rope.original_context, GGUFValueType.UINT32)
+        for name, key in YARN_NUMBERS:
+            if name in rope.numbers:
+                values[key] = GGUFValue(rope.numbers[name], GGUFValueType.FLOAT32)
+    return {key.format(arch=arch): value for key, value in values.items()}
+
+
+def llama3_rope_freqs(rope: RopeSettings, head_dim: int) -> NDArray[np.float32]:
+    """float32[head_dim / 2]: the values of rope_freqs.weight, by which llama.cpp divides each rotation frequency.
+
+    Wavelengths below original_context / high_freq_factor keep 1, those above original_context / low_freq_factor get
+    `factor`, and those between are interpolated (Llama 3.1; generate_extra_tensors of conversion/llama.py, llama.cpp).
+
+    The reference computes in float32 torch tensors, where a scalar divided by a tensor is a reciprocal and a product;
+    the order of operations is kept, so that the bits agree. The power is rounded from float64, as libm's powf does.
+    torch's vectorized powf is off by one unit in about 1 of 1000 values (up to 4 in the result), by CPU; none of them
+    is in the tables of the published models (theta 5e5, head_dim 64 or 128, factor 8 or 32).
+    """
+    f32 = np.float32
+    factor, context = rope.numbers["factor"], rope.original_context
+    low, high = rope.numbers["low_freq_factor"], rope.numbers["high_freq_factor"]
+    if context is None:
+        raise ValueError("llama3 rope settings without an original context")
+    # The interpolation is computed everywhere and used in its band; elsewhere it may divide by zero.
+    with np.errstate(all="ignore"):
+        exponents = np.arange(0, head_dim, 2, dtype=f32) / f32(head_dim)
+        powers = np.power(np.float64(f32(rope.theta)), exponents.astype(np.float64)).astype(f32)
+        frequencies = f32(1.0) / powers
+        wavelengths = (f32(1.0) / frequencies) * f32(2 * math.pi)
+        smooth = ((f32(1.0) / wavelengths) * f32(context) - f32(low)) / f32(high - low)
+        between = f32(1.0) / ((f32(1.0) - smooth) / f32(factor) + smooth)
+        long = np.where(wavelengths > f32(context / low), f32(factor), between)
+        return np.where(wavelengths < f32(context / high), f32(1.0), long).astype(f32)

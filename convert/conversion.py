@@ -1,0 +1,195 @@
+"""The main job: a checkpoint folder in, folders of variants out. Plan, check, stream, then the small files.
+
+out/NAME-GGUF/NAME-Q8_0.gguf ...      out/NAME-FP8-dynamic/model-00001-of-00002.safetensors, config.json ...
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from convert.checkpoint import CONFIG, INDEX, Checkpoint
+from convert.journal import Journal
+from convert.manifest import is_complete, write_atomically, write_manifests
+from convert.plan import Options, Plan, VariantPlan, make_plan
+from convert.quantization_config import QuantizationConfigs
+from convert.recipe import Recipe
+from convert.stream import PARTIAL, run
+from quant.errors import StreamquantError, UsageError
+from quant.formats import FORMATS
+
+DISK_RESERVE = 64 * 1024 * 1024
+"""Bytes beyond the plan: journal, tokenizer, manifests, and what the file system itself needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a run did."""
+
+    plan: Plan
+    """All variants that were asked for."""
+    already_done: tuple[str, ...]
+    """Variants that an earlier run had completed."""
+    resumed_chunks: int
+    """Chunks that an earlier, unfinished run had written."""
+
+
+def convert(
+    checkpoint: Checkpoint,
+    recipes: Sequence[Recipe],
+    out: Path,
+    options: Options | None = None,
+    *,
+    jobs: int,
+    on_start: Callable[[Plan], None] = lambda _plan: None,
+    on_progress: Callable[[int], None] = lambda _nbytes: None,
+) -> Conversion:
+    """Make every variant below `out` from one read of the checkpoint.
+
+    `on_start` gets the plan of what is left to do, `on_progress` the number of source bytes just done, from worker
+    threads. Raises UsageError or StreamquantError; a repeated call goes on where this one stopped.
+    """
+    plan = make_plan(checkpoint, recipes, options)
+    check_output_folder(checkpoint, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(Journal(out)) as journal:
+            rest, done = _what_is_left(plan, out, journal)
+            resumed = _convert(rest, out, journal, jobs, on_start, on_progress) if rest else 0
+            journal.remove()
+    except OSError as error:
+        raise StreamquantError(
+            "cannot write to the output folder", where=str(error.filename or out), found=error.strerror or str(error)
+        ) from error
+    return Conversion(plan, done, resumed)
+
+
+def check_output_folder(checkpoint: Checkpoint, out: Path) -> None:
+    """Raise UsageError if `out` is a file or lies inside the source, which is never written to."""
+    if out.exists() and not out.is_dir():
+        raise UsageError("the output folder is a file", where=str(out), required="a folder, or a name not taken yet")
+    resolved = out.resolve()
+    if resolved == checkpoint.folder or checkpoint.folder in resolved.parents:
+        raise UsageError(
+            "the output folder lies inside the source",
+            where=str(out),
+            required="a folder outside the checkpoint, which is never written to",
+        )
+
+
+def check_disk(plan: Plan, out: Path) -> None:
+    """Raise StreamquantError if the disk of `out` cannot hold the plan. Looks at the nearest folder that exists."""
+    existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    present = sum(_allocated(out / file.path) for file in plan.files)
+    free = shutil.disk_usage(existing).free
+    needed = plan.nbytes - present + DISK_RESERVE
+    if free < needed:
+        raise StreamquantError(
+            "not enough disk space",
+            where=str(out),
+            found=f"{free:,} bytes free",
+            required=f"{needed:,} bytes",
+            hint="free some space, choose another --out, or make fewer variants at a time",
+        )
+
+
+def _allocated(final: Path) -> int:
+    """Bytes that a file of an earlier run already takes on the disk."""
+    for path in (final, final.with_name(final.name + PARTIAL)):
+        with contextlib.suppress(FileNotFoundError):
+            return path.stat().st_blocks * 512
+    return 0
+
+
+def _what_is_left(plan: Plan, out: Path, journal: Journal) -> tuple[Plan | None, tuple[str, ...]]:
+    """The plan without the variants that are complete (None: all are), and their names.
+
+    An unfinished run of the whole plan is resumed as a whole: some of its manifests may be written already.
+    """
+    if journal.fingerprint() == plan.fingerprint:
+        return plan, ()
+    done = tuple(variant.recipe.spec for variant in plan.variants if is_complete(out, plan, variant))
+    recipes = [variant.recipe for variant in plan.variants if variant.recipe.spec not in done]
+    if not done:
+        return plan, ()
+    return (make_plan(plan.checkpoint, recipes, plan.options) if recipes else None), done
+
+
+def _convert(
+    plan: Plan,
+    out: Path,
+    journal: Journal,
+    jobs: int,
+    on_start: Callable[[Plan], None],
+    on_progress: Callable[[int], None],
+) -> int:
+    if journal.fingerprint() is None:
+        _check_folders_are_ours(plan, out)
+    check_disk(plan, out)
+    schemes = [variant.recipe.scheme for variant in plan.variants if variant.recipe.scheme is not None]
+    with contextlib.closing(QuantizationConfigs(schemes)) as configs:
+        on_start(plan)
+        written = run(plan, out, journal, jobs=jobs, on_progress=on_progress)
+        for variant in plan.variants:
+            if variant.recipe.scheme is not None:
+                _write_checkpoint_files(plan, variant, out, configs)
+    write_manifests(out, plan, written)
+    return written.resumed_chunks
+
+
+def _check_folders_are_ours(plan: Plan, out: Path) -> None:
+    """Refuse folders and files that this run did not make: nothing is overwritten or mixed."""
+    for file in plan.files:
+        if (out / file.path).exists():
+            raise _taken(out / file.path)
+    for variant in plan.variants:
+        folder = out / variant.folder
+        if variant.recipe.container == "safetensors" and folder.exists():
+            others = [path for path in folder.iterdir() if not path.name.endswith(PARTIAL)]
+            if others:
+                raise _taken(others[0])
+
+
+def _taken(path: Path) -> StreamquantError:
+    return StreamquantError(
+        "the output folder holds another run's files",
+        where=str(path),
+        found="a file that this plan did not make",
+        hint="choose another --out or --name, or move the files away",
+    )
+
+
+def _write_checkpoint_files(plan: Plan, variant: VariantPlan, out: Path, configs: QuantizationConfigs) -> None:
+    """Everything of an FP8 checkpoint that is not weights: side files, the index, and config.json last of all."""
+    assert variant.recipe.scheme is not None, "FP8 variants have a scheme"
+    folder, source = out / variant.folder, plan.checkpoint.folder
+    for name in plan.checkpoint.side_files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name, (source / name).read_bytes())
+    if len(variant.files) > 1:
+        write_atomically(folder / INDEX, _json(_index(plan, variant)))
+    config = {**plan.checkpoint.config, "quantization_config": configs[variant.recipe.scheme]}
+    write_atomically(folder / CONFIG, _json(config))
+
+
+def _index(plan: Plan, variant: VariantPlan) -> dict[str, object]:
+    stored = {
+        tensor.name + part.suffix: Path(plan.files[region.file].path).name
+        for tensor in variant.tensors
+        for part, region in zip(FORMATS[tensor.format].parts, tensor.regions, strict=True)
+    }
+    total = sum(tensor.nbytes for tensor in variant.tensors)
+    return {"metadata": {"total_size": total}, "weight_map": stored}
+
+
+def _json(value: object) -> bytes:
+    """As llm-compressor and transformers write it."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def default_jobs() -> int:
+    """All cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,73 @@
+"""All keys of a GGUF file, in the order in which llama.cpp's converter writes them.
+
+general.* from the model card and the generation config, {arch}.* from config.json, tokenizer.* from the tokenizer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gguf.constants import GGML_QUANT_VERSION, GGUFValueType, Keys
+from gguf.gguf_writer import GGUFValue
+
+from convert.architectures import ModelDescription
+from convert.checkpoint import Checkpoint
+from convert.model_metadata import read_model_metadata
+from convert.vocabulary import read_vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class GgufMetadata:
+    """The keys that all GGUF variants of a model share, and what a user should know about them."""
+
+    before_file_type: Mapping[str, GGUFValue]
+    after_file_type: Mapping[str, GGUFValue]
+    notes: tuple[str, ...]
+
+    def for_file_type(self, file_type: int | None) -> dict[str, GGUFValue]:
+        """All keys of a file of llama.cpp's file type `file_type` (LLAMA_FTYPE_*)."""
+        key = GGUFValue(file_type, GGUFValueType.UINT32)
+        return {**self.before_file_type, Keys.General.FILE_TYPE: key, **self.after_file_type}
+
+    @staticmethod
+    def split_keys(number: int, count: int, tensors: int) -> dict[str, GGUFValue]:
+        """The keys of file `number` (from 0) of `count`, which hold `tensors` tensors together."""
+        return {
+            Keys.Split.LLM_KV_SPLIT_NO: GGUFValue(number, GGUFValueType.UINT16),
+            Keys.Split.LLM_KV_SPLIT_COUNT: GGUFValue(count, GGUFValueType.UINT16),
+            Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT: GGUFValue(tensors, GGUFValueType.INT32),
+        }
+
+
+def gguf_metadata(
+    checkpoint: Checkpoint,
+    model: ModelDescription,
+    *,
+    parameter_count: int,
+    pre: str | None,
+    overrides: Mapping[str, Any],
+) -> GgufMetadata:
+    """Collect the keys. `parameter_count` counts the weights of all GGUF tensors, for general.size_label.
+
+    Raises StreamquantError for a tokenizer, card or config that cannot be expressed in GGUF.
+    """
+    vocabulary = read_vocabulary(
+        checkpoint.folder,
+        vocab_size=model.vocab_size,
+        gguf_arch=model.gguf_arch,
+        hf_architecture=model.hf_architecture,
+        pre=pre,
+    )
+    general = read_model_metadata(
+        checkpoint.folder, gguf_arch=model.gguf_arch, parameter_count=parameter_count, overrides=overrides
+    )
+    before = {
+        Keys.General.ARCHITECTURE: GGUFValue(model.gguf_arch, GGUFValueType.STRING),
+        **general,
+        **model.metadata,
+    }
+    after = {
+        Keys.General.QUANTIZATION_VERSION: GGUFValue(GGML_QUANT_VERSION, GGUFValueType.UINT32),
+        **vocabulary.metadata,
+    }
+    return GgufMetadata(before, after, vocabulary.notes)

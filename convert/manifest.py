@@ -1,0 +1,146 @@
+"""streamquant.json: what a folder of variants was made of, how, and what every byte of it should be.
+
+One manifest a folder; a folder of GGUF files lists several variants. It holds no time and no path of the machine: the
+same source, variants and versions give the same manifest.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from convert.plan import OutputTensor, Plan, VariantPlan
+from convert.stream import Written
+from convert.strict_json import read_json_object
+from quant.errors import StreamquantError
+from quant.formats import FORMATS
+
+MANIFEST = "streamquant.json"
+MANIFEST_VERSION = 1
+_PACKAGES = ("streamquant", "compressed-tensors", "gguf", "llvmlite", "numba", "numpy", "tokenizers")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that it has either its old or its new contents, whatever happens. Raises OSError."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, or None. Raises StreamquantError if it is not one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json_object(path)
+    if manifest.get("manifest") != MANIFEST_VERSION or not isinstance(manifest.get("variants"), dict):
+        raise StreamquantError(
+            "not a manifest of this version of streamquant",
+            where=str(path),
+            found=f"manifest: {manifest.get('manifest')!r}",
+            required=MANIFEST_VERSION,
+        )
+    return manifest
+
+
+def is_complete(out: Path, plan: Plan, variant: VariantPlan) -> bool:
+    """Whether an earlier run made exactly this variant and its files are still there, by manifest and size."""
+    manifest = read_manifest(out / variant.folder)
+    entry = manifest["variants"].get(variant.recipe.spec) if manifest else None
+    if not entry or entry.get("fingerprint") != plan.variant_fingerprint(variant):
+        return False
+    sizes = {index: plan.files[index].size for index in variant.files}
+    paths = {index: out / plan.files[index].path for index in variant.files}
+    return all(paths[index].is_file() and paths[index].stat().st_size == size for index, size in sizes.items())
+
+
+def write_manifests(out: Path, plan: Plan, written: Written) -> None:
+    """Write or extend the manifest of every folder of the plan, after all of its files have their final names."""
+    for folder in sorted({variant.folder for variant in plan.variants}):
+        manifest = read_manifest(out / folder)
+        if manifest is None or manifest["source"] != _source(plan, written):
+            manifest = {
+                "manifest": MANIFEST_VERSION,
+                "model": plan.name,
+                "source": _source(plan, written),
+                "variants": {},
+            }
+        for variant in plan.variants:
+            if variant.folder == folder:
+                manifest["variants"][variant.recipe.spec] = _variant(plan, variant, written)
+        manifest["variants"] = dict(sorted(manifest["variants"].items()))
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(out / folder / MANIFEST, text.encode())
+
+
+def _source(plan: Plan, written: Written) -> dict[str, Any]:
+    return {
+        "name": plan.checkpoint.name,
+        "architecture": plan.model.hf_architecture,
+        "parameters": plan.checkpoint.parameter_count,
+        "files": [
+            {"path": file.name, "size": file.size, "sha256": written.sources[file.name]}
+            for file in plan.checkpoint.files
+        ],
+    }
+
+
+def _variant(plan: Plan, variant: VariantPlan, written: Written) -> dict[str, Any]:
+    files = [plan.files[index] for index in variant.files]
+    return {
+        "description": variant.recipe.description,
+        "fingerprint": plan.variant_fingerprint(variant),
+        "options": {
+            "name": plan.name,
+            "split_max_size": plan.options.split_max_size,
+            "max_shard_size": plan.options.max_shard_size,
+            "pre": plan.options.pre,
+            "metadata": plan.options.metadata,
+        },
+        "versions": versions(),
+        "bits_per_weight": round(plan.bits_per_weight(variant), 4),
+        "files": [
+            {"path": _within(variant, file.path), "size": file.size, "sha256": written.files[file.path]}
+            for file in files
+        ],
+        "generated": list(variant.generated),
+        "dropped": list(variant.dropped),
+        "tensors": [_tensor(plan, variant, tensor, written) for tensor in variant.tensors],
+    }
+
+
+def _tensor(plan: Plan, variant: VariantPlan, tensor: OutputTensor, written: Written) -> dict[str, Any]:
+    parts = []
+    for number, (part, region) in enumerate(zip(FORMATS[tensor.format].parts, tensor.regions, strict=True)):
+        path = plan.files[region.file].path
+        parts.append(
+            {
+                "name": tensor.name + part.suffix,
+                "stored_as": part.stored_as,
+                "file": _within(variant, path),
+                "offset": region.offset,
+                "size": region.nbytes,
+                "xxh3_128": written.tensors[path][f"{number}:{tensor.name}"],
+            }
+        )
+    return {"source": tensor.source, "format": tensor.format, "reason": tensor.reason, "parts": parts}
+
+
+def _within(variant: VariantPlan, path: str) -> str:
+    return path.removeprefix(f"{variant.folder}/")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the bytes depend on. A package that is not installed (a source tree) is left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,447 @@
+"""From headers and recipes to addresses: every byte of every output has its place before the first weight is read.
+
+    Checkpoint + recipes -> Plan: files (exact size, header bytes), tensors (format, reason, address), chunks
+
+A chunk is a run of rows of one source tensor. It is read once and encoded for every variant; where its bytes go follows
+from the address of the tensor and the fixed size of a row. Chunks can be done in any order, by any worker, again.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from convert import gguf_file, safetensors_file
+from convert.architectures import ModelDescription, describe
+from convert.architectures.base import TensorKind, TensorRule
+from convert.checkpoint import Checkpoint, SourceTensor
+from convert.gguf_metadata import GgufMetadata, gguf_metadata
+from convert.recipe import Recipe
+from quant.errors import UsageError
+from quant.formats import FORMATS
+from quant.widen import SOURCE_DTYPES
+
+CHUNK_BYTES = 32 * 1024 * 1024
+"""Source bytes in a chunk, the unit of the journal and of resumption."""
+BLOCK_WEIGHTS = 256 * 1024
+"""Weights that a worker holds at a time: their float32 fit into the cache of a core."""
+LAYOUT_VERSION = 1
+"""Raise it when the same plan would give other bytes; an unfinished run of another version is not resumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user can choose besides the variants."""
+
+    name: str | None = None
+    """Name of the model in file names; default: the name of the source folder."""
+    split_max_size: int | None = None
+    """Largest number of tensor bytes in a GGUF file; None: one file."""
+    max_shard_size: int | None = None
+    """Largest number of tensor bytes in an FP8 shard; None: the shards of the source."""
+    pre: str | None = None
+    """tokenizer.ggml.pre, where it cannot be told from tokenizer.json."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """GGUF keys that override what the model card says (llama.cpp's --metadata)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One part of a tensor: `nbytes` bytes at `offset` of file `file` (an index into Plan.files)."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A source tensor as one variant stores it; one region per part of its format."""
+
+    source: str
+    name: str
+    format: str
+    reason: str
+    rope_heads: int | None
+    regions: tuple[Region, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(region.nbytes for region in self.regions)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file of known size. `literals` are (offset, bytes) known now: headers, and tensors that have no source."""
+
+    path: str
+    size: int
+    literals: tuple[tuple[int, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VariantPlan:
+    """One variant: its files and tensors."""
+
+    recipe: Recipe
+    folder: str
+    files: tuple[int, ...]
+    tensors: tuple[OutputTensor, ...]
+    generated: tuple[str, ...]
+    """Tensors without a source, "rope_freqs.weight"."""
+    dropped: tuple[str, ...]
+    """Source tensors that this variant does not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A source tensor as rows, and every variant's use of it."""
+
+    source: SourceTensor
+    rows: int
+    n: int
+    row_step: int
+    """Rows that have to stay together: those of an attention head, of a 128x128 block."""
+    outputs: tuple[OutputTensor, ...]
+
+    def rows_within(self, weights: int) -> int:
+        """The largest run of rows, a multiple of row_step, with at most `weights` weights; at least row_step."""
+        return max(self.row_step, weights // self.n // self.row_step * self.row_step)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows [first, last) of a matrix."""
+
+    matrix: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, and where. Nothing has been read but headers, config and tokenizer."""
+
+    checkpoint: Checkpoint
+    model: ModelDescription
+    options: Options
+    files: tuple[OutputFile, ...]
+    variants: tuple[VariantPlan, ...]
+    matrices: tuple[Matrix, ...]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All chunks in the order of the source on disk."""
+        return tuple(_chunks(self.matrices))
+
+    @property
+    def name(self) -> str:
+        """The model's name in file names."""
+        return self.options.name or self.checkpoint.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all output files."""
+        return sum(file.size for file in self.files)
+
+    def variant_bytes(self, variant: VariantPlan) -> int:
+        """Bytes of the files of one variant."""
+        return sum(self.files[index].size for index in variant.files)
+
+    def bits_per_weight(self, variant: VariantPlan) -> float:
+        """Bits of tensor data per weight of the source."""
+        return 8 * sum(tensor.nbytes for tensor in variant.tensors) / self.checkpoint.parameter_count
+
+    def memory_bytes(self, jobs: int) -> int:
+        """Upper estimate of resident memory: what the libraries take, plus what each worker holds."""
+        worker = max((_worker_bytes(matrix) for matrix in self.matrices), default=0)
+        headers = sum(len(data) for file in self.files for _, data in file.literals)
+        return 200 * 2**20 + 2 * headers + jobs * worker
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of source, layout and chunks: runs with the same fingerprint write the same bytes."""
+        variants = [self.variant_fingerprint(variant) for variant in self.variants]
+        return _hash([variants, [[chunk.matrix, chunk.first, chunk.last] for chunk in self.chunks]])
+
+    def variant_fingerprint(self, variant: VariantPlan) -> str:
+        """A hash of the source and of every address of one variant, whatever else the plan makes."""
+        source = [[f.name, f.size, f.mtime_ns, f.header_sha256] for f in self.checkpoint.files]
+        files = []
+        for index in variant.files:
+            file = self.files[index]
+            literals = [[offset, hashlib.sha256(data).hexdigest()] for offset, data in file.literals]
+            files.append([file.path, file.size, literals])
+        first = min(variant.files)
+        tensors = [
+            [t.source, t.name, t.format, t.rope_heads, [[r.file - first, r.offset] for r in t.regions]]
+            for t in variant.tensors
+        ]
+        return _hash([LAYOUT_VERSION, variant.recipe.spec, source, files, tensors])
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: Options | None = None) -> Plan:
+    """Lay out every variant. Reads config.json and the tokenizer, no weight.
+
+    Raises StreamquantError for a model that cannot be converted, UsageError for options that cannot work.
+    """
+    options = options or Options()
+    if options.name is not None and (not options.name or options.name.startswith(".") or "/" in options.name):
+        raise UsageError("name not allowed", found=repr(options.name), required="a plain file name")
+    model = describe(checkpoint.config)
+    model.match({name: tensor.shape for name, tensor in checkpoint.tensors.items()})
+    builder = _Builder(checkpoint, model, options)
+    variants = tuple(builder.variant(recipe) for recipe in recipes)
+    notes = [*model.notes, *builder.notes]
+    if checkpoint.ignored_files:
+        notes.append(f"not part of the checkpoint, left alone: {', '.join(checkpoint.ignored_files)}")
+    matrices = tuple(_matrices(checkpoint, variants))
+    return Plan(checkpoint, model, options, tuple(builder.files), variants, matrices, tuple(notes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor to lay out: a source tensor with its choice, or a generated one with its bytes."""
+
+    name: str
+    source: SourceTensor | None
+    format: str
+    reason: str
+    rope_heads: int | None
+    shape: tuple[int, ...]
+    data: bytes = b""
+
+    @property
+    def rows_and_length(self) -> tuple[int, int]:
+        if self.source is None:
+            return 1, self.shape[0]
+        return _as_matrix(self.source, self.rope_heads)
+
+    @property
+    def part_bytes(self) -> tuple[int, ...]:
+        rows, n = self.rows_and_length
+        return tuple(part.nbytes(rows, n) for part in FORMATS[self.format].parts)
+
+
+class _Builder:
+    """Collects the files of all variants."""
+
+    def __init__(self, checkpoint: Checkpoint, model: ModelDescription, options: Options) -> None:
+        self.checkpoint = checkpoint
+        self.model = model
+        self.options = options
+        self.name = options.name or checkpoint.name
+        self.files: list[OutputFile] = []
+        self.notes: list[str] = []
+        self._metadata: GgufMetadata | None = None
+
+    def variant(self, recipe: Recipe) -> VariantPlan:
+        if recipe.container == "gguf":
+            return self._gguf_variant(recipe)
+        return self._fp8_variant(recipe)
+
+    def _choose(self, recipe: Recipe, tensor: SourceTensor, rule: TensorRule) -> tuple[str, str]:
+        has_head = any(
+            r.kind is TensorKind.HEAD and r.hf_name in self.checkpoint.tensors for r in self.model.rules.values()
+        )
+        choice = recipe.choose(tensor, rule, has_head)
+        return choice.format, choice.reason
+
+    # GGUF
+
+    def _gguf_variant(self, recipe: Recipe) -> VariantPlan:
+        entries = list(self._gguf_entries(recipe))
+        dropped = tuple(name for name in self.checkpoint.tensors if name not in self.model.rules)
+        metadata = self._gguf_metadata(entries).for_file_type(recipe.file_type)
+        folder, stem = f"{self.name}-GGUF", f"{self.name}-{recipe.label}"
+        groups = _split(entries, self.options.split_max_size)
+        files: list[int] = []
+        tensors: list[OutputTensor] = []
+        for number, group in enumerate(groups):
+            keys = dict(metadata) if number == 0 else {}
+            path = f"{folder}/{stem}.gguf"
+            if len(groups) > 1:
+                keys |= GgufMetadata.split_keys(number, len(groups), len(entries))
+                path = f"{folder}/{stem}/{stem}-{number + 1:05d}-of-{len(groups):05d}.gguf"
+            header = gguf_file.pack_header(
+                keys, [(e.name, e.shape, FORMATS[e.format].parts[0].stored_as, sum(e.part_bytes)) for e in group]
+            )
+            files.append(len(self.files))
+            tensors += self._gguf_place(path, header, group)
+        generated = tuple(entry.name for entry in entries if entry.source is None)
+        return VariantPlan(recipe, folder, tuple(files), tuple(tensors), generated, dropped)
+
+    def _gguf_entries(self, recipe: Recipe) -> Iterator[_Entry]:
+        for extra in self.model.extra_tensors:
+            data = extra.values.astype("<f4").tobytes()
+            yield _Entry(extra.gguf_name, None, "F32", "made from config.json", None, extra.values.shape, data)
+        for name, tensor in self.checkpoint.tensors.items():
+            rule = self.model.rules.get(name)
+            if rule is not None:
+                format_, reason = self._choose(recipe, tensor, rule)
+                yield _Entry(rule.gguf_name, tensor, format_, reason, rule.rope_heads, tensor.shape)
+
+    def _gguf_metadata(self, entries: list[_Entry]) -> GgufMetadata:
+        """The keys that all GGUF variants share; tokenizers are large, so they are read once."""
+        if self._metadata is None:
+            count = sum(math.prod(entry.shape) for entry in entries)
+            self._metadata = gguf_metadata(
+                self.checkpoint,
+                self.model,
+                parameter_count=count,
+                pre=self.options.pre,
+                overrides=self.options.metadata,
+            )
+            self.notes += self._metadata.notes
+        return self._metadata
+
+    def _gguf_place(self, path: str, header: bytes, group: list[_Entry]) -> Iterator[OutputTensor]:
+        """Place the tensors of one file one after another, each padded; register the file."""
+        at = len(header)
+        literals = [(0, header)]
+        placed = []
+        for entry in group:
+            nbytes = sum(entry.part_bytes)
+            if entry.source is None:
+                literals.append((at, entry.data))
+            else:
+                region = Region(len(self.files), at, nbytes)
+                placed.append(
+                    OutputTensor(entry.source.name, entry.name, entry.format, entry.reason, entry.rope_heads, (region,))
+                )
+            at += gguf_file.pad(nbytes)
+        self.files.append(OutputFile(path, at, tuple(literals)))
+        return iter(placed)
+
+    # FP8 in safetensors
+
+    def _fp8_variant(self, recipe: Recipe) -> VariantPlan:
+        folder = f"{self.name}-{recipe.label}"
+        groups = self._fp8_groups(recipe)
+        files: list[int] = []
+        tensors: list[OutputTensor] = []
+        for path, group in groups:
+            files.append(len(self.files))
+            tensors += self._fp8_place(f"{folder}/{path}", group)
+        return VariantPlan(recipe, folder, tuple(files), tuple(tensors), (), ())
+
+    def _fp8_groups(self, recipe: Recipe) -> list[tuple[str, list[_Entry]]]:
+        """(file name, tensors) of each shard: those of the source, or filled up to --max-shard-size."""
+        entries = []
+        for tensor in self.checkpoint.tensors.values():
+            rule = self.model.rules.get(tensor.name)
+            if rule is None:
+                format_, reason = tensor.dtype, "not a weight of the model: kept as in the source"
+            else:
+                format_, reason = self._choose(recipe, tensor, rule)
+            entries.append(_Entry(tensor.name, tensor, format_, reason, None, tensor.shape))
+        if self.options.max_shard_size is None:
+            return [
+                (file.name, [e for e in entries if e.source is not None and e.source.file == file.name])
+                for file in self.checkpoint.files
+            ]
+        groups = _split(entries, self.options.max_shard_size)
+        if len(groups) == 1:
+            return [("model.safetensors", groups[0])]
+        return [(f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups)]
+
+    def _fp8_place(self, path: str, group: list[_Entry]) -> Iterator[OutputTensor]:
+        """Place all parts of the tensors of one shard without gaps, aligned; register the file."""
+        stored: list[tuple[str, str, tuple[int, ...], int]] = []
+        owners: list[tuple[int, int]] = []
+        for index, entry in enumerate(group):
+            for number, (part, nbytes) in enumerate(zip(FORMATS[entry.format].parts, entry.part_bytes, strict=True)):
+                stored.append((entry.name + part.suffix, part.stored_as, part.stored_shape(entry.shape), nbytes))
+                owners.append((index, number))
+        order = _aligned_order([(safetensors_file.DTYPE_BITS[dtype] // 8, nbytes) for _, dtype, _, nbytes in stored])
+        header = safetensors_file.write_header([stored[i] for i in order], {"format": "pt"})
+        at = len(header)
+        regions: dict[tuple[int, int], Region] = {}
+        for i in order:
+            regions[owners[i]] = Region(len(self.files), at, stored[i][3])
+            at += stored[i][3]
+        self.files.append(OutputFile(path, at, ((0, header),)))
+        for index, entry in enumerate(group):
+            assert entry.source is not None  # FP8 checkpoints hold no generated tensors
+            parts = tuple(regions[index, number] for number in range(len(entry.part_bytes)))
+            yield OutputTensor(entry.source.name, entry.name, entry.format, entry.reason, None, parts)
+
+
+def _as_matrix(tensor: SourceTensor, rope_heads: int | None) -> tuple[int, int]:
+    """(rows, weights in a row). A vector is one row, or, where llama.cpp reorders it, a column."""
+    if rope_heads is not None and len(tensor.shape) == 1:
+        return tensor.count, 1
+    return tensor.rows, tensor.row_length
+
+
+def _split(entries: list[_Entry], max_bytes: int | None) -> list[list[_Entry]]:
+    """Fill files in order up to `max_bytes` of tensor data (gguf-py's GGUFWriter.add_tensor_info does the same)."""
+    if max_bytes is None:
+        return [entries]
+    groups: list[list[_Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        nbytes = sum(entry.part_bytes)
+        if nbytes > max_bytes:
+            raise UsageError(
+                "a tensor is larger than a file may be",
+                where=f"tensor {entry.name!r}",
+                found=f"{nbytes:,} bytes",
+                required=f"at most {max_bytes:,}",
+                hint="allow larger files",
+            )
+        if groups[-1] and filled + nbytes > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += nbytes
+    return groups
+
+
+def _aligned_order(stored: list[tuple[int, int]]) -> list[int]:
+    """An order of (element size, nbytes) in which every tensor is aligned to its element size.
+
+    The bytes of the codes first, in the order in which they will be written, so that a file is filled from its front;
+    where that would misalign what follows, largest elements first, as the safetensors library does.
+    """
+    codes = [i for i, (size, _) in enumerate(stored) if size == 1]
+    rest = sorted((i for i, (size, _) in enumerate(stored) if size > 1), key=lambda i: -stored[i][0])
+    aligned = sum(stored[i][1] for i in codes) % 4 == 0
+    return codes + rest if aligned else rest + codes
+
+
+def _matrices(checkpoint: Checkpoint, variants: tuple[VariantPlan, ...]) -> Iterator[Matrix]:
+    uses: dict[str, list[OutputTensor]] = {}
+    for variant in variants:
+        for output in variant.tensors:
+            uses.setdefault(output.source, []).append(output)
+    for tensor in checkpoint.tensors.values():
+        outputs = tuple(uses.get(tensor.name, ()))
+        if outputs:
+            heads = next((output.rope_heads for output in outputs if output.rope_heads is not None), None)
+            rows, n = _as_matrix(tensor, heads)
+            step = math.lcm(rows // heads if heads else 1, *(FORMATS[o.format].rows_per_group for o in outputs))
+            yield Matrix(tensor, rows, n, step, outputs)
+
+
+def _chunks(matrices: tuple[Matrix, ...]) -> Iterator[Chunk]:
+    for index, matrix in enumerate(matrices):
+        step = matrix.rows_within(CHUNK_BYTES // SOURCE_DTYPES[matrix.source.dtype])
+        for first in range(0, matrix.rows, step):
+            yield Chunk(index, first, min(first + step, matrix.rows))
+
+
+def _worker_bytes(matrix: Matrix) -> int:
+    """Bytes that a worker holds for one block: the source, float32, and the encoded rows of one output at a time."""
+    rows = min(matrix.rows, matrix.rows_within(BLOCK_WEIGHTS))
+    encoded = max(FORMATS[output.format].nbytes(rows, matrix.n) for output in matrix.outputs)
+    return rows * matrix.n * (4 + 4) + 2 * encoded

@@ -1,0 +1,375 @@
+"""Run a plan: read chunks in disk order, encode them for every variant, write them at their addresses.
+
+Workers are threads; kernels, reads, writes and hashes all run without the GIL. Files are filled as *.partial, hashed
+while they are filled, synced and renamed when complete. Everything done is in the journal: the same command goes on
+where it was stopped, by a signal, a crash or a full disk.
+"""
+
+import contextlib
+import errno
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from convert.blocks import Scratch, encode_chunk, extents
+from convert.checkpoint import SourceFile
+from convert.hashing import READ_BYTES, Extent, FileHash, quick_hash
+from convert.journal import Journal, Progress
+from convert.plan import OutputFile, Plan
+from quant.errors import StreamquantError
+
+PARTIAL = ".partial"
+Task = Callable[[Scratch], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a finished run knows about its files: hashes for the manifest."""
+
+    files: dict[str, str]
+    """Path -> sha256."""
+    tensors: dict[str, dict[str, str]]
+    """Path -> "PART:TENSOR" -> quick hash."""
+    sources: dict[str, str]
+    """Source file name -> sha256."""
+    resumed_chunks: int
+    """Chunks that an earlier run had done."""
+
+
+def run(plan: Plan, out: Path, journal: Journal, *, jobs: int, on_progress: Callable[[int], None]) -> Written:
+    """Write all files of the plan below `out`; returns when they have their final names.
+
+    `on_progress` is called from worker threads with the number of source bytes just done. Raises StreamquantError for a
+    bad weight, a changed source, a full disk; the first error stops all workers, what was done stays in the journal.
+    KeyboardInterrupt in the calling thread does the same.
+    """
+    progress = journal.open(plan.fingerprint)
+    with contextlib.ExitStack() as stack:
+        work = _Run(plan, out, journal, progress, on_progress, stack)
+        work.run(jobs)
+    plan.checkpoint.check_unchanged()
+    return work.written()
+
+
+class _Run:
+    """The state that workers share; `_lock` guards all of it but the files themselves."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        journal: Journal,
+        progress: Progress,
+        on_progress: Callable[[int], None],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.plan, self.out, self.journal, self.on_progress = plan, out, journal, on_progress
+        self.known = progress.chunks
+        self.resumed = 0
+        self._lock = threading.Condition()
+        self._chunks = iter(range(len(plan.chunks)))
+        self._urgent: deque[Task] = deque()
+        self._running = 0
+        self._stop = False
+        self._error: BaseException | None = None
+        self.finished = dict(progress.files)
+        self.source_hashes = dict(progress.sources)
+        self.sources = {file.name: self._open_source(file, stack) for file in plan.checkpoint.files}
+        self.outputs = [self._open_output(file, stack) for file in plan.files]
+        self._make_hashes()
+
+    # Opening
+
+    def _open_source(self, file: SourceFile, stack: contextlib.ExitStack) -> int:
+        path = self.plan.checkpoint.folder / file.name
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise StreamquantError("cannot read a shard", where=str(path), found=error.strerror) from error
+        stack.callback(os.close, descriptor)
+        return descriptor
+
+    def _open_output(self, file: OutputFile, stack: contextlib.ExitStack) -> int | None:
+        """A descriptor of the partial file with its literals in place; None if the file has its final name."""
+        final = self.out / file.path
+        partial = final.with_name(final.name + PARTIAL)
+        if file.path in self.finished:
+            if not final.exists() and partial.exists():  # stopped between the journal's line and the rename
+                _rename(partial, final)
+            if final.exists() and final.stat().st_size == file.size:
+                return None
+            del self.finished[file.path]
+        if final.exists():
+            raise StreamquantError(
+                "an output file exists already and this run did not write it",
+                where=str(final),
+                hint="choose another --out, or move the file away",
+            )
+        final.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+        stack.callback(os.close, descriptor)
+        os.ftruncate(descriptor, file.size)
+        for offset, data in file.literals:
+            write_all(descriptor, memoryview(data), offset)
+        return descriptor
+
+    def _make_hashes(self) -> None:
+        plan = self.plan
+        file_extents: list[list[Extent]] = [[] for _ in plan.files]
+        source_extents: dict[str, list[Extent]] = {name: [] for name in self.sources}
+        for number, chunk in enumerate(plan.chunks):
+            for _, _, file, offset, nbytes in extents(plan, chunk):
+                file_extents[file].append(Extent(offset, offset + nbytes, number))
+            source = plan.matrices[chunk.matrix].source
+            row = (source.stop - source.start) // plan.matrices[chunk.matrix].rows
+            start = source.start + chunk.first * row
+            source_extents[source.file].append(Extent(start, source.start + chunk.last * row, number))
+        self.hashes = [
+            FileHash(file.size, file_extents[index], self._tensor_ranges(index))
+            for index, file in enumerate(plan.files)
+        ]
+        self.source_hash = {file.name: FileHash(file.size, source_extents[file.name]) for file in plan.checkpoint.files}
+
+    def _tensor_ranges(self, file: int) -> Iterator[tuple[str, int, int]]:
+        for variant in self.plan.variants:
+            for tensor in variant.tensors:
+                for part, region in enumerate(tensor.regions):
+                    if region.file == file:
+                        yield f"{part}:{tensor.name}", region.offset, region.offset + region.nbytes
+
+    # Workers
+
+    def run(self, jobs: int) -> None:
+        """Start the workers and wait for them."""
+        with self._lock:
+            self._queue_hashes()
+        threads = [threading.Thread(target=self._work, name=f"streamquant-{i}", daemon=True) for i in range(jobs)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)
+        finally:
+            with self._lock:
+                self._stop = True
+                self._lock.notify_all()
+            for thread in threads:
+                thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        scratch = Scratch()
+        try:
+            while (task := self._next_task()) is not None:
+                task(scratch)
+                with self._lock:
+                    self._running -= 1
+                    self._lock.notify_all()
+        except OSError as error:
+            self._fail(_explain(error, self.out))
+        except BaseException as error:  # handed to the calling thread, whatever it is
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._stop = True
+            self._lock.notify_all()
+
+    def _next_task(self) -> Task | None:
+        """Hashes first, while their bytes are in memory; then the next chunk; None when there is nothing left."""
+        with self._lock:
+            while not self._stop:
+                task = self._urgent.popleft() if self._urgent else None
+                if task is None:
+                    number = next(self._chunks, None)
+                    if number is not None:
+                        task = self._chunk_task(number)
+                if task is not None:
+                    self._running += 1
+                    return task
+                if self._running == 0:
+                    self._stop = True
+                    self._lock.notify_all()
+                    break
+                self._lock.wait()
+            return None
+
+    def _chunk_task(self, number: int) -> Task:
+        return lambda scratch: self._do_chunk(number, scratch)
+
+    # Chunks
+
+    def _do_chunk(self, number: int, scratch: Scratch) -> None:
+        chunk = self.plan.chunks[number]
+        matrix = self.plan.matrices[chunk.matrix]
+        nbytes = (chunk.last - chunk.first) * ((matrix.source.stop - matrix.source.start) // matrix.rows)
+        if number in self.known and self._is_on_disk(number, scratch):
+            self.resumed += 1
+        else:
+            self.journal.chunk(number, self._convert(number, scratch))
+        with self._lock:
+            for _, _, file, _, _ in extents(self.plan, chunk):
+                self.hashes[file].mark(number)
+            self.source_hash[matrix.source.file].mark(number)
+            self._queue_hashes()
+        self.on_progress(nbytes)
+
+    def _convert(self, number: int, scratch: Scratch) -> list[str]:
+        """Encode and write a chunk; returns the hash of each run of bytes, "" for a file that was finished before."""
+        chunk = self.plan.chunks[number]
+        places = list(extents(self.plan, chunk))
+        wanted = frozenset(output for output, _, file, _, _ in places if self.outputs[file] is not None)
+        hashes = {(output, part): quick_hash() for output, part, _, _, _ in places}
+        if wanted:
+            self._encode_and_write(number, wanted, hashes, scratch)
+        return [hashes[output, part].hexdigest() if output in wanted else "" for output, part, _, _, _ in places]
+
+    def _encode_and_write(self, number: int, wanted: frozenset[int], hashes: dict, scratch: Scratch) -> None:  # type: ignore[type-arg]
+        chunk = self.plan.chunks[number]
+        source = self.plan.matrices[chunk.matrix].source
+        try:
+            for pieces in encode_chunk(self.plan, chunk, self.sources[source.file], wanted, scratch):
+                if self._stop:
+                    raise _Stopped
+                for piece in pieces:
+                    descriptor = self.outputs[piece.file]
+                    assert descriptor is not None, "only unfinished files are wanted"
+                    write_all(descriptor, piece.data.data, piece.offset)
+                    hashes[piece.output, piece.part].update(piece.data)
+        except EOFError as error:
+            raise self._shrank(source.file) from error
+
+    def _is_on_disk(self, number: int, scratch: Scratch) -> bool:
+        """Whether every run of bytes of a chunk that the journal lists is in its file as it was written."""
+        places = list(extents(self.plan, self.plan.chunks[number]))
+        if len(places) != len(self.known[number]):
+            return False
+        for (_, _, file, offset, nbytes), expected in zip(places, self.known[number], strict=True):
+            descriptor = self.outputs[file]
+            if descriptor is not None and _hash_range(descriptor, offset, nbytes, scratch) != expected:
+                return False
+        return True
+
+    # Hashes
+
+    def _queue_hashes(self) -> None:
+        """Queue every step of hashing that is ready; the caller holds the lock."""
+        for index, file in enumerate(self.plan.files):
+            if file.path not in self.finished and (step := self.hashes[index].step()) is not None:
+                self._urgent.append(self._output_hash_task(index, step[1]))
+        for name, file_hash in self.source_hash.items():
+            if name not in self.source_hashes and (step := file_hash.step()) is not None:
+                self._urgent.append(self._source_hash_task(name, step[1]))
+        if self._urgent:
+            self._lock.notify_all()
+
+    def _output_hash_task(self, index: int, stop: int) -> Task:
+        def task(_scratch: Scratch) -> None:
+            file_hash, descriptor = self.hashes[index], self.outputs[index]
+            assert descriptor is not None, "finished files are not hashed"
+            file_hash.hash(descriptor, stop)
+            if file_hash.complete:
+                self._finish(index, descriptor)
+            self._release(file_hash)
+
+        return task
+
+    def _source_hash_task(self, name: str, stop: int) -> Task:
+        def task(_scratch: Scratch) -> None:
+            file_hash = self.source_hash[name]
+            try:
+                file_hash.hash(self.sources[name], stop)
+            except EOFError as error:
+                raise self._shrank(name) from error
+            if file_hash.complete:
+                self.source_hashes[name] = file_hash.sha256()
+                self.journal.source(name, self.source_hashes[name])
+            self._release(file_hash)
+
+        return task
+
+    def _release(self, file_hash: FileHash) -> None:
+        with self._lock:
+            file_hash.busy = False
+            self._queue_hashes()
+
+    def _finish(self, index: int, descriptor: int) -> None:
+        """All bytes are written and hashed: sync, record, rename."""
+        path = self.plan.files[index].path
+        os.fsync(descriptor)
+        hashes = self.hashes[index].tensor_hashes()
+        record = {"sha256": self.hashes[index].sha256(), "tensors": hashes}
+        self.journal.file(path, self.hashes[index].sha256(), hashes)
+        final = self.out / path
+        _rename(final.with_name(final.name + PARTIAL), final)
+        self.finished[path] = record
+
+    def _shrank(self, name: str) -> StreamquantError:
+        return StreamquantError(
+            "a source file became shorter while it was being read",
+            where=str(self.plan.checkpoint.folder / name),
+            hint="fetch it again, remove the output folder, and convert again",
+        )
+
+    def written(self) -> Written:
+        """The hashes of everything."""
+        return Written(
+            {path: record["sha256"] for path, record in self.finished.items()},
+            {path: record["tensors"] for path, record in self.finished.items()},
+            dict(self.source_hashes),
+            self.resumed,
+        )
+
+
+class _Stopped(Exception):  # noqa: N818 - not an error: another worker failed first, or the user stopped the run
+    pass
+
+
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """pwrite until all of `data` is written. Raises OSError."""
+    data = data.cast("B")
+    at = 0
+    while at < len(data):
+        at += os.pwrite(descriptor, data[at:], offset + at)
+
+
+def _hash_range(descriptor: int, offset: int, nbytes: int, scratch: Scratch) -> str | None:
+    """The quick hash of bytes of a file; None if it ends before."""
+    result = quick_hash()
+    buffer = scratch.take("verify", READ_BYTES).data
+    while nbytes > 0:
+        count = os.preadv(descriptor, [buffer[: min(nbytes, READ_BYTES)]], offset)
+        if count == 0:
+            return None
+        result.update(buffer[:count])
+        offset, nbytes = offset + count, nbytes - count
+    return str(result.hexdigest())
+
+
+def _rename(partial: Path, final: Path) -> None:
+    """Give a synced file its final name, and make the name itself survive a power loss."""
+    partial.replace(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _explain(error: OSError, out: Path) -> StreamquantError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StreamquantError(
+            "the disk is full",
+            where=str(out),
+            found=error.strerror,
+            hint="free some space and run the same command again: it goes on where it stopped",
+        )
+    return StreamquantError(
+        "cannot read or write a file", where=str(error.filename or out), found=error.strerror or str(error)
+    )

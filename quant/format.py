@@ -1,0 +1,103 @@
+"""The contract of a number format: rows of float32 weights -> bytes -> rows of float32 weights.
+
+A format is data: a frozen record and two pure functions on rows. Every format has a fixed size: the number of bytes
+follows from the shape alone, so the address of every row in an output file is known before a weight is read.
+
+Most formats store a tensor as one run of bytes. FP8 stores two tensors, the codes and their scales: such a format has
+two `Part`s. Rows that share a scale (the 128 rows of a block) form a *group*; groups are encoded independently of each
+other, so any run of whole groups can be encoded alone, in any order, by any worker, and gives the same bytes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.float32]
+"""float32[r, n]: r rows of n weights, C-contiguous."""
+Encoded = tuple[NDArray[np.uint8], ...]
+"""One uint8[g, bytes] array per part of the format, C-contiguous."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stored tensor that a format makes of a tensor of weights.
+
+    The tensor is stored as `ceil(rows / rows_per_entry)` entries of `bytes_per_entry(n)` bytes, one after another.
+    """
+
+    suffix: str
+    """Appended to the tensor's name: "" for the weights, "_scale" for their scales."""
+    stored_as: str
+    """The dtype as the container spells it: a GGML type name ("Q8_0") or a safetensors dtype ("F8_E4M3")."""
+    rows_per_entry: int
+    """Rows of weights that one entry covers."""
+    bytes_per_entry: Callable[[int], int]
+    """Row length n in weights -> bytes of one entry."""
+    stored_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+    """Shape of the weights (torch order) -> shape of this part as the container states it (torch order)."""
+
+    def entries(self, rows: int) -> int:
+        """How many entries `rows` rows of weights take."""
+        return -(-rows // self.rows_per_entry)
+
+    def nbytes(self, rows: int, n: int) -> int:
+        """Bytes that this part of a tensor of `rows` rows of `n` weights takes."""
+        return self.entries(rows) * self.bytes_per_entry(n)
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A number format. Instances live in `quant.formats.FORMATS`; the shared checks of tests/quant run on each."""
+
+    name: str
+    weights_per_block: int
+    """Weights that share a scale along a row; the row length must be a multiple of it unless `pads_rows`."""
+    rows_per_group: int
+    """Rows that share a scale: 1, or 128 for the 128x128 blocks of FP8."""
+    parts: tuple[Part, ...]
+    encode_into: Callable[[Rows, Encoded], int]
+    """The encoder: fills the arrays of the parts; returns the first row whose scale or value does not fit in the
+    format (it is stored as infinity, as the reference does), or -1. Assumes finite rows."""
+    decode_from: Callable[[Encoded, int], Rows]
+    """Encoded parts and the row length n -> float32[r, n]."""
+    pads_rows: bool = False
+    """True where a row may end in an incomplete block."""
+
+    def fits(self, n: int) -> bool:
+        """Whether rows of `n` weights can be stored in this format."""
+        return self.pads_rows or n % self.weights_per_block == 0
+
+    def nbytes(self, rows: int, n: int) -> int:
+        """Bytes of all parts of a tensor of `rows` rows of `n` weights."""
+        return sum(part.nbytes(rows, n) for part in self.parts)
+
+    def allocate(self, rows: int, n: int) -> Encoded:
+        """Uninitialised arrays for `encode_into`: one uint8[entries, bytes] per part.
+
+        Raises ValueError if rows of `n` weights do not fit the format.
+        """
+        if not self.fits(n):
+            raise ValueError(f"row length {n} is not a multiple of the {self.name} block size {self.weights_per_block}")
+        return tuple(np.empty((part.entries(rows), part.bytes_per_entry(n)), np.uint8) for part in self.parts)
+
+    def encode(self, rows: Rows) -> Encoded:
+        """float32[r, n] -> one uint8[entries, bytes] per part. `rows` must be finite.
+
+        Raises ValueError for another dtype or rank, or a row length that does not fit the format.
+        """
+        if rows.ndim != 2 or rows.dtype != np.float32:
+            raise ValueError(f"{self.name} encodes float32[rows, n], not {rows.dtype}{list(rows.shape)}")
+        out = self.allocate(*rows.shape)
+        self.encode_into(np.ascontiguousarray(rows), out)
+        return out
+
+    def decode(self, encoded: Encoded, n: int) -> Rows:
+        """The inverse of `encode`: the parts of r rows of `n` weights -> float32[r, n]."""
+        return self.decode_from(encoded, n)
+
+
+def same_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The stored shape of a part that keeps the shape of the weights."""
+    return shape

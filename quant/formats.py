@@ -1,0 +1,15 @@
+"""The one table of all number formats. A new format is a line here; the shared checks of tests/quant then run on it."""
+
+from quant import fp8
+from quant.format import Format
+from quant.ggml import floats, legacy
+
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        *floats.FORMATS,
+        *legacy.FORMATS,
+        *fp8.FORMATS,
+    )
+}
+"""By name: F32, F16, BF16 and GGML's names as ggml spells them; FP8_CHANNEL_* and FP8_BLOCK_* by source dtype."""

@@ -1,0 +1,102 @@
+"""FP8 E4M3 weights with scales of their own, as compressed-tensors stores them and vLLM and SGLang load them.
+
+| format           | codes         | scales                                          |
+| ---------------- | ------------- | ----------------------------------------------- |
+| FP8_CHANNEL_BF16 | F8_E4M3[N, K] | weight_scale BF16[N, 1]                         |
+| FP8_BLOCK_BF16   | F8_E4M3[N, K] | weight_scale BF16[ceil(N / 128), ceil(K / 128)] |
+
+and the same with F16 and F32: scales have the dtype of the source weight, and the quotient is rounded to it before it
+is rounded to E4M3. This is what llm-compressor's model_free_ptq writes, byte for byte (quant/kernels/fp8_cpu.py has
+the arithmetic). E4M3 here is the "fn" form: no infinities, largest value 448 (arXiv 2209.05433). Values that would
+round beyond it saturate.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quant.format import Encoded, Format, Part, Rows, same_shape
+from quant.kernels import fp8_cpu
+from quant.widen import SOURCE_DTYPES, widen
+
+TILE = fp8_cpu.TILE
+_DTYPES = {"BF16": fp8_cpu.BF16, "F16": fp8_cpu.F16, "F32": fp8_cpu.F32}
+
+
+def _e4m3_values() -> NDArray[np.float32]:
+    """The value of each of the 256 codes: sign, 4 exponent bits (bias 7), 3 mantissa bits; S.1111.111 is NaN.
+
+    >>> float(_e4m3_values()[0x7E]), float(_e4m3_values()[0x01]) == 2**-9
+    (448.0, True)
+    """
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    magnitude[(codes & 0x7F) == 0x7F] = np.nan
+    return np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
+
+
+E4M3 = _e4m3_values()
+
+
+def _store_scales(scales: NDArray[np.float32], dtype: str, out: NDArray[np.uint8]) -> None:
+    """Narrow the scales, which are values of `dtype` already, into the bytes of `dtype`."""
+    flat = np.ascontiguousarray(scales).reshape(-1)
+    if dtype == "BF16":
+        narrow: NDArray[np.generic] = (flat.view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        narrow = flat.astype(np.float16 if dtype == "F16" else np.float32)
+    out[:] = narrow.view(np.uint8).reshape(out.shape)
+
+
+def _load_scales(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    """uint8[entries, bytes] -> float32[entries, scales per entry]."""
+    scales = np.empty((raw.shape[0], raw.shape[1] // SOURCE_DTYPES[dtype]), np.float32)
+    widen(np.ascontiguousarray(raw).reshape(-1), dtype, scales)
+    return scales
+
+
+def _channel(dtype: str) -> Format:
+    def encode_into(rows: Rows, out: Encoded) -> int:
+        scales = np.empty(rows.shape[0], np.float32)
+        fp8_cpu.encode_channel(rows, out[0], scales, _DTYPES[dtype])
+        _store_scales(scales, dtype, out[1])
+        return -1
+
+    def decode_from(encoded: Encoded, n: int) -> Rows:
+        return E4M3[encoded[0].reshape(-1, n)] * _load_scales(encoded[1], dtype)
+
+    size = SOURCE_DTYPES[dtype]
+    codes = Part("", "F8_E4M3", 1, lambda n: n, same_shape)
+    scale = Part("_scale", dtype, 1, lambda _n: size, lambda shape: (shape[0], 1))
+    return Format(f"FP8_CHANNEL_{dtype}", 1, 1, (codes, scale), encode_into, decode_from)
+
+
+def _block(dtype: str) -> Format:
+    def encode_into(rows: Rows, out: Encoded) -> int:
+        r, n = rows.shape
+        scales = np.empty((-(-r // TILE), -(-n // TILE)), np.float32)
+        fp8_cpu.encode_tiles(rows, out[0], scales, _DTYPES[dtype])
+        _store_scales(scales, dtype, out[1])
+        return -1
+
+    def decode_from(encoded: Encoded, n: int) -> Rows:
+        codes = encoded[0].reshape(-1, n)
+        scales = _load_scales(encoded[1], dtype).repeat(TILE, axis=0).repeat(TILE, axis=1)
+        return E4M3[codes] * scales[: codes.shape[0], :n]
+
+    size = SOURCE_DTYPES[dtype]
+    codes = Part("", "F8_E4M3", 1, lambda n: n, same_shape)
+    scale = Part(
+        "_scale",
+        dtype,
+        TILE,
+        lambda n: -(-n // TILE) * size,
+        lambda shape: (-(-shape[0] // TILE), -(-shape[1] // TILE)),
+    )
+    return Format(f"FP8_BLOCK_{dtype}", TILE, TILE, (codes, scale), encode_into, decode_from, pads_rows=True)
+
+
+_MAKERS: tuple[Callable[[str], Format], ...] = (_channel, _block)
+FORMATS = tuple(make(dtype) for make in _MAKERS for dtype in _DTYPES)

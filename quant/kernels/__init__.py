@@ -1,0 +1,1 @@
+"""The fast encoders behind the formats."""

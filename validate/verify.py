@@ -1,0 +1,270 @@
+"""Read back what was written: against the manifest, and against the source.
+
+Without a source: sizes, SHA-256 of every file, the hash of every tensor (so that damage has a name), and containers
+whose headers say what the manifest says. With the source: every tensor is encoded again and compared byte for byte, and
+decoded and compared with the weights, which gives the error of the variant (SQNR).
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.blocks import Piece, Scratch, encode_chunk, read_into, read_rows, widen_rows
+from convert.checkpoint import Checkpoint
+from convert.hashing import FileHash
+from convert.manifest import MANIFEST, read_manifest
+from convert.plan import BLOCK_WEIGHTS, Chunk, Matrix, Options, Plan, make_plan
+from convert.recipe import parse_variants
+from quant.errors import StreamquantError, UsageError
+from quant.formats import FORMATS
+from validate.inspect import StoredFile, inspect_file
+from validate.sqnr import Noise
+
+
+@dataclass(slots=True)
+class VerifiedVariant:
+    """What was found of one variant; `problems` is empty if all is well."""
+
+    folder: Path
+    spec: str
+    files: int = 0
+    tensors: int = 0
+    nbytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    noise: dict[str, Noise] = field(default_factory=dict)
+    """By source tensor; empty without a source."""
+
+    @property
+    def total(self) -> Noise:
+        """The noise of the whole variant."""
+        total = Noise()
+        for noise in self.noise.values():
+            total.merge(noise)
+        return total
+
+    @property
+    def quantized(self) -> Noise:
+        """The noise of the tensors that lost something."""
+        total = Noise()
+        for noise in self.noise.values():
+            if noise.noise > 0:
+                total.merge(noise)
+        return total
+
+
+def find_manifests(folder: Path) -> list[Path]:
+    """The folders with a manifest: `folder` itself, or those directly below it. Raises UsageError if there is none."""
+    candidates = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())] if folder.is_dir() else []
+    found = [candidate for candidate in candidates if (candidate / MANIFEST).is_file()]
+    if not found:
+        raise UsageError(
+            "nothing to verify",
+            where=str(folder),
+            required=f"a folder that `streamquant convert` wrote, with {MANIFEST}",
+        )
+    return found
+
+
+def verify(
+    folder: Path, source: Checkpoint | None = None, *, on_progress: Callable[[int], None] = lambda _nbytes: None
+) -> list[VerifiedVariant]:
+    """Verify every variant of every manifest in `folder`; `on_progress` gets the number of bytes just checked.
+
+    Problems are collected, not raised. Raises UsageError without a manifest, StreamquantError for a broken manifest or
+    a source that cannot be read.
+    """
+    results = []
+    for child in find_manifests(folder):
+        manifest = read_manifest(child)
+        assert manifest is not None, "find_manifests returns folders with one"
+        for spec, entry in _variants(manifest, child):
+            result = VerifiedVariant(child, spec)
+            results.append(result)
+            _verify_files(result, entry, on_progress)
+            if source is not None and not result.problems:
+                _verify_source(result, manifest, entry, source, on_progress)
+    return results
+
+
+def bytes_to_verify(folder: Path, *, with_source: bool) -> int:
+    """The number of bytes that `verify` will report, for a progress bar."""
+    total = 0
+    for child in find_manifests(folder):
+        manifest = read_manifest(child) or {}
+        for _, entry in _variants(manifest, child):
+            size = sum(file["size"] for file in entry["files"])
+            total += 2 * size if with_source else size
+    return total
+
+
+def _variants(manifest: dict[str, Any], folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The variants of a manifest, checked for what is used of them."""
+    for spec, entry in manifest["variants"].items():
+        try:
+            for file in entry["files"]:
+                if not isinstance(file["size"], int) or not isinstance(file["sha256"], str):
+                    raise TypeError("files")
+                if Path(file["path"]).is_absolute() or ".." in Path(file["path"]).parts:
+                    raise ValueError(f"path {file['path']!r} leaves the folder")
+            for tensor in entry["tensors"]:
+                for part in tensor["parts"]:
+                    _ = part["name"], part["file"], part["offset"] + part["size"], part["xxh3_128"], part["stored_as"]
+            _ = entry["options"]["name"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise StreamquantError(
+                "broken manifest", where=f"{folder / MANIFEST}, variant {spec!r}", found=repr(error)
+            ) from error
+        yield spec, entry
+
+
+# Against the manifest
+
+
+def _verify_files(result: VerifiedVariant, entry: dict[str, Any], on_progress: Callable[[int], None]) -> None:
+    for file in entry["files"]:
+        path = result.folder / file["path"]
+        parts = [
+            (part["name"], part["offset"], part["offset"] + part["size"], part["xxh3_128"], part["stored_as"])
+            for tensor in entry["tensors"]
+            for part in tensor["parts"]
+            if part["file"] == file["path"]
+        ]
+        result.files += 1
+        result.tensors += len(parts)
+        if not path.is_file():
+            result.problems.append(f"{file['path']}: missing")
+            continue
+        result.nbytes += path.stat().st_size
+        if path.stat().st_size != file["size"]:
+            result.problems.append(f"{file['path']}: {path.stat().st_size:,} bytes, should be {file['size']:,}")
+            continue
+        result.problems += _verify_hashes(path, file, parts, on_progress)
+        result.problems += _verify_header(path, file["path"], parts)
+
+
+def _verify_hashes(
+    path: Path, file: dict[str, Any], parts: list[tuple[str, int, int, str, str]], on_progress: Callable[[int], None]
+) -> list[str]:
+    found = FileHash(file["size"], [], [(name, start, stop) for name, start, stop, _, _ in parts])
+    with path.open("rb") as opened:
+        at = 0
+        while (step := found.step()) is not None and at < file["size"]:
+            found.hash(opened.fileno(), step[1])
+            found.busy = False
+            on_progress(step[1] - at)
+            at = step[1]
+    if found.sha256() == file["sha256"]:
+        return []
+    hashes = found.tensor_hashes()
+    damaged = [name for name, _, _, expected, _ in parts if hashes[name] != expected]
+    if not damaged:
+        return [f"{file['path']}: header or padding damaged (SHA-256 differs, all tensors are whole)"]
+    return [f"{file['path']}: tensor {name} is damaged" for name in damaged]
+
+
+def _verify_header(path: Path, name: str, parts: list[tuple[str, int, int, str, str]]) -> list[str]:
+    """Whether the container says of each tensor what the manifest says."""
+    try:
+        stored: StoredFile = inspect_file(path)
+    except StreamquantError as error:
+        return [f"{name}: {error}"]
+    present = {tensor.name: tensor for tensor in stored.tensors}
+    problems = []
+    for tensor_name, start, stop, _, stored_as in parts:
+        tensor = present.get(tensor_name)
+        if tensor is None:
+            problems.append(f"{name}: no tensor {tensor_name} in the file's header")
+        elif (tensor.offset, tensor.offset + tensor.nbytes, tensor.stored_as) != (start, stop, stored_as):
+            problems.append(f"{name}: tensor {tensor_name} has another place or type in the file's header")
+    return problems
+
+
+# Against the source
+
+
+def _verify_source(
+    result: VerifiedVariant,
+    manifest: dict[str, Any],
+    entry: dict[str, Any],
+    source: Checkpoint,
+    on_progress: Callable[[int], None],
+) -> None:
+    expected = {(file["path"], file["size"]) for file in manifest["source"]["files"]}
+    if {(file.name, file.size) for file in source.files} != expected:
+        result.problems.append(f"made of another source than {source.folder}: names or sizes of its files differ")
+        return
+    options = Options(**entry["options"])
+    plan = make_plan(source, parse_variants([result.spec]), options)
+    with ExitStack() as stack:
+        outputs = []
+        for file in plan.files:
+            path = result.folder.parent / file.path
+            opened = stack.enter_context(path.open("rb"))
+            outputs.append(opened.fileno())
+            for offset, data in file.literals:
+                if os.pread(opened.fileno(), len(data), offset) != data:
+                    result.problems.append(f"{file.path}: header or generated tensor at byte {offset} differs")
+        sources = {
+            file.name: stack.enter_context((source.folder / file.name).open("rb")).fileno() for file in source.files
+        }
+        scratch, compared = Scratch(), Scratch()
+        for chunk in plan.chunks:
+            _verify_chunk(plan, chunk, sources, outputs, result, scratch, compared, on_progress)
+
+
+def _verify_chunk(
+    plan: Plan,
+    chunk: Chunk,
+    sources: dict[str, int],
+    outputs: list[int],
+    result: VerifiedVariant,
+    scratch: Scratch,
+    compared: Scratch,
+    on_progress: Callable[[int], None],
+) -> None:
+    """Encode a chunk again, compare it with the file, and add up the error of what the file holds."""
+    matrix = plan.matrices[chunk.matrix]
+    source = sources[matrix.source.file]
+    step = matrix.rows_within(BLOCK_WEIGHTS)
+    noise = result.noise.setdefault(matrix.source.name, Noise())
+    first = chunk.first
+    for pieces in encode_chunk(plan, chunk, source, frozenset(range(len(matrix.outputs))), scratch):
+        last = min(first + step, chunk.last)
+        stored = [_read_piece(piece, outputs, compared) for piece in pieces]
+        for piece, found in zip(pieces, stored, strict=True):
+            if not np.array_equal(piece.data, found):
+                name = matrix.outputs[piece.output].name
+                result.problems.append(
+                    f"{plan.files[piece.file].path}: tensor {name}, rows from {first}: not what the source gives"
+                )
+            on_progress(found.size)
+        rows = widen_rows(matrix, first, read_rows(matrix, first, last, source, scratch), scratch)
+        noise.add(rows, _decode(matrix, pieces, stored))
+        first = last
+
+
+def _read_piece(piece: Piece, outputs: list[int], compared: Scratch) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    buffer = compared.take(f"part {piece.part}", piece.data.size)
+    read_into(outputs[piece.file], buffer, piece.offset)
+    return buffer
+
+
+def _decode(
+    matrix: Matrix, pieces: list[Piece], stored: list[np.ndarray[Any, np.dtype[np.uint8]]]
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The rows that the stored bytes stand for, in the source's row order."""
+    output = matrix.outputs[pieces[0].output]
+    format_ = FORMATS[output.format]
+    parts = tuple(
+        found.reshape(-1, part.bytes_per_entry(matrix.n)) for part, found in zip(format_.parts, stored, strict=True)
+    )
+    rows = format_.decode(parts, matrix.n)
+    if output.rope_heads is None:
+        return rows
+    half = matrix.rows // output.rope_heads // 2
+    return rows.reshape(-1, half, 2, matrix.n).swapaxes(1, 2).reshape(rows.shape)
