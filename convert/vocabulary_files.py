@@ -85,10 +85,13 @@ def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
         require(config.get(key), (list, dict, type(None)), f"{path}, {key}")
     decoder = config.get("added_tokens_decoder", {})
     require(decoder, dict, f"{path}, added_tokens_decoder")
+    for text in _named(config):
+        check_text(text, f"{path}, special tokens")
     for number, token in decoder.items():
         where = f"{path}, added_tokens_decoder[{number!r}]"
         require(token, dict, where)
         require(token.get("content"), str, f"{where}.content")
+        check_text(token["content"], where)
         if not number.isascii() or not number.isdigit():
             raise StreamquantError("wrong key", where=where, found=repr(number), required="a token id, 0 or more")
 
@@ -188,7 +191,7 @@ def _check_vocab(path: pathlib.Path, tokenizer: Mapping[str, Any]) -> None:
     owner: dict[int, str] = {}
     for text, number in vocab.items():
         require(number, int, f"{path}, model.vocab[{text!r}]")
-        _check_text(text, f"{path}, model.vocab, id {number}")
+        check_text(text, f"{path}, model.vocab, id {number}")
         if number in owner:
             raise StreamquantError(
                 "two tokens have one id",
@@ -198,11 +201,12 @@ def _check_vocab(path: pathlib.Path, tokenizer: Mapping[str, Any]) -> None:
         owner[number] = text
 
 
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
+    """Raise StreamquantError unless `text` can be written as UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as fault:  # JSON may spell half a surrogate pair
-        raise StreamquantError("token is not valid Unicode", where=where, found=ascii(text)) from fault
+        raise StreamquantError("text is not valid Unicode", where=where, found=ascii(text)) from fault
 
 
 def _add_tokens(
@@ -218,8 +222,6 @@ def _add_tokens(
         if token["content"] not in added
     ]
     extra += [AddedToken(text, special=True) for text in named if text not in added and text not in declared]
-    for token in extra:
-        _check_text(token.content, f"{folder / 'tokenizer_config.json'}, special tokens")
     if extra:
         backend.add_tokens(extra)
     for text, number in declared.items():

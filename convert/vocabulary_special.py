@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 
-from convert.vocabulary_files import TokenizerFiles, read_json, require
+from convert.vocabulary_files import TokenizerFiles, check_text, read_json, require
 from quant.errors import StreamquantError
 
 
@@ -56,10 +56,11 @@ def write_special(writer: Any, files: TokenizerFiles, *, merges: bool) -> Iterab
 
     Raises StreamquantError if a template is malformed or there are no merges.
     """
+    template, notes = read_templates(files)
     with _gguf_warnings() as warned:
         special = _special(files, merges=merges)
         fixed = _follow_template(special, files)
-        special.chat_template, notes = read_templates(files)
+        special.chat_template = template
         if merges and not special.merges:
             raise StreamquantError("tokenizer.json has no merges", where=str(files.folder / "tokenizer.json"))
         special.add_to_gguf(writer, quiet=True)
@@ -150,6 +151,9 @@ def _check_template(template: object, where: str) -> None:
             require(entry, dict, f"{where}[{number}]")
             for key in ("name", "template"):
                 require(entry.get(key), str, f"{where}[{number}].{key}")
+                check_text(entry[key], f"{where}[{number}].{key}")
+    elif isinstance(template, str):
+        check_text(template, where)
 
 
 def write_fill_in_the_middle(writer: Any, files: TokenizerFiles, ids: Mapping[str, int]) -> None:

@@ -21,7 +21,8 @@ CONVERTER = pathlib.Path(os.environ.get("STREAMQUANT_PEERS", ROOT / ".peers")) /
 
 requires_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no test data at {DATA} (STREAMQUANT_DATA)")
 requires_converter = pytest.mark.skipif(
-    not (CONVERTER / "convert_hf_to_gguf.py").is_file(), reason=f"no reference converter at {CONVERTER} (STREAMQUANT_PEERS)"
+    not (CONVERTER / "convert_hf_to_gguf.py").is_file(),
+    reason=f"no reference converter at {CONVERTER} (STREAMQUANT_PEERS)",
 )
 requires_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp (the package xllamacpp) is not installed"
@@ -167,5 +168,5 @@ def vectors(name: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     base = DATA / "tokenizers" / "vectors" / f"ggml-vocab-{name}.gguf"
     texts = base.with_name(base.name + ".inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
     lines = base.with_name(base.name + ".out").read_text(encoding="utf-8").splitlines()
-    # A text of line breaks alone cannot be split off unambiguously, so there is one text more than there are lines.
-    return tuple(zip(texts, (tuple(map(int, line.split())) for line in lines), strict=False))
+    assert texts.pop() == "", "the file ends with a separator"
+    return tuple(zip(texts, (tuple(map(int, line.split())) for line in lines), strict=True))

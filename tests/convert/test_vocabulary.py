@@ -1,0 +1,660 @@
+"""convert.vocabulary against llama.cpp's converter (keys, types, values) and llama.cpp's tokenizer (ids)."""
+
+import json
+import logging
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from convert import pretokenizer, vocabulary
+from convert.vocabulary import DEVIATIONS, Vocabulary, read_vocabulary
+from convert.vocabulary_spm import merge_scores
+from quant.errors import StreamquantError, UsageError
+from tests.peers import (
+    DATA,
+    KV,
+    Job,
+    converter_vocab_kvs,
+    llama_cpp_ids,
+    requires_converter,
+    requires_data,
+    requires_llama_cpp,
+    spelled,
+    vectors,
+    write_tiny_gguf,
+)
+from tests.smollm2 import find_gguf, write_smollm2_tokenizer
+
+TEXT = """Once there was a fox who could count: 1 22 333 4444. "Don't," said the owl, "we'Ve ALL'd enough!"
+    The fox's answer, in tabs\tand  double  spaces: naïve café, Äpfel, 東京, Москва, 🦊🦊 and 3.14159...
+He'll go; she'd stay. HTTPServer parses camelCase and SNAKE_CASE, x = y[0] + {z};\r\n\r\n\n  The end, the end, the end.
+"""
+TORTURE = [
+    *("", " ", "  ", "\n", "\n\n", "\t\n ", "a", "Hello world", " Hello  world ", "don't WE'VE 'tis", "1234567 89"),
+    *("naïve café Äpfel", "東京 Москва", "🦊🦙 ‍🌫️", "x=y[0];\r\n\r\n", "The end, the end...", "camelCase SNAKE"),
+    pretokenizer.CHECK_TEXT,
+]
+CONFIG = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 1,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "head_dim": 16,
+}
+CLASSES = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "seed_oss": ("SeedOssForCausalLM", "seed_oss"),
+}
+
+
+class Case(NamedTuple):
+    """A checkpoint folder without weights."""
+
+    folder: pathlib.Path
+    arch: str
+    vocab_size: int
+    pre: str | None = None
+
+    def read(self, **options: Any) -> Vocabulary:
+        name = CLASSES[self.arch][0]
+        arguments = {"vocab_size": self.vocab_size, "gguf_arch": self.arch, "hf_architecture": name, **options}
+        return read_vocabulary(self.folder, **arguments)
+
+
+def write_config(folder: pathlib.Path, arch: str, vocab_size: int, **more: Any) -> None:
+    name, kind = CLASSES[arch]
+    config = {"architectures": [name], "model_type": kind, "vocab_size": vocab_size, **CONFIG, **more}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def byte_level(regex: str | None, *, ignore_merges: bool = False, special: tuple[str, ...] = ()) -> Tokenizer:
+    """A byte-level BPE tokenizer trained on TEXT; regex None means GPT-2's, which is built into ByteLevel."""
+    backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)
+    from tokenizers import Regex
+
+    split = [] if regex is None else [pre_tokenizers.Split(Regex(regex), "isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, letters])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, min_frequency=1
+    )
+    backend.train_from_iterator([TEXT], trainer)
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return backend
+
+
+def lead_with(backend: Tokenizer, text: str) -> None:
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{text} $A", pair=f"{text} $A {text} $B", special_tokens=[(text, backend.token_to_id(text))]
+    )
+
+
+def write_case(
+    folder: pathlib.Path, backend: Tokenizer, arch: str, *, pre: str | None, spare: int = 5, **config: Any
+) -> Case:
+    folder.mkdir(parents=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend", **config}))
+    case = Case(folder, arch, backend.get_vocab_size() + spare, pre)
+    write_config(folder, arch, case.vocab_size)
+    return case
+
+
+def llama3_like(folder: pathlib.Path) -> Case:
+    backend = byte_level(pretokenizer._LLAMA3, ignore_merges=True, special=("<|begin_of_text|>", "<|eot_id|>"))
+    backend.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("▁▁tab", normalized=True)])
+    lead_with(backend, "<|begin_of_text|>")
+    return write_case(
+        folder,
+        backend,
+        "llama",
+        pre="llama-bpe",
+        bos_token="<|begin_of_text|>",
+        eos_token={"content": "<|eot_id|>", "__type": "AddedToken"},
+        chat_template=[
+            {"name": "default", "template": "{{ messages }}"},
+            {"name": "tool use!", "template": "{{ tools }}"},
+            {"name": "rag", "template": "{{ documents }}"},
+        ],
+    )
+
+
+def qwen2_like(folder: pathlib.Path) -> Case:
+    backend = byte_level(pretokenizer._QWEN2, special=("<|endoftext|>", "<|im_end|>"))
+    backend.normalizer = normalizers.NFC()
+    case = write_case(
+        folder, backend, "qwen2", pre="qwen2", eos_token="<|im_end|>", add_bos_token=False, unk_token="<|new|>"
+    )
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("tool_use", "rag"):
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text("{{ " + name + " }}")
+    return case
+
+
+def seed_like(folder: pathlib.Path) -> Case:
+    backend = byte_level(pretokenizer._SEED.replace(r"\r\n", "\r\n"), special=("<seed:bos>", "<seed:eos>"))
+    case = write_case(folder, backend, "seed_oss", pre="seed-coder", bos_token="<seed:bos>", eos_token="<seed:eos>")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    return case
+
+
+def tekken_like(folder: pathlib.Path) -> Case:
+    # No bos_token in the configuration: it is known from the post_processor alone.
+    backend = byte_level(pretokenizer._TEKKEN, ignore_merges=True, special=("<s>", "</s>"))
+    lead_with(backend, "<s>")
+    return write_case(folder, backend, "llama", pre="tekken", eos_token="</s>", add_prefix_space=False)
+
+
+def gpt2_like(folder: pathlib.Path) -> Case:
+    backend = byte_level(None, special=("<|endoftext|>",))
+    case = write_case(folder, backend, "qwen3", pre="gpt-2", spare=0, bos_token="<|endoftext|>")
+    write_config(folder, "qwen3", case.vocab_size, eos_token_id=[400, 1], pad_token_id=400)
+    return case
+
+
+def smaug_like(folder: pathlib.Path) -> Case:
+    """Llama 3's regex without ignore_merges; the second BOS of the configuration is not the one that leads."""
+    backend = byte_level(pretokenizer._LLAMA3, special=("<s>", "<t>"))
+    lead_with(backend, "<t>")
+    return write_case(folder, backend, "llama", pre="smaug-bpe", bos_token="<s>", add_eos_token=True)
+
+
+def sentencepiece_model(folder: pathlib.Path) -> Case:
+    """A SentencePiece model with the vocabulary size of CodeLlama, which has ids of its own."""
+    spm = pytest.importorskip("sentencepiece")
+    folder.mkdir(parents=True)
+    (folder / "text").write_text(TEXT)
+    spm.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=350,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    added = {"400": {"content": "<|call|>"}, "401": {"content": "▁▁▁"}, "2": {"content": "</s>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": True, "added_tokens_decoder": added}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 402}))
+    write_config(folder, "llama", 32016, bos_token_id=1, eos_token_id=2)
+    return Case(folder, "llama", 32016)
+
+
+def byte_fallback(folder: pathlib.Path, **config: Any) -> Case:
+    """stories260K's vocabulary with two tokens more, one of them special but named nowhere."""
+    source = json.loads((DATA / "models" / "stories260K-bf16" / "tokenizer.json").read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    source["added_tokens"] += [
+        {"id": 512, "content": "<|end|>", "special": True, **flags},
+        {"id": 513, "content": "<think>", "special": False, **flags},
+    ]
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(json.dumps(source))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "extra_special_tokens": ["<|end|>"]}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "TokenizersBackend", **named, **config})
+    )
+    write_config(folder, "llama", 514, bos_token_id=1, eos_token_id=2)
+    return Case(folder, "llama", 514)
+
+
+def linked(folder: pathlib.Path, source: pathlib.Path, arch: str, vocab_size: int) -> Case:
+    folder.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.name != "config.json" and path.suffix != ".safetensors":
+            (folder / path.name).symlink_to(path)
+    write_config(folder, arch, vocab_size)
+    return Case(folder, arch, vocab_size)
+
+
+SYNTHETIC: dict[str, Callable[[pathlib.Path], Case]] = {
+    "llama3": llama3_like,
+    "qwen2": qwen2_like,
+    "seed": seed_like,
+    "tekken": tekken_like,
+    "gpt2": gpt2_like,
+    "smaug": smaug_like,
+    "sentencepiece": sentencepiece_model,
+}
+REAL: dict[str, Callable[[pathlib.Path], Case]] = {
+    "hermes4-14b": lambda folder: linked(folder, DATA / "tokenizers" / "hermes4-14b", "qwen3", 151936),
+    "hermes4-llama": lambda folder: linked(folder, DATA / "tokenizers" / "hermes4-llama", "llama", 128256),
+    "stories260K": lambda folder: linked(folder, DATA / "models" / "stories260K-bf16", "llama", 512),
+    "byte-fallback": byte_fallback,
+}
+
+
+class Shelf:
+    """All cases of this module, each made once and read once."""
+
+    def __init__(self, root: pathlib.Path) -> None:
+        self.root = root
+        self.cases = {name: make(root / name) for name, make in SYNTHETIC.items()}
+        if DATA.is_dir():
+            self.cases |= {name: make(root / name) for name, make in REAL.items()}
+        gguf_path = find_gguf(root)
+        if gguf_path is not None:
+            write_smollm2_tokenizer(gguf_path, root / "smollm2")
+            write_config(root / "smollm2", "llama", 49152, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+            self.cases["smollm2"] = Case(root / "smollm2", "llama", 49152)
+        self.smollm2_gguf = gguf_path
+        self._read: dict[str, Vocabulary] = {}
+        self._reference: dict[str, KV] = {}
+
+    def __getitem__(self, name: str) -> Case:
+        if name not in self.cases:
+            pytest.skip(f"no data for {name} (STREAMQUANT_DATA, STREAMQUANT_SMOLLM2)")
+        return self.cases[name]
+
+    def ours(self, name: str) -> Vocabulary:
+        if name not in self._read:
+            self._read[name] = self[name].read()
+        return self._read[name]
+
+    def reference(self, name: str) -> KV:
+        """What the reference converter writes; it runs once for all cases, since starting it is what takes time."""
+        assert self[name]
+        if not self._reference:
+            found = converter_vocab_kvs([Job(case.folder, case.pre) for case in self.cases.values()])
+            self._reference = dict(zip(self.cases, found, strict=True))
+        return {key: value for key, value in self._reference[name].items() if key.startswith(("tokenizer.", "error"))}
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("vocabularies"))
+
+
+@requires_converter
+@pytest.mark.parametrize("name", [*SYNTHETIC, *REAL, "smollm2"])
+def test_equals_the_reference_converter(shelf: Shelf, name: str) -> None:
+    reference, ours = shelf.reference(name), spelled(shelf.ours(name).metadata)
+    deviating = {"stories260K": {"tokenizer.ggml.scores"}, "byte-fallback": {"tokenizer.ggml.scores"}}.get(name, set())
+    assert reference.keys() == ours.keys()
+    if "tokenizer.chat_templates" in reference:
+        reference["tokenizer.chat_templates"][1].sort()
+    assert [key for key in reference if reference[key] != ours[key]] == sorted(deviating)
+    assert deviating <= DEVIATIONS.keys()
+    assert [kind for kind, _ in reference.values()] == [ours[key][0] for key in reference]
+
+
+def test_smollm2_equals_the_published_gguf(shelf: Shelf) -> None:
+    import gguf
+
+    ours = shelf.ours("smollm2").metadata
+    assert shelf.smollm2_gguf is not None
+    fields = gguf.GGUFReader(shelf.smollm2_gguf).fields
+    published = {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
+    assert {key: value.value for key, value in ours.items()} == published
+
+
+def hf_ids(case: Case, texts: list[str], *, add_special: bool = False) -> list[list[int]]:
+    backend = Tokenizer.from_file(str(case.folder / "tokenizer.json"))
+    return [list(backend.encode(text, add_special_tokens=add_special).ids) for text in texts]
+
+
+def engine_ids(shelf: Shelf, name: str, texts: list[str], *, add_special: bool = False) -> list[list[int]]:
+    model = shelf.root / f"{name}.gguf"
+    if not model.exists():
+        write_tiny_gguf(model, shelf.ours(name).metadata)
+    return llama_cpp_ids(model, texts, add_special=add_special)
+
+
+CHAT = {
+    "hermes4-14b": "<|im_start|>user\nhi<|im_end|>\n<tool_call>\n{}\n</tool_call><think> </think><|endoftext|>",
+    "hermes4-llama": "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><tool_call>\n{}</tool_call><think>x",
+    "smollm2": "<|im_start|>user\nhi 123<|im_end|>\n<|endoftext|><repo_name>x",
+    "stories260K": "<s>hi there</s>",
+    "byte-fallback": "<s>hi<|end|>Once upon <think> a time",
+    "llama3": "<|begin_of_text|>the end<tool_call>the end<|eot_id|>",
+    "qwen2": "The end<|im_end|><|endoftext|> the",
+    "seed": "<seed:bos>the end\r\n\r\n!!!\n<seed:eos>",
+    "tekken": "<s>HTTPServer's</s>",
+    "gpt2": "the<|endoftext|>end",
+    "smaug": "<t>don't 1234 end",
+}
+
+
+@requires_llama_cpp
+@pytest.mark.parametrize("name", CHAT)
+def test_llama_cpp_gives_the_ids_of_hugging_face(shelf: Shelf, name: str) -> None:
+    texts = [*TORTURE, CHAT[name]]
+    if name in ("stories260K", "byte-fallback"):
+        texts += (DATA / "text" / "tinystories_sample.txt").read_text(encoding="utf-8").splitlines()
+    assert engine_ids(shelf, name, texts) == hf_ids(shelf[name], texts)
+
+
+@requires_llama_cpp
+@pytest.mark.parametrize("name", ["hermes4-14b", "hermes4-llama", "smollm2", "stories260K", "llama3", "tekken"])
+def test_llama_cpp_adds_bos_where_hugging_face_does(shelf: Shelf, name: str) -> None:
+    texts = ["Hello world", "a"]
+    assert engine_ids(shelf, name, texts, add_special=True) == hf_ids(shelf[name], texts, add_special=True)
+
+
+@requires_llama_cpp
+@requires_data
+@pytest.mark.parametrize(("name", "vocabulary_name"), [("hermes4-14b", "qwen2"), ("hermes4-llama", "llama-bpe")])
+def test_llama_cpp_gives_the_published_vectors(shelf: Shelf, name: str, vocabulary_name: str) -> None:
+    cases = vectors(vocabulary_name)
+    assert len(cases) == 46
+    found = engine_ids(shelf, name, [text for text, _ in cases])
+    assert found == [list(ids) for _, ids in cases]
+
+
+@requires_llama_cpp
+@requires_data
+def test_scores_of_the_reference_give_other_ids(shelf: Shelf, tmp_path: pathlib.Path) -> None:
+    """The reason for the deviation: with all scores equal llama.cpp's ids are wrong. Remove it when this fails."""
+    metadata = dict(shelf.ours("stories260K").metadata)
+    scores = metadata["tokenizer.ggml.scores"]
+    metadata["tokenizer.ggml.scores"] = vocabulary.GGUFValue([-1000.0] * 512, scores.type, scores.sub_type)
+    write_tiny_gguf(tmp_path / "model.gguf", metadata)
+    texts = ["Once upon a time there was a little girl"]
+    assert llama_cpp_ids(tmp_path / "model.gguf", texts) != hf_ids(shelf["stories260K"], texts)
+
+
+# --- decisions told to the user -------------------------------------------------------------------------------------
+
+
+@requires_data
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hermes4-14b", "tokenizer.ggml.pre = 'qwen2': regex of tokenizer.json and llama.cpp's hash agree"),
+        ("hermes4-14b", "267 ids have no token: [PADn], unused"),
+        ("hermes4-14b", "normalizer NFC: llama.cpp does not apply it; ids differ for text that it would change"),
+        ("hermes4-14b", "chat template from chat_template.jinja"),
+        ("hermes4-llama", "tokenizer.ggml.pre = 'llama-bpe': regex of tokenizer.json and llama.cpp's hash agree"),
+        ("stories260K", "no chat template found"),
+        (
+            "stories260K",
+            "tokenizer.ggml.scores: from the order of 165 merge rules (the reference converter writes -1000)",
+        ),
+        ("smollm2", "tokenizer.ggml.pre = 'smollm': regex of tokenizer.json and llama.cpp's hash agree"),
+        ("qwen2", "token '<|new|>' is only in tokenizer_config.json: id 402"),
+        ("sentencepiece", "vocabulary of 350 pieces from tokenizer.model (SentencePiece)"),
+        ("sentencepiece", "31663 ids have no token: [PADn], unused"),
+    ],
+)
+def test_notes(shelf: Shelf, name: str, expected: str) -> None:
+    assert expected in shelf.ours(name).notes
+
+
+def test_scores_are_those_of_sentencepiece(shelf: Shelf) -> None:
+    """From a SentencePiece model's own merge rules the scores of its file come out again."""
+    kv = shelf.ours("sentencepiece").metadata
+    tokens, scores = kv["tokenizer.ggml.tokens"].value[:350], kv["tokenizer.ggml.scores"].value[:350]
+    vocab = {text: i for i, text in enumerate(tokens)}
+    score = dict(zip(tokens, scores, strict=True))
+    merges = [(t[:i], t[i:]) for t in tokens for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+    merges.sort(key=lambda pair: -score["".join(pair)])
+    found, notes = merge_scores(vocab, [list(pair) for pair in merges])
+    made = {left + right for left, right in merges}
+    assert len(made) > 15
+    assert {text: found[text] for text in made} == {text: score[text] for text in made}
+    assert len(notes) == 1
+
+
+def test_scores_that_cannot_say_it_all_are_noted() -> None:
+    vocab = dict.fromkeys(["a", "b", "c", "ab", "bc", "abc"], 0)
+    scores, notes = merge_scores(vocab, ["a b", "b c", "ab c"])
+    assert scores == {"ab": 0.0, "bc": -1.0, "abc": -2.0}
+    assert "1 pairs of tokens join to a token without a merge rule, 0 rules are out of order" in notes[1]
+    assert "0 pairs of tokens join" in merge_scores(vocab, ["ab c", "a b", "a bc", "b c"])[1][1]
+
+
+@requires_data
+def test_byte_fallback_deviations(tmp_path: pathlib.Path) -> None:
+    case = byte_fallback(tmp_path / "x", extra_special_tokens=[])._replace(vocab_size=520)
+    edit(case.folder / "tokenizer.json", lambda t: t["normalizer"]["normalizers"].pop(0))
+    metadata = case.read().metadata
+    assert metadata["tokenizer.ggml.tokens"].value[513:515] == ["<think>", "[PAD514]"]
+    assert metadata["tokenizer.ggml.token_type"].value[512:515] == [3, 4, 5]
+    assert metadata["tokenizer.ggml.add_space_prefix"].value is False
+    assert set(DEVIATIONS) - set(metadata) == {"tokenizer.chat_template", "tokenizer.chat_templates"}
+
+
+@requires_llama_cpp
+@requires_data
+def test_llama_cpp_puts_no_space_before_text_where_hugging_face_does_not(tmp_path: pathlib.Path) -> None:
+    case = byte_fallback(tmp_path / "x")
+    edit(case.folder / "tokenizer.json", lambda t: t["normalizer"]["normalizers"].pop(0))
+    write_tiny_gguf(tmp_path / "model.gguf", case.read().metadata)
+    texts = ["Once upon", "x<|end|>time"]
+    assert llama_cpp_ids(tmp_path / "model.gguf", texts) == hf_ids(case, texts)
+
+
+@requires_data
+def test_space_prefix_is_told_where_the_files_disagree(tmp_path: pathlib.Path) -> None:
+    case = byte_fallback(tmp_path / "x", add_prefix_space=False)
+    assert any("add_prefix_space = False in tokenizer_config.json" in note for note in case.read().notes)
+    edit(
+        case.folder / "tokenizer.json",
+        lambda t: t.update(
+            normalizer=None,
+            pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
+        ),
+    )
+    assert any("only before the first text" in note for note in case.read().notes)
+
+
+def test_null_template_falls_back_to_the_file(tmp_path: pathlib.Path) -> None:
+    case = write_case(tmp_path / "x", byte_level(None), "qwen2", pre=None, chat_template=None)
+    assert "tokenizer.chat_template" not in case.read().metadata
+    (case.folder / "chat_template.jinja").write_text("{{ a }}")
+    assert case.read().metadata["tokenizer.chat_template"].value == "{{ a }}"
+    (case.folder / "tokenizer_config.json").write_text('{"chat_template": "{{ b }}"}')
+    read = case.read()
+    assert read.metadata["tokenizer.chat_template"].value == "{{ b }}"
+    assert any("chat_template.jinja differs" in note for note in read.notes)
+    (case.folder / "tokenizer_config.json").unlink()
+    assert case.read().metadata["tokenizer.chat_template"].value == "{{ a }}"
+
+
+def test_template_names_are_sorted(shelf: Shelf) -> None:
+    assert shelf.ours("llama3").metadata["tokenizer.chat_templates"].value == ["rag", "tool_use_"]
+    assert shelf.ours("qwen2").metadata["tokenizer.chat_templates"].value == ["rag", "tool_use"]
+
+
+def test_bos_that_only_llama_cpp_adds_is_told(tmp_path: pathlib.Path) -> None:
+    backend = byte_level(pretokenizer._LLAMA3, ignore_merges=True, special=("<s>",))
+    case = write_case(tmp_path / "x", backend, "llama", pre=None, bos_token="<s>")
+    assert any(note.startswith("llama.cpp adds BOS") for note in case.read().notes)
+
+
+def test_codellama_ids(shelf: Shelf) -> None:
+    assert shelf.ours("sentencepiece").metadata["tokenizer.ggml.eot_token_id"].value == 32010
+
+
+def test_tokenizer_model_that_is_not_sentencepiece_gives_way(shelf: Shelf, tmp_path: pathlib.Path) -> None:
+    case = llama3_like(tmp_path / "x")
+    (case.folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    assert case.read().metadata == shelf.ours("llama3").metadata
+
+
+def test_code_of_the_checkpoint_is_not_run(tmp_path: pathlib.Path) -> None:
+    case = gpt2_like(tmp_path / "x")
+    edit(case.folder / "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["evil.Evil", None]}))
+    (case.folder / "evil.py").write_text("raise SystemExit('ran')")
+    assert any("auto_map" in note for note in case.read().notes)
+
+
+def test_truncation_in_the_file_changes_nothing(shelf: Shelf, tmp_path: pathlib.Path) -> None:
+    case = llama3_like(tmp_path / "x")
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    edit(case.folder / "tokenizer.json", lambda t: t.update(truncation=cut))
+    assert case.read() == shelf.ours("llama3")
+
+
+def test_reading_logs_nothing(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        shelf["smaug"].read()
+        shelf["sentencepiece"].read()
+    assert caplog.records == []
+
+
+def test_import_is_light() -> None:
+    code = "import sys, convert.vocabulary, convert.model_metadata; print({'torch', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+# --- hostile tokenizers ---------------------------------------------------------------------------------------------
+
+
+def edit(path: pathlib.Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def patch(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[pathlib.Path], None]:
+    return lambda folder: edit(folder / name, change)
+
+
+def write(name: str, content: str | bytes) -> Callable[[pathlib.Path], None]:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda folder: (folder / name).write_bytes(data) and None
+
+
+def remove(*names: str) -> Callable[[pathlib.Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names] and None
+
+
+T, C, M = "tokenizer.json", "tokenizer_config.json", "config.json"
+FAULTS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
+    "broken JSON": (write(T, "{"), "broken JSON"),
+    "not UTF-8": (write(C, b'{"a": "\xff"}'), "not UTF-8"),
+    "list": (write(C, "[]"), "an object at the top level"),
+    "no tokenizer": (remove(T), "no tokenizer\n"),
+    "slow tokenizer only": (lambda f: (f / T).rename(f / "vocab.json") and None, "save_pretrained"),
+    "model missing": (patch(T, lambda t: t.pop("model")), r"tokenizer.json, model\n.*NoneType.*\n.*dict"),
+    "Unigram": (patch(T, lambda t: t["model"].update(type="Unigram")), "unknown tokenizer model"),
+    "WordPiece": (patch(T, lambda t: t["model"].update(type="WordPiece")), "unknown tokenizer model"),
+    "dropout": (patch(T, lambda t: t["model"].update(dropout=0.1)), "no BPE with dropout"),
+    "suffix": (patch(T, lambda t: t["model"].update(end_of_word_suffix="</w>")), "no BPE with end_of_word_suffix"),
+    "vocab list": (patch(T, lambda t: t["model"].update(vocab=[])), r"model.vocab\n.*list"),
+    "id text": (patch(T, lambda t: t["model"]["vocab"].update(a="1")), r"model.vocab\['a'\]\n.*str '1'\n.*int"),
+    "id bool": (patch(T, lambda t: t["model"]["vocab"].update(a=True)), r"model.vocab\['a'\]\n.*bool"),
+    "twice one id": (patch(T, lambda t: t["model"]["vocab"].update(a=3)), "two tokens have one id"),
+    "surrogate": (patch(T, lambda t: t["model"]["vocab"].update({"\ud800": 405})), "not valid Unicode"),
+    "merges of nothing": (
+        patch(T, lambda t: t["model"].update(merges=[["q", "zzz"]])),
+        "library tokenizers cannot load",
+    ),
+    "merges a number": (patch(T, lambda t: t["model"].update(merges=3)), "library tokenizers cannot load"),
+    "merges missing": (patch(T, lambda t: t["model"].update(merges=[])), "no merges"),
+    "unknown step": (patch(T, lambda t: t["pre_tokenizer"].update(type="Magic")), "library tokenizers cannot load"),
+    "added token id": (patch(T, lambda t: t["added_tokens"][0].update(id=4000)), "does not get the id"),
+    "neither kind": (patch(T, lambda t: t.update(pre_tokenizer={"type": "Whitespace"})), "neither byte-level"),
+    "unknown regex": (
+        patch(T, lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="a+")),
+        r"unknown pre-tokenizer.*\n.*\n.*split a\+ -> bytes.*hash [0-9a-f]{64}\n.*\n.*--pre",
+    ),
+    "unknown normalizer": (patch(T, lambda t: t.update(normalizer={"type": "Lowercase"})), "Lowercase"),
+    "bos a number": (patch(C, lambda c: c.update(bos_token=3)), r"tokenizer_config.json, bos_token\n.*int 3"),
+    "bos without text": (patch(C, lambda c: c.update(bos_token={"x": 1})), "bos_token.content"),
+    "flag a text": (patch(C, lambda c: c.update(add_bos_token="true")), r"add_bos_token\n.*str 'true'\n.*bool or null"),
+    "prefix a text": (patch(C, lambda c: c.update(add_prefix_space=1)), "add_prefix_space"),
+    "extra a text": (patch(C, lambda c: c.update(additional_special_tokens="x")), "additional_special_tokens"),
+    "decoder a list": (patch(C, lambda c: c.update(added_tokens_decoder=[])), "added_tokens_decoder"),
+    "decoder key": (
+        patch(C, lambda c: c.update(added_tokens_decoder={"x": {"content": "a"}})),
+        "a token id, 0 or more",
+    ),
+    "decoder value": (patch(C, lambda c: c.update(added_tokens_decoder={"1": "a"})), r"decoder\['1'\]\n.*str 'a'"),
+    "decoder content": (patch(C, lambda c: c.update(added_tokens_decoder={"1": {}})), r"\['1'\].content"),
+    "two files": (
+        patch(C, lambda c: c.update(added_tokens_decoder={"7": {"content": "<|eot_id|>"}})),
+        r"disagree\n.*added_tokens_decoder\['7'\]\n.*<\|eot_id\|>.*\n.*id 401",
+    ),
+    "tokens beyond": (
+        patch(C, lambda c: c.update(additional_special_tokens=[f"<x{i}>" for i in range(9)])),
+        r"4 token ids are not below the vocabulary size\n.*\n.*409 '<x5>'.*\n.*0 to 408",
+    ),
+    "surrogate in special": (patch(C, lambda c: c.update(pad_token="\udc00")), "not valid Unicode"),
+    "special id too high": (patch(M, lambda m: m.update(eos_token_id=409)), r"eos_token_id\n.*409\n.*0 to 408"),
+    "special id negative": (patch(M, lambda m: m.update(pad_token_id=-1)), r"out of range\n.*pad_token_id\n.*-1"),
+    "special id text": (patch(M, lambda m: m.update(bos_token_id="1")), r"bos_token_id\n.*str '1'"),
+    "special id in list": (patch(M, lambda m: m.update(eos_token_id=[1, None])), "eos_token_id"),
+    "text_config": (patch(M, lambda m: m.update(text_config=3)), "text_config"),
+    "special map": (write("special_tokens_map.json", '{"eos_token": 3}'), "special_tokens_map.json, eos_token"),
+    "template a number": (patch(C, lambda c: c.update(chat_template=3)), "chat_template"),
+    "template entry": (patch(C, lambda c: c.update(chat_template=["x"])), r"chat_template\[0\]"),
+    "template name": (patch(C, lambda c: c.update(chat_template=[{"template": "x"}])), r"chat_template\[0\].name"),
+    "template file": (write("chat_template.jinja", b"\xff"), "cannot read the chat template"),
+    "surrogate in decoder": (
+        patch(C, lambda c: c.update(added_tokens_decoder={"409": {"content": "\udc00"}})),
+        "not valid Unicode",
+    ),
+    "surrogate in template": (patch(C, lambda c: c.update(chat_template="\udc00")), "not valid Unicode"),
+    "template JSON": (write("chat_template.json", '{"chat_template": 3}'), "chat_template.json"),
+    "class": (patch(C, lambda c: c.update(tokenizer_class="HybridDNATokenizer")), "unknown tokenizer class"),
+    "duplicate text": (patch(T, lambda t: t["added_tokens"][3].update(content="[PAD405]")), "two tokens have one text"),
+    "model alone": (lambda f: remove(T)(f) or write("tokenizer.model", b"x")(f), "no SentencePiece model"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_hostile_tokenizer(tmp_path: pathlib.Path, fault: str) -> None:
+    case = llama3_like(tmp_path / "x")
+    damage, expected = FAULTS[fault]
+    damage(case.folder)
+    with pytest.raises(StreamquantError) as caught:
+        case.read()
+    assert re.search(expected, str(caught.value)), str(caught.value)
+
+
+@requires_data
+def test_hostile_byte_fallback(tmp_path: pathlib.Path) -> None:
+    case = byte_fallback(tmp_path / "x")
+    edit(case.folder / "tokenizer.json", lambda t: t.update(normalizer={"type": "Lowercase"}))
+    with pytest.raises(StreamquantError, match=r"only writes spaces as '▁'\n.*\n.*Lowercase"):
+        case.read()
+    assert any("nothing was checked" in note for note in case.read(pre="default").notes)
+    with pytest.raises(UsageError, match="--pre is for byte-level BPE"):
+        case.read(pre="qwen2")
+
+
+def test_hostile_sentencepiece(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = sentencepiece_model(tmp_path / "x")
+    with pytest.raises(StreamquantError, match="no tokenizer.json, and tokenizer.model is of no use"):
+        case._replace(arch="seed_oss").read()
+    with pytest.raises(StreamquantError, match=r"out of range\n.*added_tokens.json, '<extra>'\n.*402\n.*0 to 401"):
+        edit(case.folder / "config.json", lambda m: m.update(vocab_size=402))
+        case._replace(vocab_size=402).read()
+    with pytest.raises(StreamquantError, match=r"50 token ids are not below.*\n.*tokenizer.model\n.*350 pieces"):
+        case._replace(vocab_size=300).read()
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(StreamquantError, match="pip install sentencepiece"):
+        case.read()
+
+
+def test_unknown_architecture(tmp_path: pathlib.Path) -> None:
+    case = gpt2_like(tmp_path / "x")
+    for options in ({"gguf_arch": "mamba"}, {"hf_architecture": "InternS1ForConditionalGeneration"}):
+        with pytest.raises(StreamquantError, match="no vocabulary rules for this architecture"):
+            case.read(**options)
+
+
+def test_unreadable_special_tokens(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("special")
+
+    monkeypatch.setattr(gguf, "SpecialVocab", fail)
+    with pytest.raises(StreamquantError, match="library gguf cannot read the special tokens"):
+        shelf["gpt2"].read()
