@@ -61,13 +61,23 @@ def gguf_metadata(
     general = read_model_metadata(
         checkpoint.folder, gguf_arch=model.gguf_arch, parameter_count=parameter_count, overrides=overrides
     )
+    common, own = _split(model)
     before = {
         Keys.General.ARCHITECTURE: GGUFValue(model.gguf_arch, GGUFValueType.STRING),
         **general,
-        **model.metadata,
+        **common,
     }
     after = {
+        **own,
         Keys.General.QUANTIZATION_VERSION: GGUFValue(GGML_QUANT_VERSION, GGUFValueType.UINT32),
         **vocabulary.metadata,
     }
     return GgufMetadata(before, after, vocabulary.notes)
+
+
+def _split(model: ModelDescription) -> tuple[dict[str, GGUFValue], dict[str, GGUFValue]]:
+    """(the keys of all families, those that a family adds): the converter writes general.file_type between them."""
+    first_own = Keys.LLM.VOCAB_SIZE.format(arch=model.gguf_arch)
+    names = list(model.metadata)
+    at = names.index(first_own) if first_own in model.metadata else len(names)
+    return {name: model.metadata[name] for name in names[:at]}, {name: model.metadata[name] for name in names[at:]}

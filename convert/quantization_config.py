@@ -1,13 +1,18 @@
 """config.json's quantization_config, made by compressed-tensors' own QuantizationConfig, never by hand.
 
 compressed-tensors imports torch and transformers: seconds and hundreds of megabytes. So it runs in a process of its
-own, beside the conversion: `python -m convert.quantization_config FP8_DYNAMIC FP8_BLOCK` prints one JSON object.
+own, beside the conversion (`python -m convert.quantization_config FP8_DYNAMIC` prints JSON), and what it said
+is kept in the user's cache folder, by its version.
 """
 
+import contextlib
+import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from quant.errors import StreamquantError
@@ -16,41 +21,77 @@ IGNORE = ("lm_head", "model.embed_tokens")
 """Modules that stay unquantized. llm-compressor's documented example leaves the embeddings out of this list, and FP8
 embeddings load without an error and are wrong (transformers) or not at all (vLLM)."""
 
+CACHE_VERSION = 1
+"""Raise it when `quantization_config` changes."""
+
 
 class QuantizationConfigs:
-    """The quantization_config of some schemes, computed in the background."""
+    """The quantization_config of some schemes: from the cache, or computed in the background."""
 
     def __init__(self, schemes: Iterable[str]) -> None:
-        self._schemes = sorted(set(schemes))
+        self._configs = {scheme: _read_cache(scheme) for scheme in sorted(set(schemes))}
+        self._missing = [scheme for scheme, config in self._configs.items() if config is None]
         self._process: subprocess.Popen[str] | None = None
-        self._configs: dict[str, dict[str, Any]] | None = None
-        if self._schemes:
+        if self._missing:
             # -P: a folder named `convert` in the user's working directory is not ours
-            command = [sys.executable, "-P", "-m", __name__, *self._schemes]
+            command = [sys.executable, "-P", "-m", __name__, *self._missing]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
 
     def __getitem__(self, scheme: str) -> dict[str, Any]:
         """The quantization_config of `scheme`; waits for it. Raises StreamquantError if compressed-tensors fails."""
-        if self._configs is None:
-            assert self._process is not None, "no scheme was asked for"
-            out, err = self._process.communicate()
-            if self._process.returncode != 0:
-                raise StreamquantError(
-                    "compressed-tensors could not describe the scheme",
-                    where=", ".join(self._schemes),
-                    found=err.strip().rpartition("\n")[2] or f"exit code {self._process.returncode}",
-                    hint="reinstall compressed-tensors, torch and transformers in the versions of constraints.txt",
-                )
-            self._configs = json.loads(out)
-        return self._configs[scheme]
+        config = self._configs[scheme]
+        if config is None:
+            self._wait()
+            config = self._configs[scheme]
+            assert config is not None, "the process answers for every scheme that it was given"
+        return config
 
     def close(self) -> None:
         """Stop the background process if it is still running."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.communicate()
+
+    def _wait(self) -> None:
+        assert self._process is not None, "a scheme is missing, so the process was started"
+        out, err = self._process.communicate()
+        if self._process.returncode != 0:
+            raise StreamquantError(
+                "compressed-tensors could not describe the scheme",
+                where=", ".join(self._missing),
+                found=err.strip().rpartition("\n")[2] or f"exit code {self._process.returncode}",
+                hint="reinstall compressed-tensors, torch and transformers in the versions of constraints.txt",
+            )
+        for scheme, config in json.loads(out).items():
+            self._configs[scheme] = config
+            _write_cache(scheme, config)
+
+
+def _cache_path(scheme: str) -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    version = importlib.metadata.version("compressed-tensors")
+    return base / "streamquant" / f"quantization_config-{CACHE_VERSION}-{version}-{scheme}.json"
+
+
+def _read_cache(scheme: str) -> dict[str, Any] | None:
+    """What the installed version of compressed-tensors said before; None if it was not asked or the file is damaged."""
+    try:
+        config = json.loads(_cache_path(scheme).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and scheme in config.get("config_groups", {}) else None
+
+
+def _write_cache(scheme: str, config: dict[str, Any]) -> None:
+    """Keep it for the next run; a cache folder that cannot be written is no fault."""
+    path = _cache_path(scheme)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(config))
+        partial.replace(path)
 
 
 def quantization_config(scheme: str) -> dict[str, Any]:

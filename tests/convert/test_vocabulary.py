@@ -116,6 +116,7 @@ def write_case(
 def llama3_like(folder: pathlib.Path) -> Case:
     backend = byte_level(pretokenizer._LLAMA3, ignore_merges=True, special=("<|begin_of_text|>", "<|eot_id|>"))
     backend.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("▁▁tab", normalized=True)])
+    backend.add_tokens([AddedToken("Ġcall", normalized=False)])
     lead_with(backend, "<|begin_of_text|>")
     return write_case(
         folder,
@@ -194,21 +195,27 @@ def sentencepiece_model(folder: pathlib.Path) -> Case:
 
 
 def byte_fallback(folder: pathlib.Path, **config: Any) -> Case:
-    """stories260K's vocabulary with two tokens more, one of them special but named nowhere."""
+    """stories260K's vocabulary with three tokens more: special, plain, and named by the configuration alone."""
     source = json.loads((DATA / "models" / "stories260K-bf16" / "tokenizer.json").read_text())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     source["added_tokens"] += [
         {"id": 512, "content": "<|end|>", "special": True, **flags},
         {"id": 513, "content": "<think>", "special": False, **flags},
+        {"id": 514, "content": "<named>", "special": False, **flags},
     ]
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(json.dumps(source))
-    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "extra_special_tokens": ["<|end|>"]}
+    named = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "extra_special_tokens": ["<|end|>", "<named>"],
+    }
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "TokenizersBackend", **named, **config})
     )
-    write_config(folder, "llama", 514, bos_token_id=1, eos_token_id=2)
-    return Case(folder, "llama", 514)
+    write_config(folder, "llama", 515, bos_token_id=1, eos_token_id=2)
+    return Case(folder, "llama", 515)
 
 
 def linked(folder: pathlib.Path, source: pathlib.Path, arch: str, vocab_size: int) -> Case:
@@ -421,8 +428,8 @@ def test_byte_fallback_deviations(tmp_path: pathlib.Path) -> None:
     case = byte_fallback(tmp_path / "x", extra_special_tokens=[])._replace(vocab_size=520)
     edit(case.folder / "tokenizer.json", lambda t: t["normalizer"]["normalizers"].pop(0))
     metadata = case.read().metadata
-    assert metadata["tokenizer.ggml.tokens"].value[513:515] == ["<think>", "[PAD514]"]
-    assert metadata["tokenizer.ggml.token_type"].value[512:515] == [3, 4, 5]
+    assert metadata["tokenizer.ggml.tokens"].value[514:516] == ["<named>", "[PAD515]"]
+    assert metadata["tokenizer.ggml.token_type"].value[512:516] == [3, 4, 4, 5]
     assert metadata["tokenizer.ggml.add_space_prefix"].value is False
     assert set(DEVIATIONS) - set(metadata) == {"tokenizer.chat_template", "tokenizer.chat_templates"}
 
@@ -475,6 +482,13 @@ def test_bos_that_only_llama_cpp_adds_is_told(tmp_path: pathlib.Path) -> None:
     assert any(note.startswith("llama.cpp adds BOS") for note in case.read().notes)
 
 
+def test_vocabulary_of_small_granite_adds_no_bos(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = llama3_like(tmp_path / "x")
+    assert case.read().metadata["tokenizer.ggml.add_bos_token"].value is True
+    assert case._replace(vocab_size=49152).read().metadata["tokenizer.ggml.add_bos_token"].value is False
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 def test_codellama_ids(shelf: Shelf) -> None:
     assert shelf.ours("sentencepiece").metadata["tokenizer.ggml.eot_token_id"].value == 32010
 
@@ -520,26 +534,34 @@ def edit(path: pathlib.Path, change: Callable[[dict[str, Any]], object]) -> None
     path.write_text(json.dumps(content))
 
 
-def patch(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[pathlib.Path], None]:
+Damage = Callable[[pathlib.Path], object]
+
+
+def patch(name: str, change: Callable[[dict[str, Any]], object]) -> Damage:
     return lambda folder: edit(folder / name, change)
 
 
-def write(name: str, content: str | bytes) -> Callable[[pathlib.Path], None]:
+def write(name: str, content: str | bytes) -> Damage:
     data = content.encode() if isinstance(content, str) else content
-    return lambda folder: (folder / name).write_bytes(data) and None
+    return lambda folder: (folder / name).write_bytes(data)
 
 
-def remove(*names: str) -> Callable[[pathlib.Path], None]:
-    return lambda folder: [(folder / name).unlink() for name in names] and None
+def remove(name: str, *, instead: str | None = None) -> Damage:
+    def damage(folder: pathlib.Path) -> None:
+        (folder / name).unlink()
+        if instead is not None:
+            (folder / instead).write_bytes(b"x")
+
+    return damage
 
 
 T, C, M = "tokenizer.json", "tokenizer_config.json", "config.json"
-FAULTS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
+FAULTS: dict[str, tuple[Damage, str]] = {
     "broken JSON": (write(T, "{"), "broken JSON"),
     "not UTF-8": (write(C, b'{"a": "\xff"}'), "not UTF-8"),
     "list": (write(C, "[]"), "an object at the top level"),
     "no tokenizer": (remove(T), "no tokenizer\n"),
-    "slow tokenizer only": (lambda f: (f / T).rename(f / "vocab.json") and None, "save_pretrained"),
+    "slow tokenizer only": (remove(T, instead="vocab.json"), "save_pretrained"),
     "model missing": (patch(T, lambda t: t.pop("model")), r"tokenizer.json, model\n.*NoneType.*\n.*dict"),
     "Unigram": (patch(T, lambda t: t["model"].update(type="Unigram")), "unknown tokenizer model"),
     "WordPiece": (patch(T, lambda t: t["model"].update(type="WordPiece")), "unknown tokenizer model"),
@@ -582,10 +604,10 @@ FAULTS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     ),
     "tokens beyond": (
         patch(C, lambda c: c.update(additional_special_tokens=[f"<x{i}>" for i in range(9)])),
-        r"4 token ids are not below the vocabulary size\n.*\n.*409 '<x5>'.*\n.*0 to 408",
+        r"4 token ids are not below the vocabulary size\n.*\n.*410 '<x5>'.*\n.*0 to 409",
     ),
     "surrogate in special": (patch(C, lambda c: c.update(pad_token="\udc00")), "not valid Unicode"),
-    "special id too high": (patch(M, lambda m: m.update(eos_token_id=409)), r"eos_token_id\n.*409\n.*0 to 408"),
+    "special id too high": (patch(M, lambda m: m.update(eos_token_id=410)), r"eos_token_id\n.*410\n.*0 to 409"),
     "special id negative": (patch(M, lambda m: m.update(pad_token_id=-1)), r"out of range\n.*pad_token_id\n.*-1"),
     "special id text": (patch(M, lambda m: m.update(bos_token_id="1")), r"bos_token_id\n.*str '1'"),
     "special id in list": (patch(M, lambda m: m.update(eos_token_id=[1, None])), "eos_token_id"),
@@ -596,14 +618,14 @@ FAULTS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "template name": (patch(C, lambda c: c.update(chat_template=[{"template": "x"}])), r"chat_template\[0\].name"),
     "template file": (write("chat_template.jinja", b"\xff"), "cannot read the chat template"),
     "surrogate in decoder": (
-        patch(C, lambda c: c.update(added_tokens_decoder={"409": {"content": "\udc00"}})),
+        patch(C, lambda c: c.update(added_tokens_decoder={"410": {"content": "\udc00"}})),
         "not valid Unicode",
     ),
     "surrogate in template": (patch(C, lambda c: c.update(chat_template="\udc00")), "not valid Unicode"),
     "template JSON": (write("chat_template.json", '{"chat_template": 3}'), "chat_template.json"),
     "class": (patch(C, lambda c: c.update(tokenizer_class="HybridDNATokenizer")), "unknown tokenizer class"),
-    "duplicate text": (patch(T, lambda t: t["added_tokens"][3].update(content="[PAD405]")), "two tokens have one text"),
-    "model alone": (lambda f: remove(T)(f) or write("tokenizer.model", b"x")(f), "no SentencePiece model"),
+    "duplicate text": (patch(T, lambda t: t["added_tokens"][3].update(content="[PAD406]")), "two tokens have one text"),
+    "model alone": (remove(T, instead="tokenizer.model"), "no SentencePiece model"),
 }
 
 
@@ -630,10 +652,9 @@ def test_hostile_byte_fallback(tmp_path: pathlib.Path) -> None:
 
 def test_hostile_sentencepiece(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = sentencepiece_model(tmp_path / "x")
-    with pytest.raises(StreamquantError, match="no tokenizer.json, and tokenizer.model is of no use"):
+    with pytest.raises(StreamquantError, match=r"no tokenizer\.json, and tokenizer\.model is of no use"):
         case._replace(arch="seed_oss").read()
     with pytest.raises(StreamquantError, match=r"out of range\n.*added_tokens.json, '<extra>'\n.*402\n.*0 to 401"):
-        edit(case.folder / "config.json", lambda m: m.update(vocab_size=402))
         case._replace(vocab_size=402).read()
     with pytest.raises(StreamquantError, match=r"50 token ids are not below.*\n.*tokenizer.model\n.*350 pieces"):
         case._replace(vocab_size=300).read()

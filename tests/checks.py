@@ -1,0 +1,304 @@
+"""The contract of a number format, as checks. Each runs on every format because it is in quant.formats.FORMATS.
+
+A new format needs one line here: its error bound in `BOUNDS`, from its definition.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from quant.format import Encoded, Format, Rows
+from tests.oracle import ROWS, make_rows, round_to
+
+Errors = NDArray[np.float64]
+SAFETENSORS_BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4}
+
+
+def source_dtype(format_: Format) -> str:
+    """The dtype whose values the format is defined on: FP8 has one format for each, the others take any float32."""
+    return format_.name.rsplit("_", 1)[1] if format_.name.startswith("FP8") else "F32"
+
+
+def row_length(format_: Format) -> int:
+    """A row of a few blocks, the last one incomplete where the format allows it."""
+    n = 256 + 4 * max(32, format_.weights_per_block)
+    return n + 37 if format_.fits(n + 37) else n
+
+
+def sample(format_: Format, name: str, r: int) -> Rows:
+    return round_to(make_rows(name, r, row_length(format_)), source_dtype(format_))
+
+
+def same(a: Encoded, b: Encoded) -> bool:
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(a, b, strict=True)
+    )
+
+
+def check_sizes(format_: Format) -> None:
+    """Sizes are known before a weight is read, and are what encode gives, whole blocks or not."""
+    for r in (0, 1, 3, format_.rows_per_group, 2 * format_.rows_per_group + 1):
+        for n in {format_.weights_per_block, row_length(format_)}:
+            encoded = format_.encode(np.ones((r, n), np.float32))
+            assert format_.nbytes(r, n) == sum(array.nbytes for array in encoded)
+            for part, array, empty in zip(format_.parts, encoded, format_.allocate(r, n), strict=True):
+                assert array.dtype == empty.dtype == np.uint8
+                assert array.shape == empty.shape == (part.entries(r), part.bytes_per_entry(n))
+                assert array.flags.c_contiguous
+                assert part.nbytes(r, n) == array.nbytes
+                shape = part.stored_shape((r, n))
+                if part.stored_as in SAFETENSORS_BYTES:
+                    assert np.prod(shape) * SAFETENSORS_BYTES[part.stored_as] == array.nbytes
+                else:
+                    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[part.stored_as]]
+                    assert block == format_.weights_per_block
+                    assert np.prod(shape) // block * size == array.nbytes
+
+
+def check_names_of_parts(format_: Format) -> None:
+    """The weights keep the tensor's name; no two parts share one."""
+    suffixes = [part.suffix for part in format_.parts]
+    assert suffixes[0] == ""
+    assert len(set(suffixes)) == len(suffixes)
+
+
+def check_refuses_incomplete_blocks(format_: Format) -> None:
+    """A row length that does not fit is refused, with what and why; every other one is taken."""
+    block = format_.weights_per_block
+    for n in (1, block - 1, block, block + 1, 2 * block, 33):
+        if format_.pads_rows or n % block == 0:
+            assert format_.fits(n)
+            format_.allocate(2, n)
+            continue
+        assert not format_.fits(n)
+        message = f"^row length {n} is not a multiple of the {format_.name} block size {block}$"
+        with pytest.raises(ValueError, match=message):
+            format_.allocate(2, n)
+        with pytest.raises(ValueError, match=message):
+            format_.encode(np.zeros((2, n), np.float32))
+
+
+def check_refuses_other_arrays(format_: Format) -> None:
+    """Only native float32[r, n] is taken."""
+    n = row_length(format_)
+    for rows, found in (
+        (np.zeros((2, n)), f"float64[2, {n}]"),
+        (np.zeros((2, n), np.float16), f"float16[2, {n}]"),
+        (np.zeros((2, n), np.int32), f"int32[2, {n}]"),
+        (np.zeros((2, n), ">f4"), f">f4[2, {n}]"),
+        (np.zeros(n, np.float32), f"float32[{n}]"),
+        (np.zeros((1, 2, n), np.float32), f"float32[1, 2, {n}]"),
+    ):
+        with pytest.raises(ValueError) as error:
+            format_.encode(rows)  # type: ignore[arg-type]
+        assert str(error.value) == f"{format_.name} encodes float32[rows, n], not {found}"
+
+
+def check_writes_every_byte(format_: Format) -> None:
+    """The same input gives the same bytes whatever was in the output before, and stays as it was."""
+    rows = sample(format_, "normal", format_.rows_per_group + 3)
+    before = rows.tobytes()
+    outputs = []
+    for fill in (0x00, 0xFF):
+        out = format_.allocate(*rows.shape)
+        for array in out:
+            array[:] = fill
+        assert format_.encode_into(rows, out) == -1
+        outputs.append(out)
+    assert same(*outputs)
+    assert same(outputs[0], format_.encode(rows))
+    assert rows.tobytes() == before
+
+
+def check_decode_is_pure(format_: Format) -> None:
+    """Decoding gives float32[r, n], twice the same, from read-only bytes, and leaves no view of them behind."""
+    rows = sample(format_, "normal", format_.rows_per_group + 3)
+    encoded = format_.encode(rows)
+    for array in encoded:
+        array.flags.writeable = False
+    first, second = (format_.decode(encoded, rows.shape[1]) for _ in range(2))
+    assert first.dtype == np.float32
+    assert first.shape == rows.shape
+    assert first.tobytes() == second.tobytes()
+
+
+def check_groups_are_independent(format_: Format) -> None:
+    """Any run of whole groups, the last one complete or not, encodes alone to its slice of the whole."""
+    group = format_.rows_per_group
+    rows = sample(format_, "student_t2", 3 * group + max(1, group // 3))
+    whole = format_.encode(rows)
+    groups = -(-len(rows) // group)
+    for first in range(groups):
+        for last in range(first + 1, groups + 1):
+            run = slice(first * group, min(last * group, len(rows)))
+            expected = tuple(
+                array[run.start // part.rows_per_entry : part.entries(run.stop)]
+                for part, array in zip(format_.parts, whole, strict=True)
+            )
+            alone = format_.encode(rows[run])
+            assert same(alone, expected), f"groups {first} to {last}"
+            decoded = format_.decode(whole, rows.shape[1])[run]
+            assert format_.decode(alone, rows.shape[1]).tobytes() == decoded.tobytes()
+
+
+def check_strided_and_read_only_input(format_: Format) -> None:
+    """Arrays of any strides, and read-only ones, encode like their contiguous copies."""
+    n = row_length(format_)
+    big = round_to(make_rows("normal", 12, 2 * n), source_dtype(format_))
+    read_only = big[:5, :n].copy()
+    read_only.flags.writeable = False
+    views = [big[::3, :n], big[:5, ::2], big[::-1, n - 1 :: -1], np.asfortranarray(big[:7, :n]), read_only]
+    for view in views:
+        assert same(format_.encode(view), format_.encode(np.array(view, order="C")))
+
+
+def check_two_threads(format_: Format) -> None:
+    """Threads share nothing: eight at a time, each with rows of its own, give the bytes of one."""
+    inputs = [sample(format_, name, 200) for name in ("normal", "student_t3", "sparse", "bfloat16")] * 8
+    alone = [format_.encode(rows) for rows in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for expected, found in zip(alone, pool.map(format_.encode, inputs), strict=True):
+            assert same(found, expected)
+
+
+def check_zeros(format_: Format) -> None:
+    """Zeros of either sign decode to zeros."""
+    for name in ("zero", "minus_zero"):
+        rows = sample(format_, name, 2)
+        assert not format_.decode(format_.encode(rows), rows.shape[1]).any()
+
+
+def check_error_bound(format_: Format) -> None:
+    """No weight moves farther than the definition of the format allows; the bound is not idle either."""
+    bound = BOUNDS[format_.name]
+    closest = 0.0
+    for name in ROWS:
+        rows = sample(format_, name, format_.rows_per_group + 9)
+        decoded = format_.decode(format_.encode(rows), rows.shape[1])
+        errors, allowed = abs(decoded.astype(np.float64) - rows), bound(rows)
+        worst = np.unravel_index(np.argmax(errors - allowed), rows.shape)
+        assert (errors <= allowed).all(), f"{name}: {rows[worst]!r} became {decoded[worst]!r}, within {allowed[worst]}"
+        closest = max(closest, float(np.divide(errors, allowed, where=allowed > 0, out=np.zeros_like(errors)).max()))
+    assert closest > 0.8 or format_.name == "F32", f"the bound is loose: at most {closest:.2f} of it is used"
+
+
+def check_idempotent(format_: Format) -> None:
+    """Values that the format has already rounded are kept: decoding and encoding again gives the same bytes."""
+    for name in ("normal", "student_t3", "bfloat16", "positive", "equal_extremes", "outlier"):
+        rows = sample(format_, name, format_.rows_per_group + 2)
+        once = format_.encode(rows)
+        assert same(once, format_.encode(format_.decode(once, rows.shape[1]))), name
+
+
+def check_overflow(format_: Format) -> None:
+    """encode_into returns the first row that decodes to an infinity or a NaN, and -1 only if there is none."""
+    largest = 3.4028234663852886e38
+    near = np.nextafter(np.float32(65520.0), np.float32([0.0, np.inf]))  # float16 rounds to 65504, or to infinity
+    dtype = source_dtype(format_)
+    for value in (65504.0, *near, *(near * s for s in (8, 16, 127)), *(near * s / 2 for s in (15, 31)), largest, 3e38):
+        for sign in (1, -1):
+            for at in ([0], [5], [6, 9], [10]):
+                rows = make_rows("normal", 11, row_length(format_))
+                rows[at, 40] = sign * value
+                rows[at, 41] = -sign * value * (len(at) % 2)
+                rows = round_to(rows, dtype)
+                out = format_.allocate(*rows.shape)
+                returned = format_.encode_into(rows, out)
+                with np.errstate(invalid="ignore", over="ignore"):
+                    lost = ~np.isfinite(format_.decode(out, rows.shape[1])).all(axis=1)
+                expected = int(lost.argmax()) if lost.any() else -1
+                assert returned == expected, f"{sign * value} in rows {at}"
+                assert expected in (-1, at[0])
+
+
+def _half_step(precision: int, subnormal: float, x: Errors) -> Errors:
+    """Half the distance between neighbours around x, of a float of `precision` bits; `subnormal`: of the smallest."""
+    with np.errstate(divide="ignore"):
+        exponent = np.floor(np.log2(abs(x)))
+    return np.maximum(np.exp2(exponent - precision), subnormal / 2)
+
+
+def _float16(x: Errors) -> Errors:
+    return _half_step(11, 2.0**-24, x)
+
+
+def _blocks(rows: Rows) -> Errors:
+    return rows.reshape(rows.shape[0], -1, 32).astype(np.float64)
+
+
+def _signed(half: int, rows: Rows) -> Errors:
+    """q of -half to half - 1, d = the largest magnitude / -half: half a step, and the opposite extreme is cut off."""
+    blocks = _blocks(rows)
+    d = abs(blocks).max(axis=-1, keepdims=True) / half
+    extreme = np.take_along_axis(blocks, abs(blocks).argmax(axis=-1)[..., None], -1)
+    cut = np.maximum(-np.sign(extreme) * blocks - (half - 0.5) * d, 0)
+    return (d / 2 + cut + half * _float16(d) + 1e-6 * half * d).reshape(rows.shape)
+
+
+def _symmetric(rows: Rows) -> Errors:
+    d = abs(_blocks(rows)).max(axis=-1, keepdims=True) / 127
+    return np.broadcast_to(d / 2 + 127 * _float16(d) + 127e-6 * d, _blocks(rows).shape).reshape(rows.shape)
+
+
+def _offset(levels: int, rows: Rows) -> Errors:
+    """q of 0 to levels, d = (max - min) / levels: half a step, and the rounding of both scales."""
+    blocks = _blocks(rows)
+    low, high = blocks.min(axis=-1, keepdims=True), blocks.max(axis=-1, keepdims=True)
+    d = (high - low) / levels
+    bound = d / 2 + levels * _float16(d) + _float16(low) + 1e-6 * np.maximum(abs(low), abs(high))
+    return np.broadcast_to(bound, blocks.shape).reshape(rows.shape)
+
+
+def _fp8(dtype: str, tile: bool, rows: Rows) -> Errors:
+    """Half a step of E4M3 and of the source dtype, at w / scale; a scale that was rounded down cuts off at 448."""
+    precision, subnormal, eps = {"BF16": (8, 2.0**-133, 2.0**-7), "F16": (11, 2.0**-24, 2.0**-10)}.get(
+        dtype, (24, 2.0**-149, 2.0**-23)
+    )
+    w = rows.astype(np.float64)
+    amax = np.empty_like(w)
+    height, width = (128, 128) if tile else (1, w.shape[1])
+    for i in range(0, w.shape[0], height):
+        for j in range(0, w.shape[1], width):
+            amax[i : i + height, j : j + width] = abs(w[i : i + height, j : j + width]).max()
+    scale = round_to((amax / 448).astype(np.float32), dtype).astype(np.float64)
+    scale[scale == 0] = eps
+    q = abs(w) / scale
+    q16 = q + _half_step(precision, subnormal, q)
+    kept = np.minimum(q16, 448)
+    return scale * ((q16 - q) + _half_step(4, 2.0**-9, kept) + np.maximum(q16 - 448, 0)) + 1e-6 * abs(w)
+
+
+BOUNDS: Mapping[str, Callable[[Rows], Errors]] = {
+    "F32": lambda rows: np.zeros(rows.shape),
+    "F16": lambda rows: _float16(rows.astype(np.float64)),
+    "BF16": lambda rows: _half_step(8, 2.0**-133, rows.astype(np.float64)),
+    "Q8_0": _symmetric,
+    "Q4_0": partial(_signed, 8),
+    "Q5_0": partial(_signed, 16),
+    "Q4_1": partial(_offset, 15),
+    "Q5_1": partial(_offset, 31),
+    **{f"FP8_CHANNEL_{dtype}": partial(_fp8, dtype, False) for dtype in ("BF16", "F16", "F32")},
+    **{f"FP8_BLOCK_{dtype}": partial(_fp8, dtype, True) for dtype in ("BF16", "F16", "F32")},
+}
+"""By format: float32[r, n] -> how far each weight may be after decode(encode()), from the definition of the format."""
+
+CHECKS: tuple[Callable[[Format], None], ...] = (
+    check_sizes,
+    check_names_of_parts,
+    check_refuses_incomplete_blocks,
+    check_refuses_other_arrays,
+    check_writes_every_byte,
+    check_decode_is_pure,
+    check_groups_are_independent,
+    check_strided_and_read_only_input,
+    check_two_threads,
+    check_zeros,
+    check_error_bound,
+    check_idempotent,
+    check_overflow,
+)

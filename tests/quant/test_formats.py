@@ -1,0 +1,33 @@
+"""The shared contract (tests/checks.py) on every entry of the table, and the table itself."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+
+import pytest
+
+import quant
+from quant.format import Format
+from quant.formats import FORMATS
+from tests.checks import BOUNDS, CHECKS
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("format_", FORMATS.values(), ids=FORMATS)
+def test_contract(format_: Format, check: Callable[[Format], None]) -> None:
+    check(format_)
+
+
+def test_every_format_is_in_the_table_once() -> None:
+    modules = [
+        importlib.import_module(module.name)
+        for module in pkgutil.walk_packages(quant.__path__, "quant.")
+        if module.name != "quant.formats"
+    ]
+    names = [format_.name for module in modules for format_ in getattr(module, "FORMATS", ())]
+    assert sorted(names) == sorted(FORMATS)
+    assert [format_.name for format_ in FORMATS.values()] == list(FORMATS)
+
+
+def test_every_format_has_an_error_bound() -> None:
+    assert set(BOUNDS) == set(FORMATS)
