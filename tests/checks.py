@@ -197,10 +197,10 @@ def check_idempotent(format_: Format) -> None:
 
 def check_overflow(format_: Format) -> None:
     """encode_into returns the first row that decodes to an infinity or a NaN, and -1 only if there is none."""
-    largest = 3.4028234663852886e38
-    near = np.nextafter(np.float32(65520.0), np.float32([0.0, np.inf]))  # float16 rounds to 65504, or to infinity
+    halves = np.float32(65520) * np.array([1, 8, 16, 127, 15 / 2, 31 / 2], np.float32)  # where scales leave float16
+    ends = np.array([0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF], np.uint32).view(np.float32)  # where weights leave bfloat16
     dtype = source_dtype(format_)
-    for value in (65504.0, *near, *(near * s for s in (8, 16, 127)), *(near * s / 2 for s in (15, 31)), largest, 3e38):
+    for value in (65504.0, *np.nextafter(halves, np.float32(0)), *halves, *np.nextafter(halves, ends[2]), *ends):
         for sign in (1, -1):
             for at in ([0], [5], [6, 9], [10]):
                 rows = make_rows("normal", 11, row_length(format_))
