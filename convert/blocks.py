@@ -83,7 +83,12 @@ def read_rows(matrix: Matrix, first: int, last: int, descriptor: int, scratch: S
     """The source bytes of rows [first, last). Raises EOFError if the file ends before."""
     row_bytes = matrix.n * SOURCE_DTYPES[matrix.source.dtype]
     raw = scratch.take("raw", (last - first) * row_bytes)
-    read_into(descriptor, raw, matrix.source.start + first * row_bytes)
+    try:
+        read_into(descriptor, raw, matrix.source.start + first * row_bytes)
+    except OSError as error:
+        raise StreamquantError(
+            "cannot read a shard", where=f"{matrix.source.file}, tensor {matrix.source.name!r}", found=error.strerror
+        ) from error
     return raw
 
 

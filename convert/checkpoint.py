@@ -21,7 +21,10 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
 WEIGHT_SUFFIXES = frozenset(
-    ".safetensors .bin .pth .pt .ckpt .pkl .pickle .gguf .ggml .h5 .msgpack .onnx .npz .npy .tflite .mlmodel".split()
+    (
+        *(".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml"),
+        *(".h5", ".msgpack", ".onnx", ".npz", ".npy", ".tflite", ".mlmodel"),
+    )
 )
 MAX_SIDE_FILE = 128 * 1024 * 1024
 """Larger files without a known suffix hold weights, whatever they are called."""

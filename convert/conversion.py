@@ -59,7 +59,7 @@ def convert(
         with contextlib.closing(Journal(out)) as journal:
             rest, done = _what_is_left(plan, out, journal)
             resumed = _convert(rest, out, journal, jobs, on_start, on_progress) if rest else 0
-            journal.remove()
+            journal.remove(finished=rest is not None)
     except OSError as error:
         raise StreamquantError(
             "cannot write to the output folder", where=str(error.filename or out), found=error.strerror or str(error)

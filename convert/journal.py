@@ -100,10 +100,12 @@ class Journal:
         """Record the hash of a source file."""
         self._append({"source": name, "sha256": sha256})
 
-    def remove(self) -> None:
-        """The run is complete: forget it."""
-        self.path.unlink(missing_ok=True)
-        (self.folder / "lock").unlink(missing_ok=True)
+    def remove(self, *, finished: bool) -> None:
+        """Forget the run if it is finished; a journal of another, unfinished run stays."""
+        if finished:
+            self.path.unlink(missing_ok=True)
+        if not self.path.exists():
+            (self.folder / "lock").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 

@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,7 +145,7 @@ class _Run:
     def run(self, jobs: int) -> None:
         """Start the workers and wait for them."""
         with self._lock:
-            self._queue_hashes()
+            self._queue_hashes(range(len(self.plan.files)), self.sources)
         threads = [threading.Thread(target=self._work, name=f"streamquant-{i}", daemon=True) for i in range(jobs)]
         for thread in threads:
             thread.start()
@@ -213,11 +213,12 @@ class _Run:
             self.resumed += 1
         else:
             self.journal.chunk(number, self._convert(number, scratch))
+        files = {file for _, _, file, _, _ in extents(self.plan, chunk)}
         with self._lock:
-            for _, _, file, _, _ in extents(self.plan, chunk):
+            for file in files:
                 self.hashes[file].mark(number)
             self.source_hash[matrix.source.file].mark(number)
-            self._queue_hashes()
+            self._queue_hashes(files, (matrix.source.file,))
         self.on_progress(nbytes)
 
     def _convert(self, number: int, scratch: Scratch) -> list[str]:
@@ -258,13 +259,13 @@ class _Run:
 
     # Hashes
 
-    def _queue_hashes(self) -> None:
-        """Queue every step of hashing that is ready; the caller holds the lock."""
-        for index, file in enumerate(self.plan.files):
-            if file.path not in self.finished and (step := self.hashes[index].step()) is not None:
+    def _queue_hashes(self, files: Iterable[int], sources: Iterable[str]) -> None:
+        """Queue the steps of hashing that are ready for these outputs and sources; the caller holds the lock."""
+        for index in files:
+            if self.plan.files[index].path not in self.finished and (step := self.hashes[index].step()) is not None:
                 self._urgent.append(self._output_hash_task(index, step[1]))
-        for name, file_hash in self.source_hash.items():
-            if name not in self.source_hashes and (step := file_hash.step()) is not None:
+        for name in sources:
+            if name not in self.source_hashes and (step := self.source_hash[name].step()) is not None:
                 self._urgent.append(self._source_hash_task(name, step[1]))
         if self._urgent:
             self._lock.notify_all()
@@ -276,7 +277,9 @@ class _Run:
             file_hash.hash(descriptor, stop)
             if file_hash.complete:
                 self._finish(index, descriptor)
-            self._release(file_hash)
+            with self._lock:
+                file_hash.busy = False
+                self._queue_hashes((index,), ())
 
         return task
 
@@ -290,19 +293,17 @@ class _Run:
             if file_hash.complete:
                 self.source_hashes[name] = file_hash.sha256()
                 self.journal.source(name, self.source_hashes[name])
-            self._release(file_hash)
+            with self._lock:
+                file_hash.busy = False
+                self._queue_hashes((), (name,))
 
         return task
 
-    def _release(self, file_hash: FileHash) -> None:
-        with self._lock:
-            file_hash.busy = False
-            self._queue_hashes()
-
     def _finish(self, index: int, descriptor: int) -> None:
-        """All bytes are written and hashed: sync, record, rename."""
+        """All bytes are written and hashed: sync, record, rename, unless the source changed meanwhile."""
         path = self.plan.files[index].path
         os.fsync(descriptor)
+        self.plan.checkpoint.check_unchanged()
         hashes = self.hashes[index].tensor_hashes()
         record = {"sha256": self.hashes[index].sha256(), "tensors": hashes}
         self.journal.file(path, self.hashes[index].sha256(), hashes)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
-
+from convert import gguf_file
 from convert.safetensors_file import read_header
 from convert.strict_json import read_json_object
-from quant.errors import StreamquantError, UsageError
+from quant.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +75,6 @@ def _quantization_of(folder: Path) -> dict[str, Any]:
 
 
 def _inspect_gguf(path: Path) -> StoredFile:
-    size = path.stat().st_size
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError, OSError) as error:
-        raise StreamquantError(
-            "not a readable GGUF file", where=str(path), found=str(error) or type(error).__name__, hint="fetch it again"
-        ) from error
-    tensors = []
-    for tensor in reader.tensors:
-        start, nbytes = int(tensor.data_offset), int(tensor.n_bytes)
-        if start + nbytes > size:
-            raise StreamquantError(
-                "truncated GGUF file",
-                where=f"{path}, tensor {tensor.name!r}",
-                found=f"{size:,} bytes",
-                required=f"at least {start + nbytes:,} bytes",
-            )
-        shape = tuple(int(dimension) for dimension in reversed(tensor.shape))
-        tensors.append(StoredTensor(tensor.name, tensor.tensor_type.name, shape, nbytes, start))
-    return StoredFile(path, size, metadata, tuple(tensors))
+    header = gguf_file.read_header(path)
+    tensors = tuple(StoredTensor(t.name, t.stored_as, t.shape, t.stop - t.start, t.start) for t in header.tensors)
+    return StoredFile(path, path.stat().st_size, header.metadata, tensors)

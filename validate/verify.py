@@ -114,12 +114,23 @@ def _variants(manifest: dict[str, Any], folder: Path) -> Iterator[tuple[str, dic
             for tensor in entry["tensors"]:
                 for part in tensor["parts"]:
                     _ = part["name"], part["file"], part["offset"] + part["size"], part["xxh3_128"], part["stored_as"]
-            _ = entry["options"]["name"]
+            _ = _options(entry)
         except (KeyError, TypeError, ValueError) as error:
             raise StreamquantError(
                 "broken manifest", where=f"{folder / MANIFEST}, variant {spec!r}", found=repr(error)
             ) from error
         yield spec, entry
+
+
+def _options(entry: dict[str, Any]) -> Options:
+    """The options that a variant was made with. Raises KeyError or TypeError if they are not what a manifest holds."""
+    options = entry["options"]
+    for key, kinds in {"name": str, "split_max_size": int, "max_shard_size": int, "pre": str, "metadata": dict}.items():
+        if options[key] is not None and not isinstance(options[key], kinds):
+            raise TypeError(f"option {key}: {options[key]!r}")
+    return Options(
+        options["name"], options["split_max_size"], options["max_shard_size"], options["pre"], options["metadata"] or {}
+    )
 
 
 # Against the manifest
@@ -198,12 +209,12 @@ def _verify_source(
     if {(file.name, file.size) for file in source.files} != expected:
         result.problems.append(f"made of another source than {source.folder}: names or sizes of its files differ")
         return
-    options = Options(**entry["options"])
-    plan = make_plan(source, parse_variants([result.spec]), options)
+    plan = make_plan(source, parse_variants([result.spec]), _options(entry))
     with ExitStack() as stack:
         outputs = []
         for file in plan.files:
-            path = result.folder.parent / file.path
+            # the folder may have been renamed since
+            path = result.folder / file.path.removeprefix(f"{plan.variants[0].folder}/")
             opened = stack.enter_context(path.open("rb"))
             outputs.append(opened.fileno())
             for offset, data in file.literals:

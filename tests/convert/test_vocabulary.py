@@ -338,10 +338,10 @@ CHAT = {
 @requires_llama_cpp
 @pytest.mark.parametrize("name", CHAT)
 def test_llama_cpp_gives_the_ids_of_hugging_face(shelf: Shelf, name: str) -> None:
-    texts = [*TORTURE, CHAT[name]]
+    case, texts = shelf[name], [*TORTURE, CHAT[name]]
     if name in ("stories260K", "byte-fallback"):
         texts += (DATA / "text" / "tinystories_sample.txt").read_text(encoding="utf-8").splitlines()
-    assert engine_ids(shelf, name, texts) == hf_ids(shelf[name], texts)
+    assert engine_ids(shelf, name, texts) == hf_ids(case, texts)
 
 
 @requires_llama_cpp
