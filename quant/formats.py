@@ -5,8 +5,8 @@ from quant.format import Format
 from quant.ggml import floats, legacy
 
 FORMATS: dict[str, Format] = {
-    format.name: format
-    for format in (
+    entry.name: entry
+    for entry in (
         *floats.FORMATS,
         *legacy.FORMATS,
         *fp8.FORMATS,

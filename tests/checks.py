@@ -220,7 +220,8 @@ def _half_step(precision: int, subnormal: float, x: Errors) -> Errors:
     """Half the distance between neighbours around x, of a float of `precision` bits; `subnormal`: of the smallest."""
     with np.errstate(divide="ignore"):
         exponent = np.floor(np.log2(abs(x)))
-    return np.maximum(np.exp2(exponent - precision), subnormal / 2)
+    half: Errors = np.maximum(np.exp2(exponent - precision), subnormal / 2)
+    return half
 
 
 def _float16(x: Errors) -> Errors:
@@ -237,7 +238,8 @@ def _signed(half: int, rows: Rows) -> Errors:
     d = abs(blocks).max(axis=-1, keepdims=True) / half
     extreme = np.take_along_axis(blocks, abs(blocks).argmax(axis=-1)[..., None], -1)
     cut = np.maximum(-np.sign(extreme) * blocks - (half - 0.5) * d, 0)
-    return (d / 2 + cut + half * _float16(d) + 1e-6 * half * d).reshape(rows.shape)
+    bound: Errors = d / 2 + cut + half * _float16(d) + 1e-6 * half * d
+    return bound.reshape(rows.shape)
 
 
 def _symmetric(rows: Rows) -> Errors:
@@ -270,7 +272,8 @@ def _fp8(dtype: str, tile: bool, rows: Rows) -> Errors:
     q = abs(w) / scale
     q16 = q + _half_step(precision, subnormal, q)
     kept = np.minimum(q16, 448)
-    return scale * ((q16 - q) + _half_step(4, 2.0**-9, kept) + np.maximum(q16 - 448, 0)) + 1e-6 * abs(w)
+    moved = (q16 - q) + _half_step(4, 2.0**-9, kept) + np.maximum(q16 - 448, 0)
+    return scale * moved + 1e-6 * abs(w) + 2.0**-150  # decoding rounds to float32
 
 
 BOUNDS: Mapping[str, Callable[[Rows], Errors]] = {

@@ -1,7 +1,7 @@
 """Bit-level building blocks of the CPU kernels: reinterpretation and exact rounding between floating-point formats.
 
 LLVM inlines all of them into the kernels that call them and vectorizes the loops around them: selects, no branches.
-Numba keys its cache on the file of the kernel alone: after a change here, remove the `__pycache__` folders (`make clean`).
+Numba keys its cache on the file of the kernel alone: after a change here, run `make clean`.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,3 +78,22 @@ def half_bits(x: np.float32) -> np.uint16:
 def half_is_infinite(bits: np.uint16) -> bool:
     """Whether float16 bits mean an infinity or a NaN."""
     return bool((bits & np.uint16(0x7C00)) == np.uint16(0x7C00))
+
+
+@helper
+def half_value(bits: np.uint16) -> np.float32:
+    """Finite float16 bits -> float32, exact."""
+    sign = np.uint32(np.uint32(bits & np.uint16(0x8000)) << np.uint32(16))
+    a = np.uint32(bits & np.uint16(0x7FFF))
+    if a < np.uint32(0x0400):  # subnormal: a multiple of 2**-24
+        return np.float32(bits_float(np.uint32(float_bits(np.float32(np.float32(a) * np.float32(2.0**-24))) | sign)))
+    return np.float32(bits_float(np.uint32((a << np.uint32(13)) + np.uint32(112 << 23) | sign)))
+
+
+@helper
+def put_half(out: NDArray[np.uint8], at: int, x: np.float32) -> np.uint16:
+    """Store float16(x) at out[at:at + 2], little endian; returns its bits."""
+    h = half_bits(x)
+    out[at] = np.uint8(h & np.uint16(0xFF))
+    out[at + 1] = np.uint8(h >> np.uint16(8))
+    return h
