@@ -19,7 +19,7 @@ OUT ?= variants
 TO ?= fp8-dynamic gguf:BF16,Q8_0,Q4_0
 TO_FLAGS = $(foreach variant,$(TO),--to $(variant))
 SMOLLM2 := .cache/smollm2
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 need_model = $(if $(MODEL),,$(error MODEL= is missing: make $@ MODEL=path/to/checkpoint OUT=folder))
 
 .PHONY: help setup demo test test-long check lint types fix plan convert fp8 gguf inspect verify bench clean distclean

@@ -90,7 +90,7 @@ def plan_command(
     checkpoint = open_checkpoint(model)
     plan = make_plan(checkpoint, parse_variants(to), _options(name, split_max_size, max_shard_size, pre, metadata))
     if out is not None:
-        check_output_folder(checkpoint, out)
+        check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
         check_disk(plan, out)
     _print(
         plan_json(plan, jobs or default_jobs()) if as_json else plan_view(plan, jobs or default_jobs(), tensors=tensors)

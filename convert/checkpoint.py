@@ -26,6 +26,8 @@ WEIGHT_SUFFIXES = frozenset(
         *(".h5", ".msgpack", ".onnx", ".npz", ".npy", ".tflite", ".mlmodel"),
     )
 )
+MAX_CONFIG = 8 * 1024 * 1024
+"""Bytes of config.json: a thousand times the usual; small values take a hundred times their text in memory."""
 MAX_SIDE_FILE = 128 * 1024 * 1024
 """Larger files without a known suffix hold weights, whatever they are called."""
 SIDE_FOLDERS = ("additional_chat_templates",)
@@ -157,7 +159,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise StreamquantError(
             "not a Hugging Face checkpoint", where=str(folder), found="no config.json", required="config.json"
         )
-    return read_json_object(folder / CONFIG)
+    return read_json_object(folder / CONFIG, MAX_CONFIG)
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:

@@ -7,17 +7,17 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from convert.checkpoint import CONFIG, INDEX, Checkpoint
 from convert.journal import Journal
-from convert.manifest import is_complete, write_atomically, write_manifests
+from convert.manifest import MANIFEST, is_complete, is_of_same_source, write_atomically, write_manifests
 from convert.plan import Options, Plan, VariantPlan, make_plan
 from convert.quantization_config import QuantizationConfigs
 from convert.recipe import Recipe
-from convert.stream import PARTIAL, run
+from convert.stream import PARTIAL, explain, head_of, run
 from quant.errors import StreamquantError, UsageError
 from quant.formats import FORMATS
 
@@ -53,31 +53,32 @@ def convert(
     threads. Raises UsageError or StreamquantError; a repeated call goes on where this one stopped.
     """
     plan = make_plan(checkpoint, recipes, options)
-    check_output_folder(checkpoint, out)
+    check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
     try:
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(Journal(out)) as journal:
             rest, done = _what_is_left(plan, out, journal)
             resumed = _convert(rest, out, journal, jobs, on_start, on_progress) if rest else 0
-            journal.remove(finished=rest is not None)
+            if rest is not None or _is_finished(plan, journal):
+                journal.remove()
     except OSError as error:
-        raise StreamquantError(
-            "cannot write to the output folder", where=str(error.filename or out), found=error.strerror or str(error)
-        ) from error
+        raise explain(error, out) from error
     return Conversion(plan, done, resumed)
 
 
-def check_output_folder(checkpoint: Checkpoint, out: Path) -> None:
-    """Raise UsageError if `out` is a file or lies inside the source, which is never written to."""
+def check_output_folder(checkpoint: Checkpoint, out: Path, folders: Iterable[str] = ()) -> None:
+    """Raise UsageError if `out` is a file, or if it or one of `folders` in it lies inside the source."""
     if out.exists() and not out.is_dir():
         raise UsageError("the output folder is a file", where=str(out), required="a folder, or a name not taken yet")
-    resolved = out.resolve()
-    if resolved == checkpoint.folder or checkpoint.folder in resolved.parents:
-        raise UsageError(
-            "the output folder lies inside the source",
-            where=str(out),
-            required="a folder outside the checkpoint, which is never written to",
-        )
+    for folder in (out, *(out / name for name in folders)):
+        resolved = folder.resolve()
+        if resolved == checkpoint.folder or checkpoint.folder in resolved.parents:
+            raise UsageError(
+                "the output folder lies inside the source",
+                where=str(folder),
+                required="a folder outside the checkpoint, which is never written to",
+                hint="choose another --out or --name",
+            )
 
 
 def check_disk(plan: Plan, out: Path) -> None:
@@ -109,13 +110,19 @@ def _what_is_left(plan: Plan, out: Path, journal: Journal) -> tuple[Plan | None,
 
     An unfinished run of the whole plan is resumed as a whole: some of its manifests may be written already.
     """
-    if journal.fingerprint() == plan.fingerprint:
+    if (head := journal.head()) is not None and head.fingerprint == plan.fingerprint:
         return plan, ()
     done = tuple(variant.recipe.spec for variant in plan.variants if is_complete(out, plan, variant))
     recipes = [variant.recipe for variant in plan.variants if variant.recipe.spec not in done]
     if not done:
         return plan, ()
     return (make_plan(plan.checkpoint, recipes, plan.options) if recipes else None), done
+
+
+def _is_finished(plan: Plan, journal: Journal) -> bool:
+    """Whether the journal is that of a run that had written everything; `plan` is complete."""
+    head = journal.head()
+    return head is None or head.variants.items() <= head_of(plan).variants.items()
 
 
 def _convert(
@@ -126,7 +133,7 @@ def _convert(
     on_start: Callable[[Plan], None],
     on_progress: Callable[[int], None],
 ) -> int:
-    if journal.fingerprint() is None:
+    if journal.head() is None:
         _check_folders_are_ours(plan, out)
     check_disk(plan, out)
     schemes = [variant.recipe.scheme for variant in plan.variants if variant.recipe.scheme is not None]
@@ -147,6 +154,13 @@ def _check_folders_are_ours(plan: Plan, out: Path) -> None:
             raise _taken(out / file.path)
     for variant in plan.variants:
         folder = out / variant.folder
+        if not is_of_same_source(folder, plan):
+            raise StreamquantError(
+                "the output folder holds variants of another source",
+                where=str(folder / MANIFEST),
+                required=f"variants of {plan.checkpoint.folder} alone",
+                hint="choose another --out or --name, or move the folder away",
+            )
         if variant.recipe.container == "safetensors" and folder.exists():
             others = [path for path in folder.iterdir() if not path.name.endswith(PARTIAL)]
             if others:
@@ -167,6 +181,8 @@ def _write_checkpoint_files(plan: Plan, variant: VariantPlan, out: Path, configs
     assert variant.recipe.scheme is not None, "FP8 variants have a scheme"
     folder, source = out / variant.folder, plan.checkpoint.folder
     for name in plan.checkpoint.side_files:
+        if name == MANIFEST:  # the source's own, of whatever it was made from
+            continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, (source / name).read_bytes())
     if len(variant.files) > 1:

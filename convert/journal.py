@@ -1,6 +1,6 @@
 """What is done of a conversion: a file of JSON lines that survives kill -9, and is believed only as far as it can be.
 
-    {"journal": 1, "fingerprint": "..."}                 the plan that this journal belongs to
+    {"journal": 1, "fingerprint": "...", "variants": {}} the plan that this journal belongs to
     {"chunk": 17, "hashes": ["...", ...]}                written; a hash of each run of bytes, checked on resume
     {"file": "...", "sha256": "...", "tensors": {...}}   complete, on disk, about to get its final name
     {"source": "...", "sha256": "..."}                   a source shard, read to its end
@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ from quant.errors import StreamquantError
 
 WORK_FOLDER = ".streamquant"
 VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The plan that a journal belongs to."""
+
+    fingerprint: str
+    variants: Mapping[str, str]
+    """Spec -> fingerprint of the variant."""
 
 
 @dataclass
@@ -35,6 +45,18 @@ class Progress:
     sources: dict[str, str] = field(default_factory=dict)
     """Source file name -> sha256."""
 
+    def add(self, line: object) -> None:
+        """Take over a line of the journal. Raises ValueError if it is none."""
+        match line:
+            case {"chunk": int(number), "hashes": list(hashes)} if all(isinstance(item, str) for item in hashes):
+                self.chunks[number] = hashes
+            case {"file": str(path), "sha256": str(sha256), "tensors": dict(tensors)}:
+                self.files[path] = {"sha256": sha256, "tensors": tensors}
+            case {"source": str(name), "sha256": str(sha256)}:
+                self.sources[name] = sha256
+            case _:
+                raise ValueError("not a line of a journal")
+
 
 class Journal:
     """The journal of one output folder; holding it open locks the folder against a second run."""
@@ -44,48 +66,47 @@ class Journal:
         self.path = self.folder / "journal.jsonl"
         self._lock = threading.Lock()
         self._file: int | None = None
-        self.folder.mkdir(exist_ok=True)
-        self._guard = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._guard)
-            raise StreamquantError(
-                "another streamquant is writing to this folder",
-                where=str(out),
-                hint="wait for it or choose another --out",
-            ) from error
+        self._guard = self._take_lock(out)
 
-    def fingerprint(self) -> str | None:
-        """The fingerprint of the unfinished run in this folder, or None. Raises StreamquantError for a foreign file."""
-        lines = self._read_lines()
-        return None if not lines else str(lines[0]["fingerprint"])
+    def _take_lock(self, out: Path) -> int:
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            guard = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(guard)
+                raise StreamquantError(
+                    "another streamquant is writing to this folder",
+                    where=str(out),
+                    hint="wait for it or choose another --out",
+                ) from error
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(guard), (self.folder / "lock").stat()):
+                    return guard
+            os.close(guard)  # a run that has just ended removed this lock: it no longer keeps anybody out
 
-    def open(self, fingerprint: str) -> Progress:
-        """Start a journal for the plan with `fingerprint`, or go on with the one that is there.
+    def head(self) -> Head | None:
+        """The plan of the unfinished run in this folder, or None. Raises StreamquantError for a foreign file."""
+        return self._read()[0]
+
+    def open(self, head: Head) -> Progress:
+        """Start a journal for a plan, or go on with the one that is there.
 
         Raises StreamquantError if an unfinished run of another plan is there.
         """
-        lines = self._read_lines()
-        if lines and lines[0]["fingerprint"] != fingerprint:
+        found, progress = self._read()
+        if found is not None and found.fingerprint != head.fingerprint:
             raise StreamquantError(
                 "the folder holds an unfinished run of another plan",
                 where=str(self.path),
-                found=f"plan {lines[0]['fingerprint'][:12]}",
-                required=f"plan {fingerprint[:12]}: the same source (unchanged), variants, options and version",
+                found=f"plan {found.fingerprint[:12]}: {', '.join(found.variants)}",
+                required=f"plan {head.fingerprint[:12]}: the same source (unchanged), variants, options and version",
                 hint="repeat the command that began it, or remove the folder and start again",
             )
-        progress = Progress()
-        for line in lines[1:]:
-            if "chunk" in line:
-                progress.chunks[line["chunk"]] = line["hashes"]
-            elif "file" in line:
-                progress.files[line["file"]] = {"sha256": line["sha256"], "tensors": line["tensors"]}
-            else:
-                progress.sources[line["source"]] = line["sha256"]
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        if not lines:
-            self._append({"journal": VERSION, "fingerprint": fingerprint})
+        if found is None:
+            self._append({"journal": VERSION, "fingerprint": head.fingerprint, "variants": dict(head.variants)})
         return progress
 
     def chunk(self, number: int, hashes: list[str]) -> None:
@@ -100,20 +121,19 @@ class Journal:
         """Record the hash of a source file."""
         self._append({"source": name, "sha256": sha256})
 
-    def remove(self, *, finished: bool) -> None:
-        """Forget the run if it is finished; a journal of another, unfinished run stays."""
-        if finished:
-            self.path.unlink(missing_ok=True)
-        if not self.path.exists():
-            (self.folder / "lock").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+    def remove(self) -> None:
+        """The run is complete: forget it."""
+        self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Release the lock and the file; what was recorded stays."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
+        with contextlib.suppress(OSError):
+            if not self.path.exists():
+                (self.folder / "lock").unlink()
+                self.folder.rmdir()
         os.close(self._guard)
 
     def _append(self, line: dict[str, Any], *, sync: bool = False) -> None:
@@ -127,24 +147,36 @@ class Journal:
             if sync:
                 os.fsync(self._file)
 
-    def _read_lines(self) -> list[dict[str, Any]]:
-        """The complete lines; cuts off a torn one."""
+    def _read(self) -> tuple[Head | None, Progress]:
+        """What the complete lines say; cuts off a torn one."""
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
-            return []
+            return None, Progress()
         whole = data.rfind(b"\n") + 1
         if whole != len(data):
             os.truncate(self.path, whole)
-        try:
-            lines = [json.loads(line) for line in data[:whole].splitlines()]
-            if lines and (lines[0]["journal"] != VERSION or not isinstance(lines[0]["fingerprint"], str)):
-                raise ValueError("another version")
-        except (ValueError, KeyError, TypeError) as error:
-            raise StreamquantError(
-                "cannot read the journal of an unfinished run",
-                where=str(self.path),
-                found=str(error),
-                hint="remove the output folder and start again",
-            ) from error
-        return lines
+        head, progress = None, Progress()
+        for number, text in enumerate(data[:whole].splitlines(), 1):
+            try:
+                line = json.loads(text)
+                if head is None:
+                    head = _head(line)
+                else:
+                    progress.add(line)
+            except (ValueError, RecursionError) as error:
+                raise StreamquantError(
+                    "cannot read the journal of an unfinished run",
+                    where=str(self.path),
+                    found=f"line {number}: {error}",
+                    hint="remove the output folder and start again",
+                ) from error
+        return head, progress
+
+
+def _head(line: object) -> Head:
+    match line:
+        case {"journal": int(version), "fingerprint": str(fingerprint), "variants": dict(variants)}:
+            if version == VERSION:
+                return Head(fingerprint, variants)
+    raise ValueError(f"not the head of a journal of version {VERSION}")

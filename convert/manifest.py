@@ -38,14 +38,23 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     manifest = read_json_object(path)
-    if manifest.get("manifest") != MANIFEST_VERSION or not isinstance(manifest.get("variants"), dict):
+    if not _is_manifest(manifest):
         raise StreamquantError(
             "not a manifest of this version of streamquant",
             where=str(path),
-            found=f"manifest: {manifest.get('manifest')!r}",
-            required=MANIFEST_VERSION,
+            found=f"manifest: {manifest.get('manifest')!r:.100}",
+            required=f"manifest: {MANIFEST_VERSION}, with source and variants",
+            hint="choose another folder, or move the file away",
         )
     return manifest
+
+
+def _is_manifest(manifest: dict[str, Any]) -> bool:
+    match manifest:
+        case {"manifest": int(version), "source": {"files": list(files)}, "variants": dict(variants)}:
+            known = all(isinstance(file, dict) and {"path", "size", "sha256"} <= file.keys() for file in files)
+            return version == MANIFEST_VERSION and known and all(isinstance(entry, dict) for entry in variants.values())
+    return False
 
 
 def is_complete(out: Path, plan: Plan, variant: VariantPlan) -> bool:
@@ -57,6 +66,15 @@ def is_complete(out: Path, plan: Plan, variant: VariantPlan) -> bool:
     sizes = {index: plan.files[index].size for index in variant.files}
     paths = {index: out / plan.files[index].path for index in variant.files}
     return all(paths[index].is_file() and paths[index].stat().st_size == size for index, size in sizes.items())
+
+
+def is_of_same_source(folder: Path, plan: Plan) -> bool:
+    """Whether what the folder's manifest lists, if it has one, was made of shards of the same names and sizes."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return True
+    listed = {(file["path"], file["size"]) for file in manifest["source"]["files"]}
+    return listed == {(file.name, file.size) for file in plan.checkpoint.files}
 
 
 def write_manifests(out: Path, plan: Plan, written: Written) -> None:

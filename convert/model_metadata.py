@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import gguf
+import yaml
 
 from convert.strict_json import read_json_object
 from quant.errors import StreamquantError, UsageError
@@ -46,6 +47,7 @@ _ATTRIBUTES = {
 }
 _OTHERS = frozenset({"general.architecture", "general.file_type", "general.quantization_version"})
 _INT32 = range(-(2**31), 2**31)
+_MAX_CARD = 4 * 1024 * 1024  # bytes; model cards of 100 kB are long
 _HINT = "set the right value with --metadata, or correct the file"
 
 
@@ -130,7 +132,12 @@ def _check_card(path: pathlib.Path) -> None:
     """Parse the front matter as the library will, which lets every fault of YAML through."""
     if not path.is_file():
         return
+    if path.stat().st_size > _MAX_CARD:
+        raise StreamquantError(
+            "model card too large", where=str(path), found=f"{path.stat().st_size:,} bytes", required=f"{_MAX_CARD:,}"
+        )
     try:
+        _refuse_aliases(path.read_text(encoding="utf-8"))
         gguf.Metadata.load_model_card(path.parent)
     except Exception as fault:
         raise StreamquantError(
@@ -140,6 +147,17 @@ def _check_card(path: pathlib.Path) -> None:
             required="YAML in UTF-8",
             hint="correct or remove the front matter",
         ) from fault
+
+
+def _refuse_aliases(card: str) -> None:
+    """Raise ValueError for YAML aliases: no model card needs them, and nested they grow without bound."""
+    lines = card.splitlines()
+    if not lines or lines[0] != "---":
+        return
+    front = lines[1 : lines.index("---", 1)] if "---" in lines[1:] else lines[1:]
+    for token in yaml.scan("\n".join(front).replace("\t", "  ")):
+        if isinstance(token, yaml.AliasToken):
+            raise ValueError(f"an alias, *{token.value}, in line {token.start_mark.line + 2}")
 
 
 def _check_sampling(value: object, kind: type, where: str, error: type[StreamquantError]) -> None:

@@ -332,7 +332,20 @@ class _Builder:
         for path, group in groups:
             files.append(len(self.files))
             tensors += self._fp8_place(f"{folder}/{path}", group)
+        self._note_ragged_blocks(recipe, tensors)
         return VariantPlan(recipe, folder, tuple(files), tuple(tensors), (), ())
+
+    def _note_ragged_blocks(self, recipe: Recipe, tensors: list[OutputTensor]) -> None:
+        """Say so where a runtime cannot group the activations: compressed-tensors refuses, vLLM pads or refuses."""
+        ragged = [
+            t for t in tensors if FORMATS[t.format].pads_rows and self.checkpoint.tensors[t.source].row_length % 128
+        ]
+        if ragged:
+            width = self.checkpoint.tensors[ragged[0].source].row_length
+            self.notes.append(
+                f"{recipe.spec}: rows of {len(ragged)} tensors are not a multiple of 128 ({width}); the weights are stored"
+                " as defined, but transformers cannot quantize activations in groups of 128 there"
+            )
 
     def _fp8_groups(self, recipe: Recipe) -> list[tuple[str, list[_Entry]]]:
         """(file name, tensors) of each shard: those of the source, or filled up to --max-shard-size."""

@@ -7,6 +7,7 @@ its dtype, shape and [start, end) within the data; the tensors cover the data wi
 
 import json
 import math
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 from convert.strict_json import parse_json
 from quant.errors import StreamquantError
 
-MAX_HEADER = 32 * 1024 * 1024
-"""Bytes of JSON that are read at most: room for 200,000 tensors. (The safetensors library stops at 100 MB.)"""
+MAX_HEADER = 8 * 1024 * 1024
+"""Bytes of JSON that are read at most: room for 50,000 tensors a shard. (The safetensors library stops at 100 MB.)"""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
@@ -46,7 +47,10 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], by
     """
     where = str(path)
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+            raise StreamquantError("not a regular file", where=where, required="a safetensors file")
+        size = found.st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             length = _header_length(prefix, size, where)
@@ -70,7 +74,7 @@ def write_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metad
     """The header of a file that holds (name, dtype, shape, nbytes) one after another, padded so that data is aligned.
 
     >>> write_header([("a", "U8", (2,), 2)], {})
-    b'8\\x00\\x00\\x00\\x00\\x00\\x00\\x00{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}    '
+    b'8\\x00\\x00\\x00\\x00\\x00\\x00\\x00{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}   '
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
@@ -113,27 +117,37 @@ def _check_metadata(metadata: object, where: str) -> dict[str, str]:
     return metadata
 
 
+def _shown(value: object) -> str:
+    """What a header says, as part of a message: escaped and of bounded length."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _check_entry(name: str, entry: object, begin: int, size: int, where: str) -> StoredTensor:
     """One header entry -> StoredTensor, every field checked."""
-    where = f"{where}, tensor {name!r}"
+    where = f"{where}, tensor {_shown(name)}"
     if not name or not name.isprintable() or ".." in name or "/" in name or len(name) > 1024:
         raise StreamquantError(
             "tensor name not allowed", where=where, required="printable, without '..' or '/', at most 1024 characters"
         )
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        found = _shown(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
         raise StreamquantError("broken header", where=where, found=found, required="dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise StreamquantError("unknown dtype", where=where, found=dtype, required=", ".join(DTYPE_BITS))
+        raise StreamquantError("unknown dtype", where=where, found=_shown(dtype), required=", ".join(DTYPE_BITS))
     if not isinstance(shape, list) or len(shape) > 8 or not all(_is_count(dim) for dim in shape):
-        raise StreamquantError("broken shape", where=where, found=shape, required="at most 8 non-negative integers")
+        raise StreamquantError(
+            "broken shape", where=where, found=_shown(shape), required="at most 8 non-negative integers"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(at) for at in offsets):
-        raise StreamquantError("broken offsets", where=where, found=offsets, required="two non-negative integers")
+        raise StreamquantError(
+            "broken offsets", where=where, found=_shown(offsets), required="two non-negative integers"
+        )
     start, stop = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if stop < start or bits % 8 or stop - start != bits // 8:

@@ -17,7 +17,7 @@ from pathlib import Path
 from convert.blocks import Scratch, encode_chunk, extents
 from convert.checkpoint import SourceFile
 from convert.hashing import READ_BYTES, Extent, FileHash, quick_hash
-from convert.journal import Journal, Progress
+from convert.journal import Head, Journal, Progress
 from convert.plan import OutputFile, Plan
 from quant.errors import StreamquantError
 
@@ -39,6 +39,11 @@ class Written:
     """Chunks that an earlier run had done."""
 
 
+def head_of(plan: Plan) -> Head:
+    """The head of the journal of a plan."""
+    return Head(plan.fingerprint, {v.recipe.spec: plan.variant_fingerprint(v) for v in plan.variants})
+
+
 def run(plan: Plan, out: Path, journal: Journal, *, jobs: int, on_progress: Callable[[int], None]) -> Written:
     """Write all files of the plan below `out`; returns when they have their final names.
 
@@ -46,10 +51,14 @@ def run(plan: Plan, out: Path, journal: Journal, *, jobs: int, on_progress: Call
     bad weight, a changed source, a full disk; the first error stops all workers, what was done stays in the journal.
     KeyboardInterrupt in the calling thread does the same.
     """
-    progress = journal.open(plan.fingerprint)
+    progress = journal.open(head_of(plan))
     with contextlib.ExitStack() as stack:
         work = _Run(plan, out, journal, progress, on_progress, stack)
-        work.run(jobs)
+        try:
+            work.run(jobs)
+        except StreamquantError:
+            plan.checkpoint.check_unchanged()  # what looks like a bad weight may be a file that is being replaced
+            raise
     plan.checkpoint.check_unchanged()
     return work.written()
 
@@ -97,9 +106,9 @@ class _Run:
         final = self.out / file.path
         partial = final.with_name(final.name + PARTIAL)
         if file.path in self.finished:
-            if not final.exists() and partial.exists():  # stopped between the journal's line and the rename
+            if not final.exists() and _has_size(partial, file.size):  # stopped between the journal and the rename
                 _rename(partial, final)
-            if final.exists() and final.stat().st_size == file.size:
+            if _has_size(final, file.size):
                 return None
             del self.finished[file.path]
         if final.exists():
@@ -111,6 +120,8 @@ class _Run:
         final.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
         stack.callback(os.close, descriptor)
+        if not self.known:  # whatever is there is not ours: its bytes must not stay in the padding
+            os.ftruncate(descriptor, 0)
         os.ftruncate(descriptor, file.size)
         for offset, data in file.literals:
             write_all(descriptor, memoryview(data), offset)
@@ -171,7 +182,7 @@ class _Run:
                     self._running -= 1
                     self._lock.notify_all()
         except OSError as error:
-            self._fail(_explain(error, self.out))
+            self._fail(explain(error, self.out))
         except BaseException as error:  # handed to the calling thread, whatever it is
             self._fail(error)
 
@@ -353,6 +364,10 @@ def _hash_range(descriptor: int, offset: int, nbytes: int, scratch: Scratch) -> 
     return str(result.hexdigest())
 
 
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
 def _rename(partial: Path, final: Path) -> None:
     """Give a synced file its final name, and make the name itself survive a power loss."""
     partial.replace(final)
@@ -363,7 +378,8 @@ def _rename(partial: Path, final: Path) -> None:
         os.close(folder)
 
 
-def _explain(error: OSError, out: Path) -> StreamquantError:
+def explain(error: OSError, out: Path) -> StreamquantError:
+    """An error of the operating system as a message for the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StreamquantError(
             "the disk is full",
@@ -372,5 +388,8 @@ def _explain(error: OSError, out: Path) -> StreamquantError:
             hint="free some space and run the same command again: it goes on where it stopped",
         )
     return StreamquantError(
-        "cannot read or write a file", where=str(error.filename or out), found=error.strerror or str(error)
+        "cannot read or write a file",
+        where=str(error.filename or out),
+        found=error.strerror or str(error),
+        hint="check the disk and the permissions of the folder; the same command goes on where it stopped",
     )

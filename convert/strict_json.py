@@ -1,6 +1,7 @@
 """JSON from a stranger: bounded in size and depth, no duplicate keys, no NaN, and an error that names the file."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ MAX_BYTES = 64 * 1024 * 1024
 def parse_json(text: bytes, where: str) -> Any:
     """Parse UTF-8 JSON. Raises StreamquantError, which names `where`, for anything that is not plain, strict JSON."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except UnicodeDecodeError as error:
         raise StreamquantError("JSON is not UTF-8", where=where, found=str(error)) from error
     except RecursionError as error:
@@ -52,10 +55,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"duplicate key {key!r}")
+                raise ValueError(f"duplicate key {key[:100]!r}")
             seen.add(key)
     return result
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:100]} is too large")
+    return value

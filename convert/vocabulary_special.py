@@ -11,6 +11,8 @@ import gguf
 from convert.vocabulary_files import TokenizerFiles, check_text, read_json, require
 from quant.errors import StreamquantError
 
+_MAX_TEMPLATE = 4 * 1024 * 1024  # bytes; the longest published templates have 30 kB
+
 
 class _Warnings(logging.Handler):
     """Collects what the library gguf warns of, but for what does not matter here."""
@@ -136,6 +138,13 @@ def _templates_beside(folder: pathlib.Path) -> tuple[Any, str]:
 
 
 def _read_text(path: pathlib.Path) -> str:
+    if path.stat().st_size > _MAX_TEMPLATE:
+        raise StreamquantError(
+            "chat template too large",
+            where=str(path),
+            found=f"{path.stat().st_size:,} bytes",
+            required=f"at most {_MAX_TEMPLATE:,}",
+        )
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:

@@ -5,6 +5,7 @@ thing makes it under a lock, the others take it.
 """
 
 import fcntl
+import json
 import os
 import re
 from collections.abc import Callable
@@ -12,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from convert.checkpoint import open_checkpoint
 from convert.conversion import convert
+from convert.plan import Options
 from convert.recipe import RECIPES, parse_variants
 from examples.smollm2_checkpoint import FOLDER, write_smollm2
-from tests import gguf_peer
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-SMOLLM2_PACKAGE = Path(os.environ.get("STREAMQUANT_SMOLLM2", REPOSITORY / ".cache" / "smollm2" / "package"))
+from tests import gguf_peer, synthetic
+from tests.smollm2 import MISSING, PACKAGE, find_gguf
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,9 @@ def peers() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(shelf: Shelf) -> Path:
     """SmolLM2-135M-Instruct as a sharded BF16 checkpoint."""
-    if not any(SMOLLM2_PACKAGE.rglob("*.gguf")):
-        pytest.skip(f"no SmolLM2 at {SMOLLM2_PACKAGE}: make setup, or set STREAMQUANT_SMOLLM2 to where it is unpacked")
-    return shelf.get("smollm2-source", lambda folder: write_smollm2(SMOLLM2_PACKAGE, folder / FOLDER)) / FOLDER
+    if find_gguf() is None:
+        pytest.skip(MISSING)
+    return shelf.get("smollm2-source", lambda folder: write_smollm2(PACKAGE, folder / FOLDER)) / FOLDER
 
 
 @pytest.fixture(scope="session")
@@ -84,3 +85,61 @@ def smollm2_variants(shelf: Shelf, smollm2: Path) -> Path:
         "smollm2-variants",
         lambda folder: convert(open_checkpoint(smollm2), parse_variants(list(RECIPES)), folder, jobs=2),
     )
+
+
+TINY_PRE = "llama-bpe"
+"""tokenizer.ggml.pre of `tiny`, which cannot be told from its tokenizer."""
+
+
+@pytest.fixture(scope="session")
+def tiny(shelf: Shelf) -> Path:
+    """A synthetic Llama 3.1 in two BF16 shards, untied, with a tokenizer of 260 tokens. Needs no test data."""
+
+    def make(folder: Path) -> None:
+        tokenizer = write_small_tokenizer(folder / "tokenizer")
+        synthetic.write_checkpoint(
+            folder / "Tiny", size="small", shards=2, rope="llama3", tokenizer=tokenizer, pth=True
+        )
+
+    return shelf.get("tiny", make) / "Tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_variants(shelf: Shelf, tiny: Path) -> Path:
+    """The --out folder of one conversion of `tiny` into every variant there is."""
+    variants, options = parse_variants(list(RECIPES)), Options(pre=TINY_PRE)
+    return shelf.get("tiny-variants", lambda folder: convert(open_checkpoint(tiny), variants, folder, options, jobs=2))
+
+
+def write_small_tokenizer(folder: Path) -> Path:
+    """A byte-level BPE tokenizer with three merges: as small as one can be, unknown to every table."""
+    merges = [("t", "h"), ("th", "e"), ("i", "n")]
+    texts = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    backend = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(texts)}, merges=merges))
+    split = pre_tokenizers.Split(Regex(r"\s+|\S+"), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<s>", "</s>")])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "TokenizersBackend"}
+    template = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    return folder
+
+
+Tensor = tuple[str, tuple[int, ...], bytes]
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file: dtype, shape, bytes. A reader of its own."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header.pop("__metadata__", None)
+    data = memoryview(content)[8 + length :]
+    return {
+        name: (entry["dtype"], tuple(entry["shape"]), bytes(data[slice(*entry["data_offsets"])]))
+        for name, entry in header.items()
+    }

@@ -8,7 +8,6 @@ import ctypes
 import functools
 import importlib.util
 import itertools
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors import safe_open
 
 from quant.format import Rows
 from tests.peers import DATA
-from tests.smollm2 import find_gguf
+from tests.smollm2 import MISSING, find_gguf
 
 STORIES = DATA / "models" / "stories260K-bf16" / "model.safetensors"
 
@@ -165,13 +164,12 @@ def _stories() -> list[Rows]:
 
 
 def _smollm2() -> list[Rows]:
-    with tempfile.TemporaryDirectory() as scratch:
-        path = find_gguf(Path(scratch))
-        if path is None:
-            pytest.skip("no GGUF of SmolLM2 (STREAMQUANT_SMOLLM2)")
-        wanted = {f"blk.{layer}.{part}.weight" for layer in (0, 29) for part in ("attn_k", "ffn_down", "attn_output")}
-        found = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name in wanted]
-        rows = [gguf.quants.dequantize(tensor.data[:130], tensor.tensor_type) for tensor in found]
+    path = find_gguf()
+    if path is None:
+        pytest.skip(MISSING)
+    wanted = {f"blk.{layer}.{part}.weight" for layer in (0, 29) for part in ("attn_k", "ffn_down", "attn_output")}
+    found = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name in wanted]
+    rows = [gguf.quants.dequantize(tensor.data[:130], tensor.tensor_type) for tensor in found]
     assert len(rows) == len(wanted)
     return rows
 

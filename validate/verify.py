@@ -102,6 +102,9 @@ def bytes_to_verify(folder: Path, *, with_source: bool) -> int:
     return total
 
 
+_PART = {"name": str, "file": str, "offset": int, "size": int, "xxh3_128": str, "stored_as": str}
+
+
 def _variants(manifest: dict[str, Any], folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The variants of a manifest, checked for what is used of them."""
     for spec, entry in manifest["variants"].items():
@@ -113,7 +116,9 @@ def _variants(manifest: dict[str, Any], folder: Path) -> Iterator[tuple[str, dic
                     raise ValueError(f"path {file['path']!r} leaves the folder")
             for tensor in entry["tensors"]:
                 for part in tensor["parts"]:
-                    _ = part["name"], part["file"], part["offset"] + part["size"], part["xxh3_128"], part["stored_as"]
+                    for key, kind in _PART.items():
+                        if not isinstance(part[key], kind):
+                            raise TypeError(f"{key} of a tensor: {part[key]!r:.100}")
             _ = _options(entry)
         except (KeyError, TypeError, ValueError) as error:
             raise StreamquantError(
@@ -169,10 +174,12 @@ def _verify_hashes(
             found.busy = False
             on_progress(step[1] - at)
             at = step[1]
-    if found.sha256() == file["sha256"]:
-        return []
     hashes = found.tensor_hashes()
     damaged = [name for name, _, _, expected, _ in parts if hashes[name] != expected]
+    if found.sha256() == file["sha256"]:
+        return [
+            f"{file['path']}: tensor {name} has another hash in the manifest; the file is whole" for name in damaged
+        ]
     if not damaged:
         return [f"{file['path']}: header or padding damaged (SHA-256 differs, all tensors are whole)"]
     return [f"{file['path']}: tensor {name} is damaged" for name in damaged]

@@ -35,7 +35,7 @@ def sharded(pristine_sharded: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def medium(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 MB in three shards, never changed."""
+    """40 MB in three shards, never changed."""
     return write_medium_model(tmp_path_factory.mktemp("medium") / "Medium")
 
 

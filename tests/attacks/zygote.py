@@ -5,6 +5,7 @@ code. A fault is the name and the argument of a function `fault_...` below.
 """
 
 import errno
+import gc
 import importlib
 import itertools
 import json
@@ -12,12 +13,15 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import streamquant
+from tests.attacks.harness import TO, run, write_model
 
 
 def fault_set(values: dict[str, Any]) -> None:
@@ -57,6 +61,17 @@ def fault_die_at(number: int) -> None:
         _wrap(name, lambda count, *arguments, name=name: die(count, name, *arguments))
 
 
+def fault_die_in_pwrite(number: int) -> None:
+    """kill -9 at the n-th pwrite: no line of the journal is torn."""
+
+    def die(count: int, *_arguments: Any) -> None:
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+
+    _wrap("pwrite", die)
+
+
 def fault_count_changes(path: str) -> None:
     """Write the number of changes of the file system so far to a file, at each."""
     counts = itertools.count(1)
@@ -94,7 +109,7 @@ def fault_fail(call: dict[str, Any]) -> None:
 def fault_free_bytes(free: int) -> None:
     """What the disk says it has left."""
     usage = shutil.disk_usage("/")
-    shutil.disk_usage = lambda _path: usage._replace(free=free)  # type: ignore[assignment,misc]
+    shutil.disk_usage = lambda _path: usage._replace(free=free)  # type: ignore[assignment]
 
 
 def fault_user(number: int) -> None:
@@ -144,6 +159,10 @@ def _child(request: dict[str, Any]) -> None:
 
 def main() -> None:
     """Serve until the input ends."""
+    with tempfile.TemporaryDirectory() as folder:  # load kernels and late imports once, not in every child
+        model = write_model(Path(folder) / "Warm")
+        run("convert", model, *TO, "--out", Path(folder) / "out", "--jobs", 1).done()
+    gc.freeze()
     answers = os.dup(1)
     for line in sys.stdin:
         request = json.loads(line)

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from convert import pretokenizer, vocabulary
 from convert.vocabulary import DEVIATIONS, Vocabulary, read_vocabulary
 from convert.vocabulary_spm import merge_scores
+from examples.smollm2_tokenizer import write_smollm2_tokenizer
 from quant.errors import StreamquantError, UsageError
 from tests.peers import (
     DATA,
@@ -29,7 +30,7 @@ from tests.peers import (
     vectors,
     write_tiny_gguf,
 )
-from tests.smollm2 import find_gguf, write_smollm2_tokenizer
+from tests.smollm2 import find_gguf
 
 TEXT = """Once there was a fox who could count: 1 22 333 4444. "Don't," said the owl, "we'Ve ALL'd enough!"
     The fox's answer, in tabs\tand  double  spaces: naïve café, Äpfel, 東京, Москва, 🦊🦊 and 3.14159...
@@ -252,7 +253,7 @@ class Shelf:
         self.cases = {name: make(root / name) for name, make in SYNTHETIC.items()}
         if DATA.is_dir():
             self.cases |= {name: make(root / name) for name, make in REAL.items()}
-        gguf_path = find_gguf(root)
+        gguf_path = find_gguf()
         if gguf_path is not None:
             write_smollm2_tokenizer(gguf_path, root / "smollm2")
             write_config(root / "smollm2", "llama", 49152, bos_token_id=1, eos_token_id=2, pad_token_id=2)

@@ -1,0 +1,128 @@
+"""However a plan is cut and whoever does which part of it, the bytes are the same."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from convert.checkpoint import open_checkpoint
+from convert.conversion import convert
+from convert.plan import Options, make_plan
+from convert.recipe import parse_variants
+from convert.stream import write_all
+from tests.attacks.harness import checksums, write_model
+
+GGUF = ["gguf:Q8_0,Q4_0,F16,F32,BF16"]
+FP8 = ["fp8-dynamic", "fp8-block"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "Tiny", shards=3, vocab_size=509)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _known_configs() -> Iterator[None]:
+    """The quantization_config is not what is tested here, and asking compressed-tensors for it takes 5 seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("convert.quantization_config._read_cache", lambda scheme: {"config_groups": {scheme: {}}})
+        yield
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("expected")
+    convert(open_checkpoint(model), parse_variants([*GGUF, *FP8]), out, jobs=1)
+    return checksums(out)
+
+
+def set_sizes(patch: pytest.MonkeyPatch, chunk: int, block: int) -> None:
+    patch.setattr("convert.plan.CHUNK_BYTES", chunk)
+    patch.setattr("convert.plan.BLOCK_WEIGHTS", block)
+    patch.setattr("convert.blocks.BLOCK_WEIGHTS", block)
+
+
+@given(
+    jobs=st.sampled_from([1, 2, 7]),
+    chunk=st.sampled_from([1, 100, 4096, 50_000, 1 << 25]),
+    block=st.sampled_from([1, 64, 1000, 9_999, 1 << 18]),
+    step=st.sampled_from([1 << 12, 1 << 26]),
+)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_same_bytes_however_it_is_cut(
+    jobs: int, chunk: int, block: int, step: int, model: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        set_sizes(patch, chunk, block)
+        patch.setattr("convert.hashing.STEP_BYTES", step)
+        convert(open_checkpoint(model), parse_variants([*GGUF, *FP8]), out, jobs=jobs)
+    assert checksums(out) == expected
+    shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 7])
+def test_same_bytes_by_any_number_of_workers(
+    jobs: int, model: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_sizes(monkeypatch, 10_000, 3000)
+    convert(open_checkpoint(model), parse_variants([*GGUF, *FP8]), tmp_path, jobs=jobs)
+    assert checksums(tmp_path) == expected
+
+
+def test_one_read_or_many(model: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    """All variants together give the same files as one after another."""
+    for spec in (*FP8, "gguf:F32", "gguf:BF16", "gguf:F16", "gguf:Q4_0", "gguf:Q8_0"):
+        convert(open_checkpoint(model), parse_variants([spec]), tmp_path, jobs=2)
+    assert checksums(tmp_path) == expected
+
+
+def test_progress_counts_every_byte_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_sizes(monkeypatch, 10_000, 3000)
+    checkpoint = open_checkpoint(model)
+    seen: list[int] = []
+    convert(checkpoint, parse_variants(GGUF), tmp_path, jobs=3, on_progress=seen.append)
+    assert sum(seen) == checkpoint.nbytes
+    assert len(seen) > 20
+
+
+def test_chunks_cover_every_row_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_sizes(monkeypatch, 10_000, 3000)
+    plan = make_plan(open_checkpoint(model), parse_variants([*GGUF, *FP8]))
+    for index, matrix in enumerate(plan.matrices):
+        rows = [row for c in plan.chunks if c.matrix == index for row in range(c.first, c.last)]
+        assert rows == list(range(matrix.rows))
+        assert all(c.first % matrix.row_step == 0 for c in plan.chunks if c.matrix == index)
+
+
+def test_fingerprint_is_of_what_changes_the_bytes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(model)
+
+    def fingerprint(*specs: str, options: Options | None = None) -> str:
+        return make_plan(checkpoint, parse_variants(list(specs)), options).fingerprint
+
+    same = fingerprint("gguf:Q8_0")
+    assert fingerprint("gguf:Q8_0") == same
+    others = [
+        fingerprint("gguf:Q4_0"),
+        fingerprint("gguf:Q8_0", "gguf:Q4_0"),
+        fingerprint("gguf:Q8_0", options=Options(name="Other")),
+        fingerprint("gguf:Q8_0", options=Options(split_max_size=100_000)),
+        fingerprint("gguf:Q8_0", options=Options(metadata={"general.author": "x"})),
+    ]
+    assert len({same, *others}) == len(others) + 1
+    set_sizes(monkeypatch, 10_000, 3000)
+    assert fingerprint("gguf:Q8_0") != same, "the journal counts chunks: other chunks are another run"
+
+
+@pytest.mark.parametrize("most", [1, 3, 1000])
+def test_write_all_goes_on_after_short_writes(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real: Callable[[int, memoryview, int], int] = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:most], offset))
+    with (tmp_path / "file").open("w+b") as file:
+        write_all(file.fileno(), memoryview(b"0123456789"), 5)
+    assert (tmp_path / "file").read_bytes() == bytes(5) + b"0123456789"
