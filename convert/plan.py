@@ -343,8 +343,8 @@ class _Builder:
         if ragged:
             width = self.checkpoint.tensors[ragged[0].source].row_length
             self.notes.append(
-                f"{recipe.spec}: rows of {len(ragged)} tensors are not a multiple of 128 ({width}); the weights are stored"
-                " as defined, but transformers cannot quantize activations in groups of 128 there"
+                f"{recipe.spec}: rows of {len(ragged)} tensors are not a multiple of 128 ({width}); the weights are"
+                " stored as defined, but transformers cannot quantize activations in groups of 128 there"
             )
 
     def _fp8_groups(self, recipe: Recipe) -> list[tuple[str, list[_Entry]]]:
