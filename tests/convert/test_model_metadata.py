@@ -189,7 +189,7 @@ FAULTS = {
     "generation": ({"generation_config.json": "{"}, r"broken JSON\n.*generation_config.json"),
     "generation list": ({"generation_config.json": "[]"}, "an object at the top level"),
     "NaN": ({"generation_config.json": '{"temperature": NaN}'}, "NaN"),
-    "infinite": ({"generation_config.json": '{"temperature": 1e999}'}, r"temperature\n.*Infinity\n.*a finite number"),
+    "infinite": ({"generation_config.json": '{"temperature": 1e999}'}, "1e999 is too large"),
     "top_k": ({"generation_config.json": '{"top_k": "50"}'}, r'top_k\n.*"50"\n.*an integer of 32 bits'),
     "top_k float": ({"generation_config.json": '{"top_k": 50.0}'}, r"top_k\n.*50.0"),
     "top_k bool": ({"generation_config.json": '{"top_k": true}'}, r"top_k\n.*true"),
