@@ -51,15 +51,23 @@ def pad(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def pack_header(metadata: Mapping[str, GGUFValue], tensors: Iterable[tuple[str, tuple[int, ...], str, int]]) -> bytes:
+def pack_key(key: str, value: GGUFValue) -> bytes:
+    """A key and its value as they stand in a header."""
+    kind = struct.pack("<I", value.type)
+    return _pack_string(key) + kind + _pack_value(value.value, value.type, value.sub_type)
+
+
+def pack_header(
+    metadata: Mapping[str, GGUFValue | bytes], tensors: Iterable[tuple[str, tuple[int, ...], str, int]]
+) -> bytes:
     """Everything before the data: `metadata` in its order, and the (name, shape, ggml type name, nbytes) of tensors.
 
-    Shapes are in torch's order. Data offsets are those of tensors stored one after another, each padded.
+    A value may be what `pack_key` gave for it: a vocabulary is large, and the same in every file. Shapes are in torch's
+    order. Data offsets are those of tensors stored one after another, each padded.
     """
     tensors = list(tensors)
     out = [struct.pack("<IIQQ", GGUF_MAGIC, GGUF_VERSION, len(tensors), len(metadata))]
-    for key, value in metadata.items():
-        out += [_pack_string(key), struct.pack("<I", value.type), _pack_value(value.value, value.type, value.sub_type)]
+    out += [value if isinstance(value, bytes) else pack_key(key, value) for key, value in metadata.items()]
     offset = 0
     for name, shape, ggml_type, nbytes in tensors:
         dimensions = tuple(reversed(shape)) or (1,)
@@ -86,7 +94,8 @@ def _pack_value(value: Any, kind: GGUFValueType, sub_type: GGUFValueType | None)
         head = struct.pack("<IQ", item, len(value))
         if item in _SCALARS:
             return head + struct.pack(f"<{len(value)}{_SCALARS[item][1]}", *value)
-        return head + b"".join(_pack_value(element, item, None) for element in value)
+        texts = [text.encode("utf-8") if isinstance(text, str) else bytes(text) for text in value]
+        return head + b"".join([len(text).to_bytes(8, "little") + text for text in texts])
     return struct.pack(_SCALARS[kind], value)
 
 

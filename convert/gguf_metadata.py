@@ -5,6 +5,7 @@ general.* from the model card and the generation config, {arch}.* from config.js
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from gguf.constants import GGML_QUANT_VERSION, GGUFValueType, Keys
@@ -12,11 +13,12 @@ from gguf.gguf_writer import GGUFValue
 
 from convert.architectures import ModelDescription
 from convert.checkpoint import Checkpoint
+from convert.gguf_file import pack_key
 from convert.model_metadata import read_model_metadata
 from convert.vocabulary import read_vocabulary
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GgufMetadata:
     """The keys that all GGUF variants of a model share, and what a user should know about them."""
 
@@ -24,10 +26,18 @@ class GgufMetadata:
     after_file_type: Mapping[str, GGUFValue]
     notes: tuple[str, ...]
 
-    def for_file_type(self, file_type: int | None) -> dict[str, GGUFValue]:
-        """All keys of a file of llama.cpp's file type `file_type` (LLAMA_FTYPE_*)."""
-        key = GGUFValue(file_type, GGUFValueType.UINT32)
-        return {**self.before_file_type, Keys.General.FILE_TYPE: key, **self.after_file_type}
+    @cached_property
+    def _packed(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
+        before, after = (
+            {key: pack_key(key, value) for key, value in keys.items()}
+            for keys in (self.before_file_type, self.after_file_type)
+        )
+        return before, after
+
+    def for_file_type(self, file_type: int | None) -> dict[str, GGUFValue | bytes]:
+        """All keys of a file of llama.cpp's file type `file_type` (LLAMA_FTYPE_*), packed once for all of them."""
+        before, after = self._packed
+        return {**before, Keys.General.FILE_TYPE: GGUFValue(file_type, GGUFValueType.UINT32), **after}
 
     @staticmethod
     def split_keys(number: int, count: int, tensors: int) -> dict[str, GGUFValue]:

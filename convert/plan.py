@@ -16,10 +16,9 @@ from typing import Any
 
 from convert import gguf_file, safetensors_file
 from convert.architectures import ModelDescription, describe
-from convert.architectures.base import TensorKind, TensorRule
 from convert.checkpoint import Checkpoint, SourceTensor
 from convert.gguf_metadata import GgufMetadata, gguf_metadata
-from convert.recipe import Recipe
+from convert.recipe import Choice, Recipe
 from quant.errors import UsageError
 from quant.formats import FORMATS
 from quant.widen import SOURCE_DTYPES
@@ -249,12 +248,11 @@ class _Builder:
             return self._gguf_variant(recipe)
         return self._fp8_variant(recipe)
 
-    def _choose(self, recipe: Recipe, tensor: SourceTensor, rule: TensorRule) -> tuple[str, str]:
-        has_head = any(
-            r.kind is TensorKind.HEAD and r.hf_name in self.checkpoint.tensors for r in self.model.rules.values()
-        )
-        choice = recipe.choose(tensor, rule, has_head)
-        return choice.format, choice.reason
+    def _choices(self, recipe: Recipe) -> dict[str, Choice]:
+        """The format of every tensor of the model, by source name."""
+        rules = self.model.rules
+        known = [(tensor, rules[name]) for name, tensor in self.checkpoint.tensors.items() if name in rules]
+        return recipe.choose(known, self.model)
 
     # GGUF
 
@@ -284,11 +282,9 @@ class _Builder:
         for extra in self.model.extra_tensors:
             data = extra.values.astype("<f4").tobytes()
             yield _Entry(extra.gguf_name, None, "F32", "made from config.json", None, extra.values.shape, data)
-        for name, tensor in self.checkpoint.tensors.items():
-            rule = self.model.rules.get(name)
-            if rule is not None:
-                format_, reason = self._choose(recipe, tensor, rule)
-                yield _Entry(rule.gguf_name, tensor, format_, reason, rule.rope_heads, tensor.shape)
+        for name, choice in self._choices(recipe).items():
+            tensor, rule = self.checkpoint.tensors[name], self.model.rules[name]
+            yield _Entry(rule.gguf_name, tensor, choice.format, choice.reason, rule.rope_heads, tensor.shape)
 
     def _gguf_metadata(self, entries: list[_Entry]) -> GgufMetadata:
         """The keys that all GGUF variants share; tokenizers are large, so they are read once."""
@@ -350,13 +346,11 @@ class _Builder:
     def _fp8_groups(self, recipe: Recipe) -> list[tuple[str, list[_Entry]]]:
         """(file name, tensors) of each shard: those of the source, or filled up to --max-shard-size."""
         entries = []
+        choices = self._choices(recipe)
         for tensor in self.checkpoint.tensors.values():
-            rule = self.model.rules.get(tensor.name)
-            if rule is None:
-                format_, reason = tensor.dtype, "not a weight of the model: kept as in the source"
-            else:
-                format_, reason = self._choose(recipe, tensor, rule)
-            entries.append(_Entry(tensor.name, tensor, format_, reason, None, tensor.shape))
+            kept = Choice(tensor.dtype, "not a weight of the model: kept as in the source")
+            choice = choices.get(tensor.name, kept)
+            entries.append(_Entry(tensor.name, tensor, choice.format, choice.reason, None, tensor.shape))
         if self.options.max_shard_size is None:
             return [
                 (file.name, [e for e in entries if e.source is not None and e.source.file == file.name])

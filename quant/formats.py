@@ -2,13 +2,14 @@
 
 from quant import fp8
 from quant.format import Format
-from quant.ggml import floats, legacy
+from quant.ggml import floats, kquants, legacy
 
 FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
         *floats.FORMATS,
         *legacy.FORMATS,
+        *kquants.FORMATS,
         *fp8.FORMATS,
     )
 }

@@ -82,12 +82,13 @@ def half_is_infinite(bits: np.uint16) -> bool:
 
 @helper
 def half_value(bits: np.uint16) -> np.float32:
-    """Finite float16 bits -> float32, exact."""
+    """float16 bits -> float32, exact; infinities and NaN stay what they are."""
     sign = np.uint32(np.uint32(bits & np.uint16(0x8000)) << np.uint32(16))
     a = np.uint32(bits & np.uint16(0x7FFF))
     if a < np.uint32(0x0400):  # subnormal: a multiple of 2**-24
         return np.float32(bits_float(np.uint32(float_bits(np.float32(np.float32(a) * np.float32(2.0**-24))) | sign)))
-    return np.float32(bits_float(np.uint32((a << np.uint32(13)) + np.uint32(112 << 23) | sign)))
+    rebias = np.uint32(224 << 23) if a >= np.uint32(0x7C00) else np.uint32(112 << 23)
+    return np.float32(bits_float(np.uint32((a << np.uint32(13)) + rebias | sign)))
 
 
 @helper

@@ -1,100 +1,111 @@
 """CPU kernels of GGML's 32-weight blocks: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, without an importance vector.
 
 They run the single-precision operations of quantize_row_*_ref in ggml/src/ggml-quants.c in the same order, so the bytes
-are those of ggml's x86-64 build. Two corners of the C code are undefined there and fixed by what x86-64 does: a block
-whose scale is so small that 1 / scale is infinite gives products that are infinite or NaN, and their conversion to
-int8 gives 0.
+are those of ggml's x86-64 build. A block is two vectors: weights 0 to 15 and 16 to 31, which are also the low and the
+high halves of its bytes. One corner of the C code is undefined there and fixed by what x86-64 does: where the scale is
+so small that 1 / scale is infinite, the products are infinite or NaN, and their conversion to int8 gives 0.
 
 Each kernel takes float32[r, n] and fills uint8[r, n / 32 * block bytes]; it returns the first row in which a scale (or
 minimum) overflows float16, or -1.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.bits import (
-    ABS,
-    INFINITY,
-    SIGN,
-    bits_float,
-    float_bits,
-    half_bits,
-    half_is_infinite,
-    helper,
-    kernel,
+from quant.kernels.bits import ABS, INFINITY, SIGN, bits_float, float_bits, half_is_infinite, helper, kernel, put_half
+from quant.kernels.vectors import (
+    LANES,
+    any_lane,
+    bits,
+    fill,
+    fill_int,
+    from_bits,
+    lane_bits,
+    largest,
+    load,
+    select,
+    smallest,
+    store_bytes,
+    to_int,
 )
 
 QK = 32  # weights in a block, ggml's QK8_0 = QK4_0 = ...
-LANES = 8
-_HALF = np.uint32(0x3EFFFFFF)  # the float32 before 0.5
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+Lanes = Any
+
+_HALF = 0x3EFFFFFF  # the float32 before 0.5
+_MAGNITUDE = 0x7FFFFFFF
 
 
 @helper
-def _amax_bits(block: NDArray[np.float32], lanes: NDArray[np.uint32]) -> np.uint32:
-    """Bits of the largest magnitude. Eight lanes first: three times faster than the tree that LLVM makes of 32."""
-    for k in range(LANES):
-        a, b = float_bits(block[k]) & ABS, float_bits(block[8 + k]) & ABS
-        c, d = float_bits(block[16 + k]) & ABS, float_bits(block[24 + k]) & ABS
-        lanes[k] = max(max(a, b), max(c, d))
-    for k in range(4):
-        lanes[k] = max(lanes[k], lanes[4 + k])
-    return np.uint32(max(max(lanes[0], lanes[1]), max(lanes[2], lanes[3])))
+def _magnitudes(x: Lanes) -> Lanes:
+    """Magnitudes as integers: they order as the floats do."""
+    return bits(x) & fill_int(np.int32(_MAGNITUDE))
 
 
 @helper
-def _extreme(block: NDArray[np.float32], lanes: NDArray[np.uint32]) -> np.float32:
+def _amax(a: Lanes, b: Lanes) -> np.float32:
+    """The largest magnitude of a block."""
+    x, y = _magnitudes(a), _magnitudes(b)
+    return np.float32(bits_float(np.uint32(largest(select(x > y, x, y)))))
+
+
+@helper
+def _has(a: Lanes, b: Lanes, u: np.uint32) -> bool:
+    """Whether a weight of the block has these bits."""
+    wanted = fill_int(np.int32(u))
+    return bool(any_lane((bits(a) == wanted) | (bits(b) == wanted)))
+
+
+@helper
+def _extreme(flat: Floats, start: int, a: Lanes, b: Lanes) -> np.float32:
     """The weight of the largest magnitude, with its sign; of several, the first. +0 for a block of zeros."""
-    largest = _amax_bits(block, lanes)
-    if largest == np.uint32(0):
+    u = float_bits(_amax(a, b))
+    if u == np.uint32(0):
         return np.float32(0.0)
-    positive, negative = np.uint32(0), np.uint32(0)
-    for j in range(QK):
-        u = float_bits(block[j])
-        positive |= np.uint32(u == largest)
-        negative |= np.uint32(u == (largest | SIGN))
-    if positive == negative:  # both signs occur; the first one counts
-        for j in range(QK):
-            if (float_bits(block[j]) & ABS) == largest:
-                return np.float32(block[j])
-    return np.float32(bits_float(largest) if positive else bits_float(np.uint32(largest | SIGN)))
+    negative = np.uint32(u | SIGN)
+    if not _has(a, b, negative):
+        return np.float32(bits_float(u))
+    if not _has(a, b, u):
+        return np.float32(bits_float(negative))
+    for j in range(QK):  # both signs occur; the first one counts
+        if (float_bits(flat[start + j]) & ABS) == u:
+            return np.float32(flat[start + j])
+    return np.float32(0.0)
 
 
 @helper
-def _ordered(u: np.uint32) -> np.int32:
-    """Bits of a float32 -> an integer of the same order; its own inverse."""
-    i = np.int32(u)
-    return np.int32(i ^ ((i >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+def _ordered(x: Lanes) -> Lanes:
+    """Floats as integers of the same order."""
+    i = bits(x)
+    return i ^ ((i >> fill_int(np.int32(31))) & fill_int(np.int32(_MAGNITUDE)))
 
 
 @helper
-def _minimum(block: NDArray[np.float32], lanes: NDArray[np.int32]) -> np.float32:
+def _from_ordered(i: np.int32) -> np.float32:
+    return np.float32(bits_float(np.uint32(i ^ ((i >> np.int32(31)) & np.int32(_MAGNITUDE)))))
+
+
+@helper
+def _minimum(flat: Floats, start: int, a: Lanes, b: Lanes) -> np.float32:
     """The smallest weight. Of zeros of both signs it is the first, as with C's `<`."""
-    for k in range(LANES):
-        a, b = _ordered(float_bits(block[k])), _ordered(float_bits(block[8 + k]))
-        c, d = _ordered(float_bits(block[16 + k])), _ordered(float_bits(block[24 + k]))
-        lanes[k] = min(min(a, b), min(c, d))
-    for k in range(4):
-        lanes[k] = min(lanes[k], lanes[4 + k])
-    smallest = min(min(lanes[0], lanes[1]), min(lanes[2], lanes[3]))
-    value = np.float32(bits_float(np.uint32(_ordered(np.uint32(smallest)))))
+    x, y = _ordered(a), _ordered(b)
+    value = _from_ordered(smallest(select(x < y, x, y)))
     if value == np.float32(0.0):
         for j in range(QK):
-            if block[j] == np.float32(0.0):
-                return np.float32(block[j])
+            if flat[start + j] == np.float32(0.0):
+                return np.float32(flat[start + j])
     return value
 
 
 @helper
-def _maximum(block: NDArray[np.float32], lanes: NDArray[np.int32]) -> np.float32:
+def _maximum(a: Lanes, b: Lanes) -> np.float32:
     """The largest weight; the sign of a zero does not matter to its callers."""
-    for k in range(LANES):
-        a, b = _ordered(float_bits(block[k])), _ordered(float_bits(block[8 + k]))
-        c, d = _ordered(float_bits(block[16 + k])), _ordered(float_bits(block[24 + k]))
-        lanes[k] = max(max(a, b), max(c, d))
-    for k in range(4):
-        lanes[k] = max(lanes[k], lanes[4 + k])
-    largest = max(max(lanes[0], lanes[1]), max(lanes[2], lanes[3]))
-    return np.float32(bits_float(np.uint32(_ordered(np.uint32(largest)))))
+    x, y = _ordered(a), _ordered(b)
+    return _from_ordered(largest(select(x > y, x, y)))
 
 
 @helper
@@ -105,147 +116,117 @@ def _inverse(scale: np.float32) -> np.float32:
 
 
 @helper
-def _put_half(out: NDArray[np.uint8], at: int, x: np.float32) -> bool:
-    """Store float16(x), little endian; True if it overflowed."""
-    h = half_bits(x)
-    out[at] = np.uint8(h & np.uint16(0xFF))
-    out[at + 1] = np.uint8(h >> np.uint16(8))
-    return half_is_infinite(h)
+def _rounded(x: Lanes) -> Lanes:
+    """C's roundf, half away from zero: add the float before 0.5 with the sign of x, truncate."""
+    half = (bits(x) & fill_int(np.int32(-0x80000000))) | fill_int(np.int32(_HALF))
+    return to_int(x + from_bits(half))
+
+
+@helper
+def _limited(x: Lanes, most: int) -> Lanes:
+    """Truncated to an integer, at most `most`."""
+    i, top = to_int(x), fill_int(np.int32(most))
+    return select(i < top, i, top)
+
+
+@helper
+def _store_fifth_bits(out: Bytes, at: int, low: Lanes, high: Lanes) -> None:
+    """Bit 4 of the 32 values as a little-endian uint32."""
+    fifteen = fill_int(np.int32(15))
+    fifth = np.uint32(lane_bits(low > fifteen)) | (np.uint32(lane_bits(high > fifteen)) << np.uint32(16))
+    for k in range(4):
+        out[at + k] = np.uint8((fifth >> np.uint32(8 * k)) & np.uint32(0xFF))
+
+
+@helper
+def _nibbles(low: Lanes, high: Lanes) -> Lanes:
+    fifteen = fill_int(np.int32(15))
+    return (low & fifteen) | ((high & fifteen) << fill_int(np.int32(4)))
 
 
 @kernel
-def encode_q8_0(rows: NDArray[np.float32], out: NDArray[np.uint8]) -> int:
+def encode_q8_0(rows: Floats, out: Bytes) -> int:
     """Q8_0: float16 d, int8[32]; 34 bytes. d = amax / 127, q = roundf(x / d)."""
+    flat, to, per_row = rows.reshape(rows.size), out.reshape(out.size), rows.shape[1] // QK
     first_overflow = -1
-    blocks = rows.reshape(rows.shape[0], rows.shape[1] // QK, QK)
-    lanes = np.empty(LANES, np.uint32)
-    for i in range(blocks.shape[0]):
-        to = out[i]
-        overflow = False
-        for b in range(blocks.shape[1]):
-            block, at = blocks[i, b], b * 34
-            d = np.float32(bits_float(_amax_bits(block, lanes)) / np.float32(127.0))
-            inverse = _inverse(d)
-            overflow |= _put_half(to, at, d)
-            for j in range(QK):
-                x = np.float32(block[j] * inverse)
-                # roundf, half away from zero: add the float before 0.5 with the sign of x, truncate
-                half = bits_float(np.uint32((float_bits(x) & SIGN) | _HALF))
-                to[at + 2 + j] = np.uint8(np.int32(np.float32(x + half)))
-        if overflow and first_overflow < 0:
-            first_overflow = i
+    for block in range(rows.size // QK):
+        at = block * 34
+        a, b = load(flat, block * QK), load(flat, block * QK + LANES)
+        d = np.float32(_amax(a, b) / np.float32(127.0))
+        inverse = fill(_inverse(d))
+        if half_is_infinite(put_half(to, at, d)) and first_overflow < 0:
+            first_overflow = block // per_row
+        store_bytes(to, at + 2, _rounded(a * inverse))
+        store_bytes(to, at + 2 + LANES, _rounded(b * inverse))
+    return first_overflow
+
+
+@helper
+def _encode_signed(rows: Floats, out: Bytes, half: int, size: int) -> int:
+    """Q4_0 and Q5_0: d = extreme / -half, q = min(2 half - 1, trunc(x / d + half + 0.5))."""
+    flat, to, per_row = rows.reshape(rows.size), out.reshape(out.size), rows.shape[1] // QK
+    first_overflow = -1
+    for block in range(rows.size // QK):
+        at = block * size
+        a, b = load(flat, block * QK), load(flat, block * QK + LANES)
+        d = np.float32(_extreme(flat, block * QK, a, b) / np.float32(-half))
+        inverse = np.float32(np.float32(1.0) / d)
+        offset = np.float32(np.float32(half) + np.float32(0.5))
+        if (float_bits(inverse) & ABS) == INFINITY:
+            # d == 0: ggml uses 0 for 1 / d, all values are `half`. Otherwise the products overflow, all values are 0.
+            inverse, offset = np.float32(0.0), offset if d == np.float32(0.0) else np.float32(0.0)
+        if half_is_infinite(put_half(to, at, d)) and first_overflow < 0:
+            first_overflow = block // per_row
+        low = _limited(a * fill(inverse) + fill(offset), 2 * half - 1)
+        high = _limited(b * fill(inverse) + fill(offset), 2 * half - 1)
+        if half == 16:
+            _store_fifth_bits(to, at + 2, low, high)
+        store_bytes(to, at + size - 16, _nibbles(low, high))
     return first_overflow
 
 
 @kernel
-def encode_q4_0(rows: NDArray[np.float32], out: NDArray[np.uint8]) -> int:
-    """Q4_0: float16 d, 16 bytes of two 4-bit values; 18 bytes. d = extreme / -8, q = min(15, trunc(x / d + 8.5))."""
+def encode_q4_0(rows: Floats, out: Bytes) -> int:
+    """Q4_0: float16 d, 16 bytes of two 4-bit values; 18 bytes."""
+    return _encode_signed(rows, out, 8, 18)
+
+
+@kernel
+def encode_q5_0(rows: Floats, out: Bytes) -> int:
+    """Q5_0: float16 d, 32 fifth bits, 16 bytes of two 4-bit values; 22 bytes."""
+    return _encode_signed(rows, out, 16, 22)
+
+
+@helper
+def _encode_with_minimum(rows: Floats, out: Bytes, levels: int, size: int) -> int:
+    """Q4_1 and Q5_1: m = min, d = (max - min) / levels, q = min(levels, trunc((x - m) / d + 0.5))."""
+    flat, to, per_row = rows.reshape(rows.size), out.reshape(out.size), rows.shape[1] // QK
+    half = fill(np.float32(0.5))
     first_overflow = -1
-    blocks = rows.reshape(rows.shape[0], rows.shape[1] // QK, QK)
-    lanes = np.empty(LANES, np.uint32)
-    for i in range(blocks.shape[0]):
-        to = out[i]
-        overflow = False
-        for b in range(blocks.shape[1]):
-            block, at = blocks[i, b], b * 18
-            d = np.float32(_extreme(block, lanes) / np.float32(-8.0))
-            inverse = np.float32(np.float32(1.0) / d)
-            offset = np.float32(8.5)
-            if (float_bits(inverse) & ABS) == INFINITY:
-                # d == 0: ggml uses 0 for 1 / d, all values are 8. Otherwise the products overflow, all values are 0.
-                inverse, offset = np.float32(0.0), np.float32(8.5) if d == np.float32(0.0) else np.float32(0.0)
-            overflow |= _put_half(to, at, d)
-            for j in range(QK // 2):
-                low = min(np.int32(15), np.int32(np.float32(np.float32(block[j] * inverse) + offset)))
-                high = min(np.int32(15), np.int32(np.float32(np.float32(block[16 + j] * inverse) + offset)))
-                to[at + 2 + j] = np.uint8(low | (high << np.int32(4)))
-        if overflow and first_overflow < 0:
-            first_overflow = i
+    for block in range(rows.size // QK):
+        at = block * size
+        a, b = load(flat, block * QK), load(flat, block * QK + LANES)
+        m = _minimum(flat, block * QK, a, b)
+        d = np.float32(np.float32(_maximum(a, b) - m) / np.float32(levels))
+        inverse, low = fill(_inverse(d)), fill(m)
+        d_bits, m_bits = put_half(to, at, d), put_half(to, at + 2, m)
+        if (half_is_infinite(d_bits) or half_is_infinite(m_bits)) and first_overflow < 0:
+            first_overflow = block // per_row
+        qa = _limited((a - low) * inverse + half, levels)
+        qb = _limited((b - low) * inverse + half, levels)
+        if levels == 31:
+            _store_fifth_bits(to, at + 4, qa, qb)
+        store_bytes(to, at + size - 16, _nibbles(qa, qb))
     return first_overflow
 
 
 @kernel
-def encode_q5_0(rows: NDArray[np.float32], out: NDArray[np.uint8]) -> int:
-    """Q5_0: float16 d, 32 high bits, 16 bytes of two 4-bit values; 22 bytes. q = min(31, trunc(x / d + 16.5))."""
-    first_overflow = -1
-    blocks = rows.reshape(rows.shape[0], rows.shape[1] // QK, QK)
-    lanes = np.empty(LANES, np.uint32)
-    for i in range(blocks.shape[0]):
-        to = out[i]
-        overflow = False
-        for b in range(blocks.shape[1]):
-            block, at = blocks[i, b], b * 22
-            d = np.float32(_extreme(block, lanes) / np.float32(-16.0))
-            inverse = np.float32(np.float32(1.0) / d)
-            offset = np.float32(16.5)
-            if (float_bits(inverse) & ABS) == INFINITY:
-                inverse, offset = np.float32(0.0), np.float32(16.5) if d == np.float32(0.0) else np.float32(0.0)
-            overflow |= _put_half(to, at, d)
-            high_bits = np.uint32(0)
-            for j in range(QK // 2):
-                low = min(np.int32(31), np.int32(np.float32(np.float32(block[j] * inverse) + offset)))
-                high = min(np.int32(31), np.int32(np.float32(np.float32(block[16 + j] * inverse) + offset)))
-                to[at + 6 + j] = np.uint8((low & np.int32(15)) | ((high & np.int32(15)) << np.int32(4)))
-                high_bits |= np.uint32(np.uint32(low >> np.int32(4)) & np.uint32(1)) << np.uint32(j)
-                high_bits |= np.uint32(np.uint32(high >> np.int32(4)) & np.uint32(1)) << np.uint32(j + 16)
-            for k in range(4):
-                to[at + 2 + k] = np.uint8((high_bits >> np.uint32(8 * k)) & np.uint32(0xFF))
-        if overflow and first_overflow < 0:
-            first_overflow = i
-    return first_overflow
+def encode_q4_1(rows: Floats, out: Bytes) -> int:
+    """Q4_1: float16 d, float16 m, 16 bytes of two 4-bit values; 20 bytes."""
+    return _encode_with_minimum(rows, out, 15, 20)
 
 
 @kernel
-def encode_q4_1(rows: NDArray[np.float32], out: NDArray[np.uint8]) -> int:
-    """Q4_1: float16 d, float16 m, 16 bytes of two 4-bit values; 20 bytes. d = (max - min) / 15, m = min."""
-    first_overflow = -1
-    blocks = rows.reshape(rows.shape[0], rows.shape[1] // QK, QK)
-    lanes = np.empty(LANES, np.int32)
-    for i in range(blocks.shape[0]):
-        to = out[i]
-        overflow = False
-        for b in range(blocks.shape[1]):
-            block, at = blocks[i, b], b * 20
-            m = _minimum(block, lanes)
-            d = np.float32(np.float32(_maximum(block, lanes) - m) / np.float32(15.0))
-            inverse = _inverse(d)
-            overflow |= _put_half(to, at, d)
-            overflow |= _put_half(to, at + 2, m)
-            for j in range(QK // 2):
-                low = np.int32(np.float32(np.float32(np.float32(block[j] - m) * inverse) + np.float32(0.5)))
-                high = np.int32(np.float32(np.float32(np.float32(block[16 + j] - m) * inverse) + np.float32(0.5)))
-                low, high = min(np.int32(15), low), min(np.int32(15), high)
-                to[at + 4 + j] = np.uint8(low | (high << np.int32(4)))
-        if overflow and first_overflow < 0:
-            first_overflow = i
-    return first_overflow
-
-
-@kernel
-def encode_q5_1(rows: NDArray[np.float32], out: NDArray[np.uint8]) -> int:
-    """Q5_1: float16 d, float16 m, 32 high bits, 16 bytes of two 4-bit values; 24 bytes. d = (max - min) / 31."""
-    first_overflow = -1
-    blocks = rows.reshape(rows.shape[0], rows.shape[1] // QK, QK)
-    lanes = np.empty(LANES, np.int32)
-    for i in range(blocks.shape[0]):
-        to = out[i]
-        overflow = False
-        for b in range(blocks.shape[1]):
-            block, at = blocks[i, b], b * 24
-            m = _minimum(block, lanes)
-            d = np.float32(np.float32(_maximum(block, lanes) - m) / np.float32(31.0))
-            inverse = _inverse(d)
-            overflow |= _put_half(to, at, d)
-            overflow |= _put_half(to, at + 2, m)
-            high_bits = np.uint32(0)
-            for j in range(QK // 2):
-                low = np.int32(np.float32(np.float32(np.float32(block[j] - m) * inverse) + np.float32(0.5)))
-                high = np.int32(np.float32(np.float32(np.float32(block[16 + j] - m) * inverse) + np.float32(0.5)))
-                to[at + 8 + j] = np.uint8((low & np.int32(15)) | ((high & np.int32(15)) << np.int32(4)))
-                high_bits |= np.uint32(np.uint32(low >> np.int32(4)) & np.uint32(1)) << np.uint32(j)
-                high_bits |= np.uint32(np.uint32(high >> np.int32(4)) & np.uint32(1)) << np.uint32(j + 16)
-            for k in range(4):
-                to[at + 4 + k] = np.uint8((high_bits >> np.uint32(8 * k)) & np.uint32(0xFF))
-        if overflow and first_overflow < 0:
-            first_overflow = i
-    return first_overflow
+def encode_q5_1(rows: Floats, out: Bytes) -> int:
+    """Q5_1: float16 d, float16 m, 32 fifth bits, 16 bytes of two 4-bit values; 24 bytes."""
+    return _encode_with_minimum(rows, out, 31, 24)

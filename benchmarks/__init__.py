@@ -1,0 +1,1 @@
+"""streamquant and its peers, side by side, in one run: `python -m benchmarks.run`."""

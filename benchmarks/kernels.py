@@ -1,0 +1,97 @@
+"""Weights per second and core of every encoder, against ggml's own (ggml_quantize_chunk in the wheel xllamacpp).
+
+`python -m benchmarks.kernels REPORT SECONDS` writes JSON. One thread, CPU seconds of that thread, in turns, best of as
+many as fit into SECONDS for each encoder.
+"""
+
+import ctypes
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from quant.formats import FORMATS
+
+SHAPE = (1024, 4096)
+LEAST_TURNS = 5
+
+
+def ggml_library() -> ctypes.CDLL | None:
+    """The extension module of xllamacpp, which exports ggml; None if it is not installed."""
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("xllamacpp*.so"))))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+def weights() -> NDArray[np.float32]:
+    """float32 of SHAPE, drawn as the synthetic checkpoints are, with bfloat16's precision."""
+    rows = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
+    rows *= np.float32(0.02)
+    rows.view(np.uint32)[...] &= np.uint32(0xFFFF0000)
+    return rows
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """CPU seconds of this thread that one call takes."""
+    start = time.thread_time()
+    call()
+    return time.thread_time() - start
+
+
+def compare(name: str, rows: NDArray[np.float32], library: ctypes.CDLL | None, budget: float) -> dict[str, object]:
+    """Seconds of one encoder and of ggml's for the same array, and whether the bytes agree."""
+    format_ = FORMATS[name]
+    out = format_.allocate(*rows.shape)
+    ours: Callable[[], object] = lambda: format_.encode_into(rows, out)  # noqa: E731
+    theirs: Callable[[], object] | None = None
+    reference = np.empty_like(out[0])
+    kind = getattr(gguf.GGMLQuantizationType, name, None)
+    if library is not None and kind is not None:
+        theirs = lambda: library.ggml_quantize_chunk(  # noqa: E731
+            int(kind), rows.ctypes.data, reference.ctypes.data, 0, *rows.shape, None
+        )
+    ours(), theirs and theirs()
+    times: tuple[list[float], list[float]] = ([], [])
+    deadline = time.perf_counter() + budget
+    while time.perf_counter() < deadline or len(times[0]) < LEAST_TURNS:
+        times[0].append(seconds_of(ours))
+        if theirs is not None:
+            times[1].append(seconds_of(theirs))
+    return {
+        "name": name,
+        "ours": times[0],
+        "ggml": times[1],
+        "same": bool(np.array_equal(out[0], reference)) if theirs is not None else None,
+    }
+
+
+def main() -> None:
+    """Measure every format of the table."""
+    report, budget = Path(sys.argv[1]), float(sys.argv[2])
+    rows, library = weights(), ggml_library()
+    # Formats of F16 and F32 sources have the kernels of BF16 ones.
+    names = [name for name in FORMATS if not name.startswith("FP8_") or name.endswith("_BF16")]
+    results = [compare(name, rows, library, budget) for name in names if FORMATS[name].fits(SHAPE[1])]
+    report.write_text(json.dumps({"weights": rows.size, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

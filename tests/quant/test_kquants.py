@@ -1,0 +1,82 @@
+"""GGML's K-quants against ggml's own quantizer, byte for byte, and their decoders against gguf-py's."""
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from quant.format import Rows
+from quant.formats import FORMATS
+from quant.kernels.kquants_cpu import trials
+from tests.oracle import REAL, ROWS, assert_same_bytes, float_rows, ggml_encode, make_rows, real_matrices
+
+KQUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+every_format = pytest.mark.parametrize("name", KQUANTS)
+search = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+
+
+def check_against_ggml(rows: Rows, name: str) -> NDArray[np.uint8]:
+    (found,) = FORMATS[name].encode(rows)
+    assert_same_bytes(found, ggml_encode(rows, name), rows, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1])
+    return found
+
+
+@every_format
+@pytest.mark.parametrize("rows", ROWS)
+def test_encodes_like_ggml(name: str, rows: str) -> None:
+    """Three super-blocks in a row: an odd number leaves half of the lanes empty at the end."""
+    check_against_ggml(make_rows(rows, 33, 768), name)
+
+
+@every_format
+@pytest.mark.parametrize("model", REAL)
+def test_encodes_trained_weights_like_ggml(name: str, model: str) -> None:
+    weights = np.concatenate([rows.reshape(-1) for rows in real_matrices(model)])
+    check_against_ggml(weights[: min(weights.size, 1 << 20) // 512 * 512].reshape(-1, 512), name)
+
+
+@every_format
+@search
+@given(float_rows(2, 256))
+def test_encodes_any_weights_like_ggml(name: str, rows: Rows) -> None:
+    check_against_ggml(rows, name)
+
+
+@every_format
+@search
+@given(st.integers(0, 2**32 - 1), st.floats(-40, 10), st.floats(0, 1), st.booleans())
+def test_encodes_sub_blocks_of_mixed_scale_like_ggml(
+    name: str, seed: int, scale: float, zeros: float, one_sided: bool
+) -> None:
+    """Sub-blocks whose own scale rounds to zero beside large ones, zeros, and weights of one sign."""
+    rng = np.random.default_rng(seed)
+    sub_scale = np.exp2(rng.uniform(-30, 0, (2, 32, 1)) + scale)
+    weights = rng.standard_normal((2, 32, 16)) * sub_scale * (rng.random((2, 32, 16)) >= zeros)
+    rows: Rows = (abs(weights) if one_sided else weights).reshape(2, 512).astype(np.float32)
+    check_against_ggml(rows, name)
+
+
+@every_format
+def test_constant_sub_blocks_like_ggml(name: str) -> None:
+    """No range to search: positive, negative and zero constants, in every mixture of sub-blocks."""
+    rng = np.random.default_rng(0)
+    levels = rng.choice(np.array([0, 1, -1, 0.37, -3e-5, 1e-20], np.float32), (64, 32, 1))
+    check_against_ggml(np.broadcast_to(levels, (64, 32, 16)).reshape(64, 512).astype(np.float32), name)
+
+
+@every_format
+def test_reports_the_first_row_whose_scale_overflows(name: str) -> None:
+    rows = make_rows("normal", 5, 256)
+    out = FORMATS[name].allocate(*rows.shape)
+    assert FORMATS[name].encode_into(rows, out) == -1
+    rows[3] *= np.float32(1e15)
+    assert FORMATS[name].encode_into(rows, out) == 3
+
+
+def test_trials_are_the_c_codes() -> None:
+    """rmin + rdelta * is + nmax in single precision; 0.1 is not exact, so the order matters."""
+    f = np.float32
+    assert trials(-1.0, 0.1, 21, 15)[7] == f(f(-1) + f(f(0.1) * f(7))) + f(15)
+    assert trials(-0.5, 0.1, 16, 31).tolist()[0] == 30.5
