@@ -270,7 +270,8 @@ def test_inspect_json_of_everything(run: Run, tiny_variants: Path) -> None:
     assert result.code == 0
     files = {Path(f.path).name: f for f in TypeAdapter(list[StoredFile]).validate_python(result.json)}
     on_disk = [p for p in tiny_variants.rglob("*") if p.suffix in (".gguf", ".safetensors")]
-    assert len(result.json) == len(on_disk) == 8 + 2 * 2
+    gguf = [spec for spec in RECIPES if spec.startswith("gguf:")]
+    assert len(result.json) == len(on_disk) == len(gguf) + 2 * 2
     assert {f.path: f.size for f in map(StoredFile.model_validate, result.json)} == {
         str(path): path.stat().st_size for path in on_disk
     }
@@ -288,7 +289,7 @@ def test_inspect_json_of_everything(run: Run, tiny_variants: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "shown"),
     [
-        ("Tiny-GGUF/Tiny-Q5_1.gguf", ("Q5_1", "Q8_0", "general.file_type", "llama.rope.freq_base", "F32")),
+        ("Tiny-GGUF/Tiny-Q5_1.gguf", ("Q5_1", "Q6_K", "general.file_type", "llama.rope.freq_base", "F32")),
         ("Tiny-FP8-dynamic", ("F8_E4M3", "BF16", "quantization_config", "model-00002-of-00002.safetensors")),
         ("Tiny-FP8-block/model-00001-of-00002.safetensors", ("F8_E4M3", "BF16")),
     ],

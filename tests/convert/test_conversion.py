@@ -164,7 +164,7 @@ def test_405b_is_planned_from_headers_alone(giant: Checkpoint) -> None:
         "fp8-block": linear + 2 * blocks + 2 * (2 * embedding + norms),
         "gguf:BF16": 2 * (linear + 2 * embedding) + 4 * norms,
         "gguf:Q8_0": (linear + 2 * embedding) // 32 * 34 + 4 * norms,
-        "gguf:Q4_0": (linear + embedding) // 32 * 18 + embedding // 32 * 34 + 4 * norms,
+        "gguf:Q4_0": (linear + embedding) // 32 * 18 + embedding // 256 * 210 + 4 * norms,
     }
     assert {v.recipe.spec: sum(t.nbytes for t in v.tensors) for v in plan.variants} == expected
     for variant in plan.variants:
