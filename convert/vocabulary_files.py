@@ -188,6 +188,24 @@ def _check_vocab(path: pathlib.Path, tokenizer: Mapping[str, Any]) -> None:
     vocab = model.get("vocab")
     require(vocab, dict, f"{path}, model.vocab")
     assert vocab is not None
+    if not _is_plain(vocab):
+        _check_entries(path, vocab)
+
+
+def _is_plain(vocab: Mapping[Any, Any]) -> bool:
+    """Whether a vocabulary is what it should be, found out quickly: it has 100,000 entries and more."""
+    ids = list(vocab.values())
+    if not all(type(number) is int for number in ids) or len(set(ids)) != len(ids):
+        return False
+    try:
+        "".join(vocab).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_entries(path: pathlib.Path, vocab: Mapping[Any, Any]) -> None:
+    """Raise StreamquantError for the first entry that is wrong."""
     owner: dict[int, str] = {}
     for text, number in vocab.items():
         require(number, int, f"{path}, model.vocab[{text!r}]")
