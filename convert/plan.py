@@ -27,6 +27,10 @@ CHUNK_BYTES = 32 * 1024 * 1024
 """Source bytes in a chunk, the unit of the journal and of resumption."""
 BLOCK_WEIGHTS = 256 * 1024
 """Weights that a worker holds at a time: their float32 fit into the cache of a core."""
+LIBRARY_MEMORY = 200 * 2**20
+"""Resident bytes of Python and its libraries: 169 MiB were measured (docs/benchmarks.md), mapped files included."""
+VOCABULARY_MEMORY = 160 * 2**20
+"""And of a vocabulary of 128,000 tokens while it becomes metadata: 145 MiB more were measured."""
 LAYOUT_VERSION = 1
 """Raise it when the same plan would give other bytes; an unfinished run of another version is not resumed."""
 
@@ -160,7 +164,13 @@ class Plan:
         """Upper estimate of resident memory: what the libraries take, plus what each worker holds."""
         worker = max((_worker_bytes(matrix) for matrix in self.matrices), default=0)
         headers = sum(len(data) for file in self.files for _, data in file.literals)
-        return 200 * 2**20 + 2 * headers + jobs * worker
+        vocabulary = VOCABULARY_MEMORY if self.has_gguf else 0
+        return LIBRARY_MEMORY + vocabulary + 2 * headers + jobs * worker
+
+    @property
+    def has_gguf(self) -> bool:
+        """Whether a GGUF file is among the outputs, so that the vocabulary is in memory."""
+        return any(variant.recipe.container == "gguf" for variant in self.variants)
 
     @cached_property
     def fingerprint(self) -> str:

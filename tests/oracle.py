@@ -60,6 +60,24 @@ def ggml_encode(rows: Rows, format_name: str) -> NDArray[np.uint8]:
     return out
 
 
+def ggml_decode(raw: NDArray[np.uint8], format_name: str) -> Rows:
+    """uint8[r, bytes] -> float32[r, n]: ggml's own dequantize_row_*."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format_name]]
+    name = format_name.lower().replace("_k", "_K")
+    decode = getattr(_ggml(), f"dequantize_row_{name}")
+    decode.restype, decode.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    raw = np.ascontiguousarray(raw)
+    out = np.empty((raw.shape[0], raw.shape[1] // size * block), np.float32)
+    decode(raw.ctypes.data, out.ctypes.data, out.size)
+    return out
+
+
+def same_values(found: Rows, expected: Rows) -> bool:
+    """Whether all bits are equal; any NaN equals any other."""
+    both_nan = np.isnan(found) & np.isnan(expected)
+    return bool(((found.view(np.uint32) == expected.view(np.uint32)) | both_nan).all())
+
+
 def assert_same_bytes(actual: NDArray[np.uint8], expected: NDArray[np.uint8], rows: Rows, entry: int = 1) -> None:
     """Fail with the first byte that differs, and the weights around it; `entry` is the bytes of a block."""
     assert actual.shape == expected.shape

@@ -12,36 +12,13 @@ d and dmin are float16. The encoders are those of ggml/src/ggml-quants.c (quanti
 vector); decoding is the package gguf's.
 """
 
-from collections.abc import Callable
-
-import gguf
-import numpy as np
-from numpy.typing import NDArray
-
-from quant.format import Encoded, Format, Part, Rows, same_shape
+from quant.ggml.blocks import block_format
 from quant.kernels import kquants_cpu
 
-QK_K = kquants_cpu.QK_K
-
-
-def _format(name: str, bytes_per_block: int, encode: Callable[[Rows, NDArray[np.uint8]], int]) -> Format:
-    kind = gguf.GGMLQuantizationType[name]
-
-    def encode_into(rows: Rows, out: Encoded) -> int:
-        return int(encode(rows, out[0]))
-
-    def decode_from(encoded: Encoded, n: int) -> Rows:
-        rows: Rows = gguf.quants.dequantize(encoded[0], kind)
-        return rows.reshape(-1, n)
-
-    part = Part("", name, 1, lambda n: n // QK_K * bytes_per_block, same_shape)
-    return Format(name, QK_K, 1, (part,), encode_into, decode_from)
-
-
 FORMATS = (
-    _format("Q2_K", 84, kquants_cpu.encode_q2_k),
-    _format("Q3_K", 110, kquants_cpu.encode_q3_k),
-    _format("Q4_K", 144, kquants_cpu.encode_q4_k),
-    _format("Q5_K", 176, kquants_cpu.encode_q5_k),
-    _format("Q6_K", 210, kquants_cpu.encode_q6_k),
+    block_format("Q2_K", kquants_cpu.encode_q2_k),
+    block_format("Q3_K", kquants_cpu.encode_q3_k),
+    block_format("Q4_K", kquants_cpu.encode_q4_k),
+    block_format("Q5_K", kquants_cpu.encode_q5_k),
+    block_format("Q6_K", kquants_cpu.encode_q6_k),
 )

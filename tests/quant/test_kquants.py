@@ -1,4 +1,4 @@
-"""GGML's K-quants against ggml's own quantizer, byte for byte, and their decoders against gguf-py's."""
+"""GGML's K-quants against ggml's own quantizer and dequantizer, bit for bit."""
 
 import gguf
 import numpy as np
@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 from quant.format import Rows
 from quant.formats import FORMATS
 from quant.kernels.kquants_cpu import trials
-from tests.oracle import REAL, ROWS, assert_same_bytes, float_rows, ggml_encode, make_rows, real_matrices
+from tests.oracle import (
+    REAL,
+    ROWS,
+    assert_same_bytes,
+    float_rows,
+    ggml_decode,
+    ggml_encode,
+    make_rows,
+    real_matrices,
+    same_values,
+)
 
 KQUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 every_format = pytest.mark.parametrize("name", KQUANTS)
@@ -80,3 +90,12 @@ def test_trials_are_the_c_codes() -> None:
     f = np.float32
     assert trials(-1.0, 0.1, 21, 15)[7] == f(f(-1) + f(f(0.1) * f(7))) + f(15)
     assert trials(-0.5, 0.1, 16, 31).tolist()[0] == 30.5
+
+
+@every_format
+def test_decodes_like_ggml(name: str) -> None:
+    """Any bytes at all: every value of scales, minima and weights, infinities and NaN too."""
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1]
+    raw = np.random.default_rng(2).integers(0, 256, (2000, 2 * size), np.uint8)
+    with np.errstate(invalid="ignore", over="ignore"):
+        assert same_values(FORMATS[name].decode((raw,), 512), ggml_decode(raw, name))

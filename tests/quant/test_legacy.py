@@ -9,7 +9,18 @@ from numpy.typing import NDArray
 
 from quant.format import Rows
 from quant.formats import FORMATS
-from tests.oracle import FINITE, REAL, ROWS, assert_same_bytes, float_rows, ggml_encode, make_rows, real_matrices
+from tests.oracle import (
+    FINITE,
+    REAL,
+    ROWS,
+    assert_same_bytes,
+    float_rows,
+    ggml_decode,
+    ggml_encode,
+    make_rows,
+    real_matrices,
+    same_values,
+)
 
 BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 FLOATS = ("F32", "F16", "BF16")
@@ -130,13 +141,8 @@ def test_encodes_like_gguf_py(name: str, rows: str) -> None:
     assert_same_bytes(FORMATS[name].encode(weights)[0], np.ascontiguousarray(expected).view(np.uint8), weights)
 
 
-def same_values(found: Rows, expected: Rows) -> bool:
-    both_nan = np.isnan(found) & np.isnan(expected)
-    return bool(((found.view(np.uint32) == expected.view(np.uint32)) | both_nan).all())
-
-
 @every_block
-def test_decodes_like_gguf_py(name: str) -> None:
+def test_decodes_like_ggml(name: str) -> None:
     """Every float16 as d, and as m where there is one, infinities and NaN too, with random values of the weights."""
     kind = gguf.GGMLQuantizationType[name]
     rng = np.random.default_rng(1)
@@ -146,7 +152,7 @@ def test_decodes_like_gguf_py(name: str) -> None:
         raw[:, 2:4] = raw[rng.permutation(65536), :2]
     raw = raw.reshape(4096, -1)
     with np.errstate(invalid="ignore", over="ignore"):
-        found, expected = FORMATS[name].decode((raw,), 512), gguf.quants.dequantize(raw, kind)
+        found, expected = FORMATS[name].decode((raw,), 512), ggml_decode(raw, name)
     assert found.shape == (4096, 512)
     assert same_values(found, expected)
 
