@@ -77,6 +77,16 @@ def test_constant_sub_blocks_like_ggml(name: str) -> None:
 
 
 @every_format
+def test_weights_that_fit_one_trial_like_ggml(name: str) -> None:
+    """Near the largest weight, and exact for one of the 19 scales that the search tries."""
+    rng = np.random.default_rng(3)
+    factors = 32 + np.repeat(np.arange(-9, 10), 64)[:, None] / 10
+    rows = rng.choice([-1.0, 1.0], (factors.size, 256)) * rng.integers(24, 32, (factors.size, 256)) / factors
+    rows[:, ::16] = 1.0
+    check_against_ggml(rows.astype(np.float32), name)
+
+
+@every_format
 def test_reports_the_first_row_whose_scale_overflows(name: str) -> None:
     rows = make_rows("normal", 5, 256)
     out = FORMATS[name].allocate(*rows.shape)
