@@ -60,7 +60,7 @@ def compare(name: str, rows: NDArray[np.float32], library: ctypes.CDLL | None, b
     """Seconds of one encoder and of ggml's for the same array, and whether the bytes agree."""
     format_ = FORMATS[name]
     out = format_.allocate(*rows.shape)
-    ours: Callable[[], object] = lambda: format_.encode_into(rows, out)  # noqa: E731
+    ours: Callable[[], object] = lambda: format_.encode_into(rows, out, None)  # noqa: E731
     theirs: Callable[[], object] | None = None
     reference = np.empty_like(out[0])
     kind = getattr(gguf.GGMLQuantizationType, name, None)

@@ -140,7 +140,7 @@ def _encode(matrix: Matrix, name: str, first: int, rows: NDArray[np.float32], sc
     for number, part in enumerate(format_.parts):
         entries, size = part.entries(rows.shape[0]), part.bytes_per_entry(matrix.n)
         encoded.append(scratch.take(f"encoded {number}", entries * size).reshape(entries, size))
-    overflow = format_.encode_into(rows, tuple(encoded))
+    overflow = format_.encode_into(rows, tuple(encoded), None)
     if overflow >= 0:
         column = int(abs(rows[overflow]).argmax())
         raise StreamquantError(

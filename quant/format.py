@@ -18,6 +18,8 @@ Rows = NDArray[np.float32]
 """float32[r, n]: r rows of n weights, C-contiguous."""
 Encoded = tuple[NDArray[np.uint8], ...]
 """One uint8[g, bytes] array per part of the format, C-contiguous."""
+Importance = NDArray[np.float32]
+"""float32[n], finite and not negative: how much an error in each column of a row counts (mean square activations)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,16 @@ class Format:
     rows_per_group: int
     """Rows that share a scale: 1, or 128 for the 128x128 blocks of FP8."""
     parts: tuple[Part, ...]
-    encode_into: Callable[[Rows, Encoded], int]
+    encode_into: Callable[[Rows, Encoded, Importance | None], int]
     """The encoder: fills the arrays of the parts; returns the first row whose scale or value does not fit in the
-    format (it is stored as infinity, as the reference does), or -1. Assumes finite rows."""
+    format (it is stored as infinity, as the reference does), or -1. Assumes finite rows. Without importance some
+    formats run another search than with importances that are all equal, as their reference does."""
     decode_from: Callable[[Encoded, int], Rows]
     """Encoded parts and the row length n -> float32[r, n]."""
     pads_rows: bool = False
     """True where a row may end in an incomplete block."""
+    uses_importance: bool = False
+    """Whether the importance of columns changes the bytes; other formats ignore it."""
 
     def fits(self, n: int) -> bool:
         """Whether rows of `n` weights can be stored in this format."""
@@ -82,15 +87,20 @@ class Format:
             raise ValueError(f"row length {n} is not a multiple of the {self.name} block size {self.weights_per_block}")
         return tuple(np.empty((part.entries(rows), part.bytes_per_entry(n)), np.uint8) for part in self.parts)
 
-    def encode(self, rows: Rows) -> Encoded:
-        """float32[r, n] -> one uint8[entries, bytes] per part. `rows` must be finite.
+    def encode(self, rows: Rows, importance: Importance | None = None) -> Encoded:
+        """float32[r, n], float32[n] or None -> one uint8[entries, bytes] per part. Both must be finite.
 
-        Raises ValueError for another dtype or rank, or a row length that does not fit the format.
+        Raises ValueError for another dtype or shape, or a row length that does not fit the format.
         """
         if rows.ndim != 2 or rows.dtype != np.float32:
             raise ValueError(f"{self.name} encodes float32[rows, n], not {rows.dtype}{list(rows.shape)}")
+        if importance is not None:
+            if importance.shape != rows.shape[1:] or importance.dtype != np.float32:
+                found = f"{importance.dtype}{list(importance.shape)}"
+                raise ValueError(f"the importance of {rows.shape[1]} columns is float32[{rows.shape[1]}], not {found}")
+            importance = np.ascontiguousarray(importance)
         out = self.allocate(*rows.shape)
-        self.encode_into(np.ascontiguousarray(rows), out)
+        self.encode_into(np.ascontiguousarray(rows), out, importance)
         return out
 
     def decode(self, encoded: Encoded, n: int) -> Rows:

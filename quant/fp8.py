@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.format import Encoded, Format, Part, Rows, same_shape
+from quant.format import Encoded, Format, Importance, Part, Rows, same_shape
 from quant.kernels import fp8_cpu
 from quant.widen import SOURCE_DTYPES, widen
 
@@ -58,7 +58,7 @@ def _load_scales(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
 
 
 def _channel(dtype: str) -> Format:
-    def encode_into(rows: Rows, out: Encoded) -> int:
+    def encode_into(rows: Rows, out: Encoded, _importance: Importance | None) -> int:
         scales = np.empty(rows.shape[0], np.float32)
         fp8_cpu.encode_channel(rows, out[0], scales, _DTYPES[dtype])
         _store_scales(scales, dtype, out[1])
@@ -74,7 +74,7 @@ def _channel(dtype: str) -> Format:
 
 
 def _block(dtype: str) -> Format:
-    def encode_into(rows: Rows, out: Encoded) -> int:
+    def encode_into(rows: Rows, out: Encoded, _importance: Importance | None) -> int:
         r, n = rows.shape
         scales = np.empty((-(-r // TILE), -(-n // TILE)), np.float32)
         fp8_cpu.encode_tiles(rows, out[0], scales, _DTYPES[dtype])

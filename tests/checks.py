@@ -110,7 +110,7 @@ def check_writes_every_byte(format_: Format) -> None:
         out = format_.allocate(*rows.shape)
         for array in out:
             array[:] = fill
-        assert format_.encode_into(rows, out) == -1
+        assert format_.encode_into(rows, out, None) == -1
         outputs.append(out)
     assert same(*outputs)
     assert same(outputs[0], format_.encode(rows))
@@ -214,7 +214,7 @@ def check_overflow(format_: Format) -> None:
                 rows[at, 41] = -sign * value * (len(at) % 2)
                 rows = round_to(rows, dtype)
                 out = format_.allocate(*rows.shape)
-                returned = format_.encode_into(rows, out)
+                returned = format_.encode_into(rows, out, None)
                 with np.errstate(invalid="ignore", over="ignore"):
                     lost = ~np.isfinite(format_.decode(out, rows.shape[1])).all(axis=1)
                 expected = int(lost.argmax()) if lost.any() else -1

@@ -6,16 +6,16 @@ infinite in the bytes and is reported to the caller, who refuses it.
 
 import numpy as np
 
-from quant.format import Encoded, Format, Part, Rows, same_shape
+from quant.format import Encoded, Format, Importance, Part, Rows, same_shape
 from quant.kernels import floats_cpu
 
 
-def _encode_f32(rows: Rows, out: Encoded) -> int:
+def _encode_f32(rows: Rows, out: Encoded, _importance: Importance | None) -> int:
     out[0].view(np.float32)[:] = rows
     return -1
 
 
-def _encode_f16(rows: Rows, out: Encoded) -> int:
+def _encode_f16(rows: Rows, out: Encoded, _importance: Importance | None) -> int:
     half = out[0].view(np.float16)
     with np.errstate(over="ignore"):
         np.copyto(half, rows, casting="same_kind")
@@ -24,7 +24,7 @@ def _encode_f16(rows: Rows, out: Encoded) -> int:
     return int(np.isinf(half).any(axis=1).argmax())
 
 
-def _encode_bf16(rows: Rows, out: Encoded) -> int:
+def _encode_bf16(rows: Rows, out: Encoded, _importance: Importance | None) -> int:
     return int(floats_cpu.encode_bf16(rows, out[0].view(np.uint16)))
 
 

@@ -90,9 +90,9 @@ def test_weights_that_fit_one_trial_like_ggml(name: str) -> None:
 def test_reports_the_first_row_whose_scale_overflows(name: str) -> None:
     rows = make_rows("normal", 5, 256)
     out = FORMATS[name].allocate(*rows.shape)
-    assert FORMATS[name].encode_into(rows, out) == -1
+    assert FORMATS[name].encode_into(rows, out, None) == -1
     rows[3] *= np.float32(1e15)
-    assert FORMATS[name].encode_into(rows, out) == 3
+    assert FORMATS[name].encode_into(rows, out, None) == 3
 
 
 def test_trials_are_the_c_codes() -> None:

@@ -200,10 +200,10 @@ def test_overflow_is_infinite_and_reported(name: str, fits: float, overflows: fl
     format_ = FORMATS[name]
     rows = np.full((40, 70), sign * fits, np.float32)
     out = format_.allocate(40, 70)
-    assert format_.encode_into(rows, out) == -1
+    assert format_.encode_into(rows, out, None) == -1
     assert (out[0].view(np.uint16) & 0x7FFF == infinity - 1).all()
     rows[[17, 30], [69, 0]] = sign * overflows
-    assert format_.encode_into(rows, out) == 17
+    assert format_.encode_into(rows, out, None) == 17
     assert (out[0].view(np.uint16) & 0x7FFF == infinity).nonzero()[0].tolist() == [17, 30]
     assert np.array_equal(out[0], ggml_encode(rows, name))
 
@@ -216,9 +216,9 @@ def test_overflow_of_a_scale_is_infinite_and_reported(name: str) -> None:
     out = format_.allocate(9, 96)
     # for the formats with a minimum it is 0; otherwise the sign of the extreme does not matter
     rows[[4, 7], 40] = np.nextafter(np.float32(65520 * SCALES[name]), np.float32(0))
-    assert format_.encode_into(rows, out) == -1
+    assert format_.encode_into(rows, out, None) == -1
     rows[[4, 7], 40] = 65520 * SCALES[name]
-    assert format_.encode_into(rows, out) == 4
+    assert format_.encode_into(rows, out, None) == 4
     assert np.array_equal(out[0], ggml_encode(rows, name))
 
 
@@ -229,5 +229,5 @@ def test_overflow_of_a_minimum_is_reported(name: str) -> None:
     rows = np.zeros((3, 64), np.float32)
     rows[2, 32:] = -65520
     out = format_.allocate(3, 64)
-    assert format_.encode_into(rows, out) == 2
+    assert format_.encode_into(rows, out, None) == 2
     assert np.array_equal(out[0], ggml_encode(rows, name))
