@@ -2,7 +2,7 @@
 
 from quant import fp8
 from quant.format import Format
-from quant.ggml import floats, kquants, legacy
+from quant.ggml import floats, iquants, kquants, legacy, small
 
 FORMATS: dict[str, Format] = {
     entry.name: entry
@@ -10,6 +10,8 @@ FORMATS: dict[str, Format] = {
         *floats.FORMATS,
         *legacy.FORMATS,
         *kquants.FORMATS,
+        *iquants.FORMATS,
+        *small.FORMATS,
         *fp8.FORMATS,
     )
 }

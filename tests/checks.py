@@ -16,7 +16,7 @@ from quant.format import Encoded, Format, Rows
 from tests.oracle import ROWS, make_rows, round_to
 
 Errors = NDArray[np.float64]
-SEARCHED = {"Q2_K": 1.0, "Q3_K": 0.5, "Q4_K": 0.3, "Q5_K": 0.15, "Q6_K": 0.07}
+SEARCHED = {"Q2_K": 1.0, "Q3_K": 0.5, "Q4_K": 0.3, "Q5_K": 0.15, "Q6_K": 0.07, "IQ4_NL": 0.25, "IQ4_XS": 0.3}
 """Formats whose scales come from a search, and how far a weight may move, as a part of its super-block's largest."""
 SAFETENSORS_BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4}
 
@@ -262,6 +262,27 @@ def _offset(levels: int, rows: Rows) -> Errors:
     return np.broadcast_to(bound, blocks.shape).reshape(rows.shape)
 
 
+def _mxfp4(rows: Rows) -> Errors:
+    """E2M1 at a power of two: half of the widest step (from 4 to 6, scaled), or what is above 6, up to 8."""
+    amax = abs(_blocks(rows)).max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        scale = np.exp2(np.round(np.floor(np.log2(amax.astype(np.float32)))).astype(np.float64) - 2)
+    moved = np.maximum(1.0, abs(_blocks(rows)) / np.maximum(scale, 2.0**-200) - 6) * scale
+    # scales below 2**-127 wrap around: such weights become 0
+    bound = np.where(scale < 2.0**-127, amax, moved * (1 + 1e-6)) + 2.0**-127
+    return np.broadcast_to(bound, _blocks(rows).shape).reshape(rows.shape)
+
+
+def _ternary(rows: Rows) -> Errors:
+    """-d, 0 or d with d = amax of 256: half of it, and the rounding of d."""
+    blocks = rows.reshape(rows.shape[0], -1, 256).astype(np.float64)
+    d = abs(blocks).max(axis=-1, keepdims=True)
+    bound = d / 2 * (1 + 1e-6) + _float16(d)
+    # 1 / d is infinite for the smallest d: such weights become 0
+    bound = np.where(d < 2.0**-127, d, bound)
+    return np.broadcast_to(bound, blocks.shape).reshape(rows.shape)
+
+
 def _fp8(dtype: str, tile: bool, rows: Rows) -> Errors:
     """Half a step of E4M3 and of the source dtype, at w / scale; a scale that was rounded down cuts off at 448."""
     precision, subnormal, eps = {"BF16": (8, 2.0**-133, 2.0**-7), "F16": (11, 2.0**-24, 2.0**-10)}.get(
@@ -282,9 +303,9 @@ def _fp8(dtype: str, tile: bool, rows: Rows) -> Errors:
     return scale * moved + 1e-6 * abs(w) + 2.0**-150  # decoding rounds to float32
 
 
-def _searched(step: float, rows: Rows) -> Errors:
-    """Formats with a search trade single weights for the sum of squares: within `step` of the super-block's largest."""
-    blocks = rows.reshape(rows.shape[0], -1, 256).astype(np.float64)
+def _searched(step: float, width: int, rows: Rows) -> Errors:
+    """Formats with a search trade single weights for the sum of squares: within `step` of the block's largest."""
+    blocks = rows.reshape(rows.shape[0], -1, width).astype(np.float64)
     largest = abs(blocks).max(axis=-1, keepdims=True)
     denormal_scales = 4096 * 2.0**-25  # levels times half the last place of a subnormal float16
     return np.broadcast_to(step * largest + denormal_scales, blocks.shape).reshape(rows.shape)
@@ -299,7 +320,10 @@ BOUNDS: Mapping[str, Callable[[Rows], Errors]] = {
     "Q5_0": partial(_signed, 16),
     "Q4_1": partial(_offset, 15),
     "Q5_1": partial(_offset, 31),
-    **{name: partial(_searched, step) for name, step in SEARCHED.items()},
+    **{name: partial(_searched, step, 32 if name == "IQ4_NL" else 256) for name, step in SEARCHED.items()},
+    "MXFP4": _mxfp4,
+    "TQ1_0": _ternary,
+    "TQ2_0": _ternary,
     **{f"FP8_CHANNEL_{dtype}": partial(_fp8, dtype, False) for dtype in ("BF16", "F16", "F32")},
     **{f"FP8_BLOCK_{dtype}": partial(_fp8, dtype, True) for dtype in ("BF16", "F16", "F32")},
 }

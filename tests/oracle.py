@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from quant.format import Rows
+from quant.format import Importance, Rows
 from tests.peers import DATA
 from tests.smollm2 import MISSING, find_gguf
 
@@ -46,8 +46,8 @@ def _ggml() -> ctypes.CDLL:
     return library
 
 
-def ggml_encode(rows: Rows, format_name: str) -> NDArray[np.uint8]:
-    """float32[r, n] -> uint8[r, bytes]: what llama-quantize writes without an importance matrix."""
+def ggml_encode(rows: Rows, format_name: str, importance: Importance | None = None) -> NDArray[np.uint8]:
+    """float32[r, n], float32[n] or None -> uint8[r, bytes]: what llama-quantize writes."""
     kind = gguf.GGMLQuantizationType[format_name]
     block, size = gguf.GGML_QUANT_SIZES[kind]
     rows = np.ascontiguousarray(rows, np.float32)
@@ -55,7 +55,11 @@ def ggml_encode(rows: Rows, format_name: str) -> NDArray[np.uint8]:
     if n % block:  # ggml would abort the process
         raise ValueError(f"row length {n} is not a multiple of the {format_name} block size {block}")
     out = np.empty((r, n // block * size), np.uint8)
-    written = _ggml().ggml_quantize_chunk(int(kind), rows.ctypes.data, out.ctypes.data, 0, r, n, None)
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, np.float32)
+        assert importance.shape == (n,)
+    weights = None if importance is None else importance.ctypes.data
+    written = _ggml().ggml_quantize_chunk(int(kind), rows.ctypes.data, out.ctypes.data, 0, r, n, weights)
     assert written == out.size
     return out
 

@@ -8,17 +8,17 @@
 | Q5_K   | 8 of 32    | u6 scale, u6 minimum     | 176   | d * sc * q - dmin * m       |
 | Q6_K   | 16 of 16   | i8 scale                 | 210   | d * sc * (q - 32)           |
 
-d and dmin are float16. The encoders are those of ggml/src/ggml-quants.c (quantize_row_q*_K_ref: without an importance
-vector); decoding is the package gguf's.
+d and dmin are float16. The encoders are those of ggml/src/ggml-quants.c: quantize_row_q*_K_ref, and with the importance
+of columns quantize_row_q*_K_impl. Decoding is the package gguf's.
 """
 
 from quant.ggml.blocks import block_format
-from quant.kernels import kquants_cpu
+from quant.kernels import kquants_cpu, kquants_weighted_cpu
 
 FORMATS = (
-    block_format("Q2_K", kquants_cpu.encode_q2_k),
-    block_format("Q3_K", kquants_cpu.encode_q3_k),
-    block_format("Q4_K", kquants_cpu.encode_q4_k),
-    block_format("Q5_K", kquants_cpu.encode_q5_k),
-    block_format("Q6_K", kquants_cpu.encode_q6_k),
+    block_format("Q2_K", kquants_cpu.encode_q2_k, kquants_weighted_cpu.encode_q2_k),
+    block_format("Q3_K", kquants_cpu.encode_q3_k, kquants_weighted_cpu.encode_q3_k),
+    block_format("Q4_K", kquants_cpu.encode_q4_k, kquants_weighted_cpu.encode_q4_k),
+    block_format("Q5_K", kquants_cpu.encode_q5_k, kquants_weighted_cpu.encode_q5_k),
+    block_format("Q6_K", kquants_cpu.encode_q6_k, kquants_weighted_cpu.encode_q6_k),
 )

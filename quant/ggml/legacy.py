@@ -9,16 +9,17 @@
 | Q5_1   | f16 d, f16 m, u32 fifth bits, u4 q[32]       | 24    | d * q + m         |
 
 Byte j of the 4-bit values holds weight j in its low half and weight j + 16 in its high half. The encoders are those of
-ggml/src/ggml-quants.c (quantize_row_*_ref); decoding is the package gguf's.
+ggml/src/ggml-quants.c: quantize_row_*_ref, and with the importance of columns quantize_row_*_impl, which Q8_0 lacks.
+Decoding is the package gguf's.
 """
 
 from quant.ggml.blocks import block_format
-from quant.kernels import legacy_cpu
+from quant.kernels import legacy_cpu, legacy_weighted_cpu
 
 FORMATS = (
     block_format("Q8_0", legacy_cpu.encode_q8_0),
-    block_format("Q4_0", legacy_cpu.encode_q4_0),
-    block_format("Q4_1", legacy_cpu.encode_q4_1),
-    block_format("Q5_0", legacy_cpu.encode_q5_0),
-    block_format("Q5_1", legacy_cpu.encode_q5_1),
+    block_format("Q4_0", legacy_cpu.encode_q4_0, legacy_weighted_cpu.encode_q4_0),
+    block_format("Q4_1", legacy_cpu.encode_q4_1, legacy_weighted_cpu.encode_q4_1),
+    block_format("Q5_0", legacy_cpu.encode_q5_0, legacy_weighted_cpu.encode_q5_0),
+    block_format("Q5_1", legacy_cpu.encode_q5_1, legacy_weighted_cpu.encode_q5_1),
 )

@@ -58,13 +58,15 @@ def round_bits(u: np.uint32, drop: np.uint32) -> np.uint32:
 
 @helper
 def half_bits(x: np.float32) -> np.uint16:
-    """float32 -> bits of the nearest float16, ties to even; overflow gives infinity (IEEE 754 binary16).
+    """float32 -> bits of the nearest float16, ties to even; overflow gives infinity, NaN a quiet one (IEEE 754 binary16).
 
-    NaN is not expected here. Subnormals are rounded by adding a power of two whose last place is 2**-24.
+    Subnormals are rounded by adding a power of two whose last place is 2**-24.
     """
     u = float_bits(np.float32(x))
     a = np.uint32(u & ABS)
     sign = np.uint32((u & SIGN) >> np.uint32(16))
+    if a > INFINITY:
+        return np.uint16(sign | np.uint32(0x7E00))
     if a >= np.uint32(0x477FF000):  # 65520: halfway from the largest float16 to 2**16
         return np.uint16(sign | np.uint32(0x7C00))
     if a < np.uint32(0x38800000):  # 2**-14

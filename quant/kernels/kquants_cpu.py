@@ -16,6 +16,7 @@ from quant.kernels.search_cpu import (
     GROUP_MAX_EPS,
     clamped_lanes,
     nearest,
+    rounded_lanes,
     search_by_coordinates,
     search_scale,
     search_scale_and_min,
@@ -60,6 +61,18 @@ def _weights_of_magnitude(xt: Floats, wt: Floats) -> None:
 
 
 @helper
+def put_6_bit_pair(out: Bytes, at: int, j: int, scale: np.uint8, minimum: np.uint8) -> None:
+    """Scale and minimum j of Q4_K and Q5_K into their 12 bytes, for j = 0, 1, ... in turn."""
+    if j < 4:
+        out[at + j] = scale
+        out[at + 4 + j] = minimum
+    else:
+        out[at + 4 + j] = (scale & np.uint8(15)) | ((minimum & np.uint8(15)) << np.uint8(4))
+        out[at - 4 + j] |= (scale >> np.uint8(4)) << np.uint8(6)
+        out[at + j] |= (minimum >> np.uint8(4)) << np.uint8(6)
+
+
+@helper
 def _store_6_bit_scales(found: Floats, lane: int, out: Bytes, at: int, scales: Floats, minima: Floats) -> bool:
     """Quantize 8 scales and minima of lanes from `lane` to 6 bits, store d, dmin and the 12 packed bytes.
 
@@ -76,24 +89,19 @@ def _store_6_bit_scales(found: Floats, lane: int, out: Bytes, at: int, scales: F
     for j in range(8):
         ls = min(np.uint8(63), np.uint8(nearest(np.float32(inverse_scale * found[lane + j]))))
         lm = min(np.uint8(63), np.uint8(nearest(np.float32(inverse_min * found[LANES + lane + j]))))
-        if j < 4:
-            out[at + 4 + j] = ls
-            out[at + 8 + j] = lm
-        else:
-            out[at + 8 + j] = (ls & np.uint8(15)) | ((lm & np.uint8(15)) << np.uint8(4))
-            out[at + j] |= (ls >> np.uint8(4)) << np.uint8(6)
-            out[at + 4 + j] |= (lm >> np.uint8(4)) << np.uint8(6)
+        put_6_bit_pair(out, at + 4, j, ls, lm)
         scales[j] = np.float32(half_value(d) * np.float32(ls))
         minima[j] = np.float32(half_value(dmin) * np.float32(lm))
     return half_is_infinite(d) or half_is_infinite(dmin)
 
 
 @helper
-def _quantize_with_min(
+def quantize_with_min(
     flat: Floats,
     start: int,
     width: int,
     levels: int,
+    limit_first: bool,
     scale: np.float32,
     minimum: np.float32,
     found: Floats,
@@ -106,10 +114,11 @@ def _quantize_with_min(
     for i in range(0, width, LANES):
         x = load(flat, start + i)
         if scale != np.float32(0.0):
-            value = (x + fill(minimum)) / fill(scale)
+            value = clamped_lanes((x + fill(minimum)) / fill(scale), zero, top)
         else:
-            value = fill(found[2 * LANES + lane]) * (x - fill(found[3 * LANES + lane]))
-        store(q, at + i, clamped_lanes(value, zero, top))
+            quotient = fill(found[2 * LANES + lane]) * (x - fill(found[3 * LANES + lane]))
+            value = rounded_lanes(quotient, levels) if limit_first else clamped_lanes(quotient, zero, top)
+        store(q, at + i, value)
 
 
 @kernel
@@ -137,30 +146,32 @@ def _encode_4_or_5(rows: Floats, out: Bytes, levels: int, factors: Floats) -> in
         count = min(2, total - first)
         transpose(flat, first * QK_K, 8 * count, 32, xt)
         _weights_of_magnitude(xt, wt)
-        search_scale_and_min(xt, wt, qt, 32, levels, factors, False, found)
+        search_scale_and_min(xt, wt, qt, 32, levels, factors, False, False, found)
         for b in range(count):
             start, at = (first + b) * QK_K, (first + b) * size
             if _store_6_bit_scales(found, 8 * b, to, at, scales, minima) and first_overflow < 0:
                 first_overflow = (first + b) // per_row
             for j in range(8):
                 at_x, lane = start + 32 * j, 8 * b + j
-                _quantize_with_min(flat, at_x, 32, levels, scales[j], minima[j], found, lane, q, 32 * j)
+                quantize_with_min(flat, at_x, 32, levels, False, scales[j], minima[j], found, lane, q, 32 * j)
             if levels == 15:
-                _pack_4(q, to, at + 16)
+                pack_4(q, to, at + 16)
             else:
-                _pack_5(q, to, at + 16)
+                pack_5(q, to, at + 16)
     return first_overflow
 
 
 @helper
-def _pack_4(q: Floats, to: Bytes, at: int) -> None:
+def pack_4(q: Floats, to: Bytes, at: int) -> None:
+    """Two values in a byte: those of one sub-block of 32 low, of the next high."""
     for j in range(4):
         for i in range(32):
             to[at + 32 * j + i] = np.uint8(np.int32(q[64 * j + i]) | (np.int32(q[64 * j + 32 + i]) << np.int32(4)))
 
 
 @helper
-def _pack_5(q: Floats, to: Bytes, at: int) -> None:
+def pack_5(q: Floats, to: Bytes, at: int) -> None:
+    """32 bytes of fifth bits, then as pack_4."""
     for i in range(32):
         high = np.int32(0)
         for j in range(8):
@@ -188,15 +199,15 @@ def encode_q2_k(rows: Floats, out: Bytes) -> int:
         transpose(flat, start, 16, 16, xt)
         for i in range(16):
             store(wt, i * LANES, absolute(load(xt, i * LANES)))
-        search_scale_and_min(xt, wt, qt, 16, 3, _Q2_TRIALS, True, found)
+        search_scale_and_min(xt, wt, qt, 16, 3, _Q2_TRIALS, True, False, found)
         d, dmin = _store_4_bit_scales(found, to, at)
         if (half_is_infinite(d) or half_is_infinite(dmin)) and first_overflow < 0:
             first_overflow = b // per_row
         for j in range(16):
             scale = np.float32(half_value(d) * np.float32(to[at + j] & np.uint8(15)))
             minimum = np.float32(half_value(dmin) * np.float32(to[at + j] >> np.uint8(4)))
-            _quantize_with_min(flat, start + 16 * j, 16, 3, scale, minimum, found, j, q, 16 * j)
-        _pack_2(q, to, at + 16)
+            quantize_with_min(flat, start + 16 * j, 16, 3, False, scale, minimum, found, j, q, 16 * j)
+        pack_2(q, to, at + 16)
     return first_overflow
 
 
@@ -221,7 +232,7 @@ def _store_4_bit_scales(found: Floats, to: Bytes, at: int) -> tuple[np.uint16, n
 
 
 @helper
-def _pack_2(q: Floats, to: Bytes, at: int) -> None:
+def pack_2(q: Floats, to: Bytes, at: int) -> None:
     """The low two bits of four values in a byte."""
     for half in range(2):
         for i in range(32):
@@ -238,33 +249,54 @@ def _pack_2(q: Floats, to: Bytes, at: int) -> None:
 def encode_q3_k(rows: Floats, out: Bytes) -> int:
     """Q3_K: 32 bytes of high bits, 64 bytes of four 2-bit values, 12 bytes of 6-bit scales, f16 d; 110 bytes."""
     flat, to = rows.reshape(rows.size), out.reshape(out.size)
-    per_row = rows.shape[1] // QK_K
-    xt, lt, found = np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32), np.empty(64, np.float32)
+    per_row, total = rows.shape[1] // QK_K, rows.size // QK_K
+    xt, lt, found = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(128, np.float32)
     scales, q = np.empty(16, np.float32), np.empty(QK_K, np.float32)
     first_overflow = -1
-    for b in range(rows.size // QK_K):
-        start, at = b * QK_K, b * 110
-        transpose(flat, start, 16, 16, xt)
+    for first in range(0, total, 2):
+        count = min(2, total - first)
+        transpose(flat, first * QK_K, 16, 16, xt)
+        transpose(flat, (first + 1) * QK_K, 16 * (count - 1), 16, xt[16 * LANES :])
         search_by_coordinates(xt, lt, 16, 4, found)
-        if _store_signed_6_bit_scales(found, to, at + 96, scales) and first_overflow < 0:
-            first_overflow = b // per_row
-        for j in range(16):
-            if scales[j] != np.float32(0.0):
-                value = clamped_lanes(
-                    load(flat, start + 16 * j) / fill(scales[j]), fill_int(np.int32(-4)), fill_int(np.int32(3))
-                )
-                store(q, 16 * j, value + fill(np.float32(4.0)))
-            else:
-                for i in range(16):
-                    dead = found[3 * LANES + j] != np.float32(0.0)
-                    q[16 * j + i] = np.float32(0.0) if dead else np.float32(lt[i * LANES + j] + np.float32(4.0))
-        for i in range(32):
-            high = np.int32(0)
-            for j in range(8):
-                high |= (np.int32(q[32 * j + i]) >> np.int32(2)) << np.int32(j)
-            to[at + i] = np.uint8(high)
-        _pack_2(q, to, at + 32)
+        for b in range(count):
+            start, at = (first + b) * QK_K, (first + b) * 110
+            if _store_signed_6_bit_scales(found[64 * b :], to, at + 96, scales) and first_overflow < 0:
+                first_overflow = (first + b) // per_row
+            for j in range(16):
+                if scales[j] != np.float32(0.0):
+                    quantize_signed_3(flat, start + 16 * j, scales[j], q, 16 * j)
+                else:
+                    dead = found[64 * b + 3 * LANES + j] != np.float32(0.0)
+                    for i in range(16):
+                        searched = np.float32(lt[(16 * b + i) * LANES + j] + np.float32(4.0))
+                        q[16 * j + i] = np.float32(0.0) if dead else searched
+            pack_3(q, to, at)
     return first_overflow
+
+
+@helper
+def quantize_signed_3(flat: Floats, start: int, scale: np.float32, q: Floats, at: int) -> None:
+    """q = x / scale in [-4, 3], stored + 4, of 16 weights."""
+    value = clamped_lanes(load(flat, start) / fill(scale), fill_int(np.int32(-4)), fill_int(np.int32(3)))
+    store(q, at, value + fill(np.float32(4.0)))
+
+
+@helper
+def pack_3(q: Floats, to: Bytes, at: int) -> None:
+    """32 bytes of high bits, then the low two bits as pack_2."""
+    for i in range(32):
+        high = np.int32(0)
+        for j in range(8):
+            high |= (np.int32(q[32 * j + i]) >> np.int32(2)) << np.int32(j)
+        to[at + i] = np.uint8(high)
+    pack_2(q, to, at + 32)
+
+
+@helper
+def put_6_bits(to: Bytes, at: int, j: int, value: np.uint8) -> None:
+    """Scale j of Q3_K, 6 bits, into its 12 bytes, which were zero."""
+    to[at + j % 8] |= (value & np.uint8(15)) << np.uint8(4 * (j // 8))
+    to[at + 8 + j % 4] |= (value >> np.uint8(4)) << np.uint8(2 * (j // 4))
 
 
 @helper
@@ -284,9 +316,7 @@ def _store_signed_6_bit_scales(found: Floats, to: Bytes, at: int, scales: Floats
     d = put_half(to, at + 12, np.float32(np.float32(1.0) / inverse))
     for j in range(16):
         signed = _clamp(np.int32(np.int8(nearest(np.float32(inverse * found[j])))), -32, 31)
-        value = np.uint8(signed + 32)
-        to[at + j % 8] |= (value & np.uint8(15)) << np.uint8(4 * (j // 8))
-        to[at + 8 + j % 4] |= (value >> np.uint8(4)) << np.uint8(2 * (j // 4))
+        put_6_bits(to, at, j, np.uint8(signed + 32))
         scales[j] = np.float32(half_value(d) * np.float32(signed))
     return half_is_infinite(d)
 
@@ -309,28 +339,34 @@ def encode_q6_k(rows: Floats, out: Bytes) -> int:
             x = load(xt, i * LANES)
             store(wt, i * LANES, x * x)
         search_scale(xt, wt, 16, 32, found)
-        extreme, largest = np.float32(0.0), np.float32(0.0)
-        for j in range(16):
-            if abs(found[j]) > largest:
-                largest, extreme = np.float32(abs(found[j])), found[j]
-        if largest < GROUP_MAX_EPS:
-            to[at : at + 210] = np.uint8(0)
-            continue
-        inverse = np.float32(np.float32(-128.0) / extreme)
-        d = put_half(to, at + 208, np.float32(np.float32(1.0) / inverse))
-        if half_is_infinite(d) and first_overflow < 0:
+        if store_q6_k(flat, start, found, q, to, at) and first_overflow < 0:
             first_overflow = b // per_row
-        for j in range(16):
-            stored = np.int8(min(np.int32(127), nearest(np.float32(inverse * found[j]))))
-            to[at + 192 + j] = np.uint8(stored)
-            scale = np.float32(half_value(d) * np.float32(stored))
-            _quantize_signed_6(flat, start + 16 * j, scale, found, j, q, 16 * j)
-        _pack_6(q, to, at)
     return first_overflow
 
 
 @helper
-def _quantize_signed_6(
+def store_q6_k(flat: Floats, start: int, found: Floats, q: Floats, to: Bytes, at: int) -> bool:
+    """A super-block from the scales that were found; True if d overflows. q is scratch for 256 values."""
+    extreme, largest = np.float32(0.0), np.float32(0.0)
+    for j in range(16):
+        if abs(found[j]) > largest:
+            largest, extreme = np.float32(abs(found[j])), found[j]
+    if largest < GROUP_MAX_EPS:
+        to[at : at + 210] = np.uint8(0)
+        return False
+    inverse = np.float32(np.float32(-128.0) / extreme)
+    d = put_half(to, at + 208, np.float32(np.float32(1.0) / inverse))
+    for j in range(16):
+        stored = np.int8(min(np.int32(127), nearest(np.float32(inverse * found[j]))))
+        to[at + 192 + j] = np.uint8(stored)
+        scale = np.float32(half_value(d) * np.float32(stored))
+        quantize_signed_6(flat, start + 16 * j, scale, found, j, q, 16 * j)
+    pack_6(q, to, at)
+    return half_is_infinite(d)
+
+
+@helper
+def quantize_signed_6(
     flat: Floats, start: int, scale: np.float32, found: Floats, lane: int, q: Floats, at: int
 ) -> None:
     """q = x / scale in [-32, 31], stored + 32; where the scale is zero, what the search had."""
@@ -343,7 +379,8 @@ def _quantize_signed_6(
 
 
 @helper
-def _pack_6(q: Floats, to: Bytes, at: int) -> None:
+def pack_6(q: Floats, to: Bytes, at: int) -> None:
+    """128 bytes of low 4 bits, then 64 bytes of high 2 bits."""
     for half in range(2):
         base = 128 * half
         for i in range(32):

@@ -47,7 +47,7 @@ def _magnitudes(x: Lanes) -> Lanes:
 
 
 @helper
-def _amax(a: Lanes, b: Lanes) -> np.float32:
+def amax(a: Lanes, b: Lanes) -> np.float32:
     """The largest magnitude of a block."""
     x, y = _magnitudes(a), _magnitudes(b)
     return np.float32(bits_float(np.uint32(largest(select(x > y, x, y)))))
@@ -63,7 +63,7 @@ def _has(a: Lanes, b: Lanes, u: np.uint32) -> bool:
 @helper
 def _extreme(flat: Floats, start: int, a: Lanes, b: Lanes) -> np.float32:
     """The weight of the largest magnitude, with its sign; of several, the first. +0 for a block of zeros."""
-    u = float_bits(_amax(a, b))
+    u = float_bits(amax(a, b))
     if u == np.uint32(0):
         return np.float32(0.0)
     negative = np.uint32(u | SIGN)
@@ -109,14 +109,14 @@ def _maximum(a: Lanes, b: Lanes) -> np.float32:
 
 
 @helper
-def _inverse(scale: np.float32) -> np.float32:
+def inverse_or_zero(scale: np.float32) -> np.float32:
     """1 / scale, or 0 where the quantized values are all 0: for scale 0, and where 1 / scale is infinite."""
     inverse = np.float32(1.0) / scale
     return np.float32(0.0) if (float_bits(np.float32(inverse)) & ABS) == INFINITY else np.float32(inverse)
 
 
 @helper
-def _rounded(x: Lanes) -> Lanes:
+def rounded(x: Lanes) -> Lanes:
     """C's roundf, half away from zero: add the float before 0.5 with the sign of x, truncate."""
     half = (bits(x) & fill_int(np.int32(-0x80000000))) | fill_int(np.int32(_HALF))
     return to_int(x + from_bits(half))
@@ -130,7 +130,7 @@ def _limited(x: Lanes, most: int) -> Lanes:
 
 
 @helper
-def _store_fifth_bits(out: Bytes, at: int, low: Lanes, high: Lanes) -> None:
+def store_fifth_bits(out: Bytes, at: int, low: Lanes, high: Lanes) -> None:
     """Bit 4 of the 32 values as a little-endian uint32."""
     fifteen = fill_int(np.int32(15))
     fifth = np.uint32(lane_bits(low > fifteen)) | (np.uint32(lane_bits(high > fifteen)) << np.uint32(16))
@@ -139,7 +139,8 @@ def _store_fifth_bits(out: Bytes, at: int, low: Lanes, high: Lanes) -> None:
 
 
 @helper
-def _nibbles(low: Lanes, high: Lanes) -> Lanes:
+def nibbles(low: Lanes, high: Lanes) -> Lanes:
+    """The low four bits of two vectors in one byte a lane."""
     fifteen = fill_int(np.int32(15))
     return (low & fifteen) | ((high & fifteen) << fill_int(np.int32(4)))
 
@@ -152,12 +153,12 @@ def encode_q8_0(rows: Floats, out: Bytes) -> int:
     for block in range(rows.size // QK):
         at = block * 34
         a, b = load(flat, block * QK), load(flat, block * QK + LANES)
-        d = np.float32(_amax(a, b) / np.float32(127.0))
-        inverse = fill(_inverse(d))
+        d = np.float32(amax(a, b) / np.float32(127.0))
+        inverse = fill(inverse_or_zero(d))
         if half_is_infinite(put_half(to, at, d)) and first_overflow < 0:
             first_overflow = block // per_row
-        store_bytes(to, at + 2, _rounded(a * inverse))
-        store_bytes(to, at + 2 + LANES, _rounded(b * inverse))
+        store_bytes(to, at + 2, rounded(a * inverse))
+        store_bytes(to, at + 2 + LANES, rounded(b * inverse))
     return first_overflow
 
 
@@ -180,8 +181,8 @@ def _encode_signed(rows: Floats, out: Bytes, half: int, size: int) -> int:
         low = _limited(a * fill(inverse) + fill(offset), 2 * half - 1)
         high = _limited(b * fill(inverse) + fill(offset), 2 * half - 1)
         if half == 16:
-            _store_fifth_bits(to, at + 2, low, high)
-        store_bytes(to, at + size - 16, _nibbles(low, high))
+            store_fifth_bits(to, at + 2, low, high)
+        store_bytes(to, at + size - 16, nibbles(low, high))
     return first_overflow
 
 
@@ -208,15 +209,15 @@ def _encode_with_minimum(rows: Floats, out: Bytes, levels: int, size: int) -> in
         a, b = load(flat, block * QK), load(flat, block * QK + LANES)
         m = _minimum(flat, block * QK, a, b)
         d = np.float32(np.float32(_maximum(a, b) - m) / np.float32(levels))
-        inverse, low = fill(_inverse(d)), fill(m)
+        inverse, low = fill(inverse_or_zero(d)), fill(m)
         d_bits, m_bits = put_half(to, at, d), put_half(to, at + 2, m)
         if (half_is_infinite(d_bits) or half_is_infinite(m_bits)) and first_overflow < 0:
             first_overflow = block // per_row
         qa = _limited((a - low) * inverse + half, levels)
         qb = _limited((b - low) * inverse + half, levels)
         if levels == 31:
-            _store_fifth_bits(to, at + 4, qa, qb)
-        store_bytes(to, at + size - 16, _nibbles(qa, qb))
+            store_fifth_bits(to, at + 4, qa, qb)
+        store_bytes(to, at + size - 16, nibbles(qa, qb))
     return first_overflow
 
 

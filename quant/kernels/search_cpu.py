@@ -1,4 +1,4 @@
-"""The scale searches that GGML's K-quants share, for 16 sub-blocks at once, one per SIMD lane.
+"""The scale searches that GGML's formats share, for 16 sub-blocks at once, one per SIMD lane.
 
 Each lane runs the operations of ggml/src/ggml-quants.c in the same order and precision, so that the result is the same
 bit for bit; where the C code branches, the lanes compute both sides and select.
@@ -14,7 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.kernels.bits import float_bits, helper
-from quant.kernels.vectors import LANES, absolute, any_lane, bits, fill, fill_int, load, select, store, to_float
+from quant.kernels.vectors import (
+    LANES,
+    absolute,
+    any_lane,
+    bits,
+    fill,
+    fill_int,
+    load,
+    load_strided,
+    negative,
+    select,
+    square_root,
+    store,
+    to_float,
+)
 
 Floats = NDArray[np.float32]
 Lanes = Any
@@ -48,6 +62,14 @@ def clamped_lanes(x: Lanes, least: Lanes, most: Lanes) -> Lanes:
 
 
 @helper
+def rounded_lanes(x: Lanes, levels: int) -> Lanes:
+    """`nearest` of x limited to [0, levels], as float32 lanes; NaN gives 0. levels is below 2**22."""
+    nothing, top, magic = fill(np.float32(0.0)), fill(np.float32(levels)), fill(_MAGIC)
+    x = select(x > nothing, x, nothing)
+    return (select(x < top, x, top) + magic) - magic
+
+
+@helper
 def transpose(flat: Floats, start: int, count: int, width: int, xt: Floats) -> None:
     """`count` sub-blocks of `width` weights from flat[start:] into the lanes; the other lanes become zero."""
     for k in range(count):
@@ -59,13 +81,71 @@ def transpose(flat: Floats, start: int, count: int, width: int, xt: Floats) -> N
 
 
 @helper
-def search_scale_and_min(
-    xt: Floats, wt: Floats, qt: Floats, width: int, levels: int, trials: Floats, use_mad: bool, out: Floats
+def sums_of_squares(flat: Floats, length: int, divisor: np.float32, out: Floats) -> None:
+    """out[k] = sum of x * x over the k-th run of `length` values, added up in order, / divisor."""
+    count = flat.size // length
+    for first in range(0, count - count % LANES, LANES):
+        total = fill(np.float32(0.0))
+        for i in range(length):
+            x = load_strided(flat, first * length + i, length)
+            total = total + x * x
+        store(out, first, total / fill(divisor))
+    for k in range(count - count % LANES, count):
+        rest = np.float32(0.0)
+        for i in range(length):
+            rest = np.float32(rest + np.float32(flat[k * length + i] * flat[k * length + i]))
+        out[k] = np.float32(rest / divisor)
+
+
+@helper
+def transpose_importance(
+    importance: Floats, first: int, count: int, width: int, sigma2: Floats, per_sigma: int, wt: Floats, spread: Floats
 ) -> None:
-    """make_qkx2_quants: x ~ scale * q + min with 0 <= q <= levels, least weighted error over len(trials) scales.
+    """The importance of the columns of sub-blocks first, first + 1, ... into the lanes of wt, their sigma2 into spread.
+
+    Sub-blocks are numbered through all rows; each run of `per_sigma` of them shares an entry of sigma2.
+    """
+    per_row = importance.size // width
+    for k in range(count):
+        column = (first + k) % per_row * width
+        for i in range(width):
+            wt[i * LANES + k] = importance[column + i]
+        spread[k] = sigma2[(first + k) // per_sigma]
+    for k in range(count, LANES):
+        for i in range(width):
+            wt[i * LANES + k] = np.float32(0.0)
+        spread[k] = np.float32(0.0)
+
+
+@helper
+def weigh(xt: Floats, width: int, wt: Floats, spread: Floats, sums: Floats, at: int) -> None:
+    """wt: importance -> importance * sqrt(sigma2 + x * x); the sums of the new weights to sums[at : at + 16]."""
+    sigma2, total = load(spread, 0), fill(np.float32(0.0))
+    for i in range(width):
+        x = load(xt, i * LANES)
+        w = load(wt, i * LANES) * square_root(sigma2 + x * x)
+        store(wt, i * LANES, w)
+        total = total + w
+    store(sums, at, total)
+
+
+@helper
+def search_scale_and_min(
+    xt: Floats,
+    wt: Floats,
+    qt: Floats,
+    width: int,
+    levels: int,
+    trials: Floats,
+    use_mad: bool,
+    limit_first: bool,
+    out: Floats,
+) -> None:
+    """make_qkx2_quants and make_qkx3_quants: x ~ scale * q + min with 0 <= q <= levels, least weighted error of trials.
 
     trials holds rmin + rdelta * i + levels in the C code's float32 arithmetic. use_mad measures |error| and not its
-    square. qt is scratch of the size of xt.
+    square. limit_first (make_qkx3_quants) limits to the range before it rounds: that matters where the best minimum so
+    far is close to the largest weight, and quotients are huge. qt is scratch of the size of xt.
     """
     zero, top = fill_int(np.int32(0)), fill_int(np.int32(levels))
     nothing = fill(np.float32(0.0))
@@ -84,13 +164,15 @@ def search_scale_and_min(
         store(qt, i * LANES, clamped_lanes(inverse * (load(xt, i * LANES) - low), zero, top))
     best = _error(xt, wt, qt, width, scale, low, use_mad)
     best = select(flat, fill(np.float32(-1.0)), best)  # no error is smaller: a sub-block without a range stays as it is
-    used_inverse, used_low = select(flat, nothing, inverse), low
+    all_zero = flat | (inverse == fill(np.float32(np.inf)))  # `nearest` of an infinity is below all levels
+    used_inverse, used_low = select(all_zero, nothing, inverse), low
     for trial in range(trials.size):
         inverse = fill(trials[trial]) / (high - low)
         sum_l, sum_l2, sum_xl = nothing, nothing, nothing
         for i in range(width):
             x = load(xt, i * LANES)
-            q = clamped_lanes(inverse * (x - low), zero, top)
+            quotient = inverse * (x - low)
+            q = rounded_lanes(quotient, levels) if limit_first else clamped_lanes(quotient, zero, top)
             store(qt, i * LANES, q)
             wq = load(wt, i * LANES) * q
             sum_l, sum_l2, sum_xl = sum_l + wq, sum_l2 + wq * q, sum_xl + wq * x
@@ -107,7 +189,7 @@ def search_scale_and_min(
         used_inverse, used_low = select(better, inverse, used_inverse), select(better, low, used_low)
         low = select(better, new_low, low)
     store(out, 0, select(flat, nothing, scale))
-    store(out, LANES, nothing - low)
+    store(out, LANES, negative(low))
     store(out, 2 * LANES, used_inverse)
     store(out, 3 * LANES, used_low)
 
@@ -124,7 +206,7 @@ def _error(xt: Floats, wt: Floats, qt: Floats, width: int, scale: Lanes, minimum
 
 
 @helper
-def _extreme(xt: Floats, width: int) -> tuple[Lanes, Lanes]:
+def extreme_lanes(xt: Floats, width: int) -> tuple[Lanes, Lanes]:
     """The weight of the largest magnitude in each lane, with its sign, the first of several; and the magnitude."""
     extreme, largest = fill(np.float32(0.0)), fill(np.float32(0.0))
     for i in range(width):
@@ -139,7 +221,7 @@ def search_scale(xt: Floats, wt: Floats, width: int, levels: int, out: Floats) -
     """make_qx_quants with rmse_type 1: x ~ scale * q with -levels <= q < levels, weights wt, over 19 scales."""
     least, most = fill_int(np.int32(-levels)), fill_int(np.int32(levels - 1))
     nothing = fill(np.float32(0.0))
-    extreme, largest = _extreme(xt, width)
+    extreme, largest = extreme_lanes(xt, width)
     dead = largest < fill(GROUP_MAX_EPS)
     inverse = fill(np.float32(-levels)) / extreme
     sum_lx, sum_l2 = _products(xt, wt, width, inverse, least, most)
@@ -172,38 +254,134 @@ def _products(xt: Floats, wt: Floats, width: int, inverse: Lanes, least: Lanes, 
 
 
 @helper
+def search_positive_scale(xt: Floats, wt: Floats, lt: Floats, width: int, levels: int, out: Floats) -> None:
+    """make_qp_quants: x ~ scale * q with 0 <= q <= levels, weights wt; 9 scales, then one value after another.
+
+    It quantizes the scales of sub-blocks. The quantized values, in lt, are bytes: negative ones wrap, as in C.
+    """
+    top, byte = fill_int(np.int32(levels)), fill_int(np.int32(255))
+    nothing = fill(np.float32(0.0))
+    high = nothing
+    for i in range(width):
+        x = load(xt, i * LANES)
+        high = select(x > high, x, high)
+    dead = high < fill(GROUP_MAX_EPS)
+    inverse = fill(np.float32(levels)) / high
+    scale = fill(np.float32(1.0)) / inverse
+    best = nothing
+    for i in range(width):
+        x = load(xt, i * LANES)
+        difference = x - scale * to_float(nearest_lanes(inverse * x) & byte)
+        best = best + load(wt, i * LANES) * difference * difference
+    for step in range(-4, 5):
+        if step != 0:
+            factor = np.float32(np.float32(np.float32(0.1) * np.float32(step)) + np.float32(levels))
+            trial = fill(factor) / high
+            scale = fill(np.float32(1.0)) / trial
+            error = nothing
+            for i in range(width):
+                x = load(xt, i * LANES)
+                q = nearest_lanes(trial * x)
+                difference = x - scale * to_float(select(q < top, q, top))
+                error = error + load(wt, i * LANES) * difference * difference
+            better = error < best
+            best, inverse = select(better, error, best), select(better, trial, inverse)
+    sum_lx, sum_l2 = nothing, nothing
+    for i in range(width):
+        x, w = load(xt, i * LANES), load(wt, i * LANES)
+        q = nearest_lanes(inverse * x)
+        q = select(q < top, q, top)
+        store(lt, i * LANES, to_float(q & byte))
+        sum_lx, sum_l2 = sum_lx + w * x * to_float(q), sum_l2 + w * to_float(q) * to_float(q)
+    for _ in range(5):
+        changed = high < nothing
+        for i in range(width):
+            x, w, q = load(xt, i * LANES), load(wt, i * LANES), load(lt, i * LANES)
+            lx = sum_lx - w * x * q
+            l2 = sum_l2 - w * q * q
+            moved = (lx > nothing) & (l2 > nothing)
+            n = nearest_lanes(x * l2 / lx)
+            n = select(n < top, n, top)
+            new = to_float(n)
+            moved = moved & ((new < q) | (new > q))
+            lx, l2 = lx + w * x * new, l2 + w * new * new
+            accepted = moved & (lx * lx * sum_l2 > sum_lx * sum_lx * l2)
+            store(lt, i * LANES, select(accepted, to_float(n & byte), q))
+            sum_lx, sum_l2 = select(accepted, lx, sum_lx), select(accepted, l2, sum_l2)
+            changed = changed | accepted
+        if not any_lane(changed):
+            break
+    for i in range(width):
+        store(lt, i * LANES, select(dead, nothing, load(lt, i * LANES)))
+    scale = select(sum_l2 > nothing, sum_lx / sum_l2, nothing)
+    store(out, 0, select(dead, nothing, scale))
+
+
+@helper
 def search_by_coordinates(xt: Floats, lt: Floats, width: int, levels: int, out: Floats) -> None:
     """make_q3_quants with do_rmse: the quantized values one after another, in up to five sweeps; values in lt.
 
-    A sweep without a change changes nothing when repeated, so the lanes go on until none of them changes.
+    Every step waits for the division of the one before, so two groups of 16 sub-blocks go side by side: xt, lt and out
+    hold both, one after the other. A sweep without a change changes nothing when repeated, so the lanes go on until
+    none of them changes.
     """
+    size = width * LANES
+    inverse, dead = _first_inverse(xt, width, levels)
+    other_inverse, other_dead = _first_inverse(xt[size:], width, levels)
+    sum_lx, sum_l2 = _cubed_products(xt, lt, width, levels, inverse)
+    other_lx, other_l2 = _cubed_products(xt[size:], lt[size:], width, levels, other_inverse)
+    for _ in range(5):
+        changed = sum_l2 < sum_l2  # no lane
+        for i in range(width):
+            sum_lx, sum_l2, accepted = _step(xt, lt, i * LANES, levels, sum_lx, sum_l2)
+            other_lx, other_l2, other = _step(xt, lt, size + i * LANES, levels, other_lx, other_l2)
+            changed = changed | accepted | other
+        if not any_lane(changed):
+            break
+    _store_scale(out, 0, sum_lx, sum_l2, dead)
+    _store_scale(out, 4 * LANES, other_lx, other_l2, other_dead)
+
+
+@helper
+def _first_inverse(xt: Floats, width: int, levels: int) -> tuple[Lanes, Lanes]:
+    """-levels / the weight of the largest magnitude; and the lanes that are zero."""
+    extreme, largest = extreme_lanes(xt, width)
+    return fill(np.float32(-levels)) / extreme, largest < fill(GROUP_MAX_EPS)
+
+
+@helper
+def _cubed_products(xt: Floats, lt: Floats, width: int, levels: int, inverse: Lanes) -> tuple[Lanes, Lanes]:
+    """The quantized values into lt, and their sums of x**3 q and x**2 q**2."""
     least, most = fill_int(np.int32(-levels)), fill_int(np.int32(levels - 1))
-    nothing = fill(np.float32(0.0))
-    extreme, largest = _extreme(xt, width)
-    dead = largest < fill(GROUP_MAX_EPS)
-    inverse = fill(np.float32(-levels)) / extreme
-    sum_lx, sum_l2 = nothing, nothing
+    sum_lx, sum_l2 = fill(np.float32(0.0)), fill(np.float32(0.0))
     for i in range(width):
         x = load(xt, i * LANES)
         q = clamped_lanes(inverse * x, least, most)
         store(lt, i * LANES, q)
         sum_lx, sum_l2 = sum_lx + x * x * x * q, sum_l2 + x * x * q * q
-    for _ in range(5):
-        changed = largest < nothing
-        for i in range(width):
-            x, q = load(xt, i * LANES), load(lt, i * LANES)
-            w = x * x
-            lx = sum_lx - w * x * q
-            l2 = sum_l2 - w * q * q
-            new = clamped_lanes(x * l2 / lx, least, most)
-            moved = (lx > nothing) & ((new < q) | (new > q))
-            lx, l2 = lx + w * x * new, l2 + w * new * new
-            accepted = moved & (l2 > nothing) & (lx * lx * sum_l2 > sum_lx * sum_lx * l2)
-            store(lt, i * LANES, select(accepted, new, q))
-            sum_lx, sum_l2 = select(accepted, lx, sum_lx), select(accepted, l2, sum_l2)
-            changed = changed | accepted
-        if not any_lane(changed):
-            break
+    return sum_lx, sum_l2
+
+
+@helper
+def _step(xt: Floats, lt: Floats, at: int, levels: int, sum_lx: Lanes, sum_l2: Lanes) -> tuple[Lanes, Lanes, Lanes]:
+    """Move one quantized value of each lane where that helps; the new sums, and the lanes where it did."""
+    least, most = fill_int(np.int32(-levels)), fill_int(np.int32(levels - 1))
+    nothing = fill(np.float32(0.0))
+    x, q = load(xt, at), load(lt, at)
+    w = x * x
+    lx = sum_lx - w * x * q
+    l2 = sum_l2 - w * q * q
+    new = clamped_lanes(x * l2 / lx, least, most)
+    moved = (lx > nothing) & ((new < q) | (new > q))
+    lx, l2 = lx + w * x * new, l2 + w * new * new
+    accepted = moved & (l2 > nothing) & (lx * lx * sum_l2 > sum_lx * sum_lx * l2)
+    store(lt, at, select(accepted, new, q))
+    return select(accepted, lx, sum_lx), select(accepted, l2, sum_l2), accepted
+
+
+@helper
+def _store_scale(out: Floats, at: int, sum_lx: Lanes, sum_l2: Lanes, dead: Lanes) -> None:
+    nothing = fill(np.float32(0.0))
     scale = select(sum_l2 > nothing, sum_lx / sum_l2, nothing)
-    store(out, 0, select(dead, nothing, scale))
-    store(out, 3 * LANES, select(dead, fill(np.float32(1.0)), nothing))
+    store(out, at, select(dead, nothing, scale))
+    store(out, at + 3 * LANES, select(dead, fill(np.float32(1.0)), nothing))

@@ -8,10 +8,11 @@ operation is fused or reordered, so the bytes are the same everywhere.
 
     F32x16, I32x16, MASK16        the types, as Numba sees them
     load, store, store_bytes      from and to float32 arrays, and the low bytes of integers to uint8 arrays
+    load_strided                  from float32 arrays, one lane every `stride` elements
     fill, fill_int                from scalars
     + - * / < > == & | ^ << >>    lane by lane, on operands of the same type; comparisons give masks
     select(mask, a, b)            a where the mask is set, else b
-    absolute, square_root, to_float, to_int, bits, from_bits, any_lane, lane_bits, largest, smallest
+    absolute, negative, square_root, to_float, to_int, bits, from_bits, any_lane, lane_bits, largest, smallest
 """
 
 import operator
@@ -78,6 +79,10 @@ to_int: Any = _operation(I32x16, F32x16)(lambda b, x: b.fptosi(x, I32x16.llvm))
 """float32 -> int32, towards zero; the value must fit."""
 to_float: Any = _operation(F32x16, I32x16)(lambda b, x: b.sitofp(x, F32x16.llvm))
 """int32 -> the nearest float32."""
+
+
+negative: Any = _operation(F32x16, F32x16)(lambda b, x: b.fneg(x))
+"""The same magnitudes with the other sign, of zeros too."""
 
 
 def _call(builder: Any, name: str, vector: Vector, *values: Any) -> Any:
@@ -151,6 +156,19 @@ def _load(_typing_context: Any, array: Any, _index: Any) -> Any:
 
 
 @intrinsic
+def _load_strided(_typing_context: Any, array: Any, _index: Any, _stride: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, values[0]).data
+        lanes, at = ir.Constant(F32x16.llvm, ir.Undefined), values[1]
+        for lane in range(LANES):
+            lanes = builder.insert_element(lanes, builder.load(builder.gep(data, [at])), ir.Constant(_I32, lane))
+            at = builder.add(at, values[2])
+        return lanes
+
+    return F32x16(array, types.intp, types.intp), codegen
+
+
+@intrinsic
 def _store(_typing_context: Any, array: Any, _index: Any, _value: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -175,6 +193,8 @@ def _store_bytes(_typing_context: Any, array: Any, _index: Any, _value: Any) -> 
 
 load: Any = _load
 """load(array, index): lanes from array[index : index + 16], float32, one-dimensional; no bounds check."""
+load_strided: Any = _load_strided
+"""load_strided(array, index, stride): lane k from array[index + k * stride], float32; no bounds check."""
 store: Any = _store
 """store(array, index, lanes): lanes to array[index : index + 16]; no bounds check."""
 store_bytes: Any = _store_bytes

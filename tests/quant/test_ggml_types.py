@@ -1,4 +1,4 @@
-"""GGML's K-quants against ggml's own quantizer and dequantizer, bit for bit."""
+"""GGML's types beyond the legacy ones against ggml's own quantizer and dequantizer, without importance, bit for bit."""
 
 import gguf
 import numpy as np
@@ -23,7 +23,8 @@ from tests.oracle import (
 )
 
 KQUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-every_format = pytest.mark.parametrize("name", KQUANTS)
+TYPES = (*KQUANTS, "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0")
+every_format = pytest.mark.parametrize("name", TYPES)
 search = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -78,7 +79,7 @@ def test_constant_sub_blocks_like_ggml(name: str) -> None:
 
 @every_format
 def test_weights_that_fit_one_trial_like_ggml(name: str) -> None:
-    """Near the largest weight, and exact for one of the 19 scales that the search tries."""
+    """Near the largest weight, and exact for one of the 19 scales that the search of Q6_K tries."""
     rng = np.random.default_rng(3)
     factors = 32 + np.repeat(np.arange(-9, 10), 64)[:, None] / 10
     rows = rng.choice([-1.0, 1.0], (factors.size, 256)) * rng.integers(24, 32, (factors.size, 256)) / factors
@@ -86,13 +87,33 @@ def test_weights_that_fit_one_trial_like_ggml(name: str) -> None:
     check_against_ggml(rows.astype(np.float32), name)
 
 
-@every_format
+@pytest.mark.parametrize("name", [name for name in TYPES if name != "MXFP4"])
 def test_reports_the_first_row_whose_scale_overflows(name: str) -> None:
     rows = make_rows("normal", 5, 256)
     out = FORMATS[name].allocate(*rows.shape)
     assert FORMATS[name].encode_into(rows, out, None) == -1
     rows[3] *= np.float32(1e15)
     assert FORMATS[name].encode_into(rows, out, None) == 3
+
+
+def test_mxfp4_scales_around_powers_of_two_like_ggml() -> None:
+    """log2f rounds up to the exponent of a power of two that is just above, more often for large exponents."""
+    powers = np.exp2(np.arange(-149, 128)).astype(np.float32).view(np.int32)
+    nearby = np.unique(powers[:, None] + np.arange(-60, 3))
+    largest = nearby[(nearby > 0) & (nearby < 0x7F800000)].astype(np.int32).view(np.float32)
+    rows = np.zeros((largest.size, 32), np.float32)
+    rows[:, 5], rows[:, 6], rows[:, 30] = largest, -largest / 2, largest / 3
+    check_against_ggml(rows, "MXFP4")
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "MXFP4"])
+def test_weights_halfway_between_levels_like_ggml(name: str) -> None:
+    """Of two levels equally near, IQ4 takes the upper one, MXFP4 the first in its table."""
+    halves = np.arange(-254, 255, dtype=np.float32) / 2
+    rows = np.zeros((halves.size, 32), np.float32)
+    rows[:, 0], rows[:, 1:9], rows[:, 9:17] = -127, halves[:, None], halves[::-1, None]
+    check_against_ggml(rows, name)
+    check_against_ggml(rows / np.float32(16), name)
 
 
 def test_trials_are_the_c_codes() -> None:
@@ -105,7 +126,7 @@ def test_trials_are_the_c_codes() -> None:
 @every_format
 def test_decodes_like_ggml(name: str) -> None:
     """Any bytes at all: every value of scales, minima and weights, infinities and NaN too."""
-    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1]
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     raw = np.random.default_rng(2).integers(0, 256, (2000, 2 * size), np.uint8)
     with np.errstate(invalid="ignore", over="ignore"):
-        assert same_values(FORMATS[name].decode((raw,), 512), ggml_decode(raw, name))
+        assert same_values(FORMATS[name].decode((raw,), 2 * weights), ggml_decode(raw, name))
