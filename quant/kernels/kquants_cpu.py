@@ -25,6 +25,8 @@ from quant.kernels.search_cpu import (
 from quant.kernels.vectors import LANES, absolute, fill, fill_int, load, square_root, store
 
 QK_K = 256
+FOUND = 4 * LANES
+"""float32 values that a search returns for 16 sub-blocks."""
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
@@ -138,22 +140,25 @@ def _encode_4_or_5(rows: Floats, out: Bytes, levels: int, factors: Floats) -> in
     flat, to = rows.reshape(rows.size), out.reshape(out.size)
     per_row, total = rows.shape[1] // QK_K, rows.size // QK_K
     size = to.size // max(total, 1)
-    xt, wt, found = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(64, np.float32)
-    scales, minima, q = np.empty(8, np.float32), np.empty(8, np.float32), np.empty(QK_K, np.float32)
-    qt = np.empty(32 * LANES, np.float32)
+    xt, wt, qt = np.empty(64 * LANES, np.float32), np.empty(64 * LANES, np.float32), np.empty(64 * LANES, np.float32)
+    found, q = np.empty(2 * FOUND, np.float32), np.empty(QK_K, np.float32)
+    scales, minima = np.empty(8, np.float32), np.empty(8, np.float32)
     first_overflow = -1
-    for first in range(0, total, 2):  # two super-blocks fill the lanes
-        count = min(2, total - first)
-        transpose(flat, first * QK_K, 8 * count, 32, xt)
-        _weights_of_magnitude(xt, wt)
+    for first in range(0, total, 4):  # two super-blocks fill the lanes, and two groups of lanes go together
+        count = min(4, total - first)
+        for group in range(2):
+            at = group * 32 * LANES
+            lanes = 8 * max(0, min(2, count - 2 * group))
+            transpose(flat, (first + 2 * group) * QK_K, lanes, 32, xt[at:])
+            _weights_of_magnitude(xt[at:], wt[at:])
         search_scale_and_min(xt, wt, qt, 32, levels, factors, False, False, found)
         for b in range(count):
-            start, at = (first + b) * QK_K, (first + b) * size
-            if _store_6_bit_scales(found, 8 * b, to, at, scales, minima) and first_overflow < 0:
+            start, at, part, lane = (first + b) * QK_K, (first + b) * size, found[b // 2 * FOUND :], b % 2 * 8
+            if _store_6_bit_scales(part, lane, to, at, scales, minima) and first_overflow < 0:
                 first_overflow = (first + b) // per_row
             for j in range(8):
-                at_x, lane = start + 32 * j, 8 * b + j
-                quantize_with_min(flat, at_x, 32, levels, False, scales[j], minima[j], found, lane, q, 32 * j)
+                at_x = start + 32 * j
+                quantize_with_min(flat, at_x, 32, levels, False, scales[j], minima[j], part, lane + j, q, 32 * j)
             if levels == 15:
                 pack_4(q, to, at + 16)
             else:
@@ -190,25 +195,33 @@ def pack_5(q: Floats, to: Bytes, at: int) -> None:
 def encode_q2_k(rows: Floats, out: Bytes) -> int:
     """Q2_K: 16 bytes of 4-bit scales and minima, 64 bytes of four 2-bit values, f16 d, f16 dmin; 84 bytes."""
     flat, to = rows.reshape(rows.size), out.reshape(out.size)
-    per_row = rows.shape[1] // QK_K
-    xt, wt, found = np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32), np.empty(64, np.float32)
-    qt, q = np.empty(16 * LANES, np.float32), np.empty(QK_K, np.float32)
+    per_row, total = rows.shape[1] // QK_K, rows.size // QK_K
+    xt, wt, qt = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32)
+    found, q = np.empty(2 * FOUND, np.float32), np.empty(QK_K, np.float32)
     first_overflow = -1
-    for b in range(rows.size // QK_K):
-        start, at = b * QK_K, b * 84
-        transpose(flat, start, 16, 16, xt)
-        for i in range(16):
+    for first in range(0, total, 2):
+        count = min(2, total - first)
+        for group in range(2):
+            transpose(flat, (first + group) * QK_K, 16 if group < count else 0, 16, xt[group * 16 * LANES :])
+        for i in range(32):
             store(wt, i * LANES, absolute(load(xt, i * LANES)))
         search_scale_and_min(xt, wt, qt, 16, 3, _Q2_TRIALS, True, False, found)
-        d, dmin = _store_4_bit_scales(found, to, at)
-        if (half_is_infinite(d) or half_is_infinite(dmin)) and first_overflow < 0:
-            first_overflow = b // per_row
-        for j in range(16):
-            scale = np.float32(half_value(d) * np.float32(to[at + j] & np.uint8(15)))
-            minimum = np.float32(half_value(dmin) * np.float32(to[at + j] >> np.uint8(4)))
-            quantize_with_min(flat, start + 16 * j, 16, 3, False, scale, minimum, found, j, q, 16 * j)
-        pack_2(q, to, at + 16)
+        for b in range(count):
+            if _store_q2_k(flat, (first + b) * QK_K, found[b * FOUND :], q, to, (first + b) * 84):
+                first_overflow = (first + b) // per_row if first_overflow < 0 else first_overflow
     return first_overflow
+
+
+@helper
+def _store_q2_k(flat: Floats, start: int, found: Floats, q: Floats, to: Bytes, at: int) -> bool:
+    """A super-block from the scales and minima that were found; True if d or dmin overflows."""
+    d, dmin = _store_4_bit_scales(found, to, at)
+    for j in range(16):
+        scale = np.float32(half_value(d) * np.float32(to[at + j] & np.uint8(15)))
+        minimum = np.float32(half_value(dmin) * np.float32(to[at + j] >> np.uint8(4)))
+        quantize_with_min(flat, start + 16 * j, 16, 3, False, scale, minimum, found, j, q, 16 * j)
+    pack_2(q, to, at + 16)
+    return half_is_infinite(d) or half_is_infinite(dmin)
 
 
 @helper
@@ -250,7 +263,7 @@ def encode_q3_k(rows: Floats, out: Bytes) -> int:
     """Q3_K: 32 bytes of high bits, 64 bytes of four 2-bit values, 12 bytes of 6-bit scales, f16 d; 110 bytes."""
     flat, to = rows.reshape(rows.size), out.reshape(out.size)
     per_row, total = rows.shape[1] // QK_K, rows.size // QK_K
-    xt, lt, found = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(128, np.float32)
+    xt, lt, found = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(2 * FOUND, np.float32)
     scales, q = np.empty(16, np.float32), np.empty(QK_K, np.float32)
     first_overflow = -1
     for first in range(0, total, 2):
@@ -260,13 +273,13 @@ def encode_q3_k(rows: Floats, out: Bytes) -> int:
         search_by_coordinates(xt, lt, 16, 4, found)
         for b in range(count):
             start, at = (first + b) * QK_K, (first + b) * 110
-            if _store_signed_6_bit_scales(found[64 * b :], to, at + 96, scales) and first_overflow < 0:
+            if _store_signed_6_bit_scales(found[b * FOUND :], to, at + 96, scales) and first_overflow < 0:
                 first_overflow = (first + b) // per_row
             for j in range(16):
                 if scales[j] != np.float32(0.0):
                     quantize_signed_3(flat, start + 16 * j, scales[j], q, 16 * j)
                 else:
-                    dead = found[64 * b + 3 * LANES + j] != np.float32(0.0)
+                    dead = found[b * FOUND + 3 * LANES + j] != np.float32(0.0)
                     for i in range(16):
                         searched = np.float32(lt[(16 * b + i) * LANES + j] + np.float32(4.0))
                         q[16 * j + i] = np.float32(0.0) if dead else searched

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from quant.kernels.bits import half_is_infinite, half_value, helper, kernel, put_half
 from quant.kernels.kquants_cpu import (
+    FOUND,
     QK_K,
     pack_2,
     pack_3,
@@ -40,8 +41,6 @@ from quant.kernels.vectors import LANES, fill, fill_int, load, select, store
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-FOUND = 4 * LANES
-"""float32 values that a search returns."""
 _Q2_TRIALS = trials(-0.9, 0.05, 37, 3)
 _Q4_TRIALS = trials(-0.9, 0.05, 37, 15)
 _Q5_TRIALS = trials(-0.9, 0.05, 37, 31)
@@ -82,19 +81,20 @@ def _encode_4_or_5(rows: Floats, importance: Floats, out: Bytes, levels: int, fa
     size = to.size // max(total, 1)
     sigma2, spread = np.empty(total, np.float32), np.empty(LANES, np.float32)
     sums_of_squares(flat, QK_K, np.float32(128.0), sigma2)
-    xt, wt, qt = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32)
+    xt, wt, qt = np.empty(64 * LANES, np.float32), np.empty(64 * LANES, np.float32), np.empty(64 * LANES, np.float32)
     found, sums = np.empty(8 * FOUND, np.float32), np.empty(8 * LANES, np.float32)
     scales, minima, q = np.empty(8, np.float32), np.empty(8, np.float32), np.empty(QK_K, np.float32)
     coarse = _coarse(8)
     first_overflow = -1
     for first in range(0, total, LANES):
         count = min(LANES, total - first)
-        for pair in range((count + 1) // 2):  # two super-blocks fill the lanes
-            block = first + 2 * pair
-            lanes = 8 * min(2, first + count - block)
-            transpose(flat, block * QK_K, lanes, 32, xt)
-            transpose_importance(importance, 8 * block, lanes, 32, sigma2, 8, wt, spread)
-            weigh(xt, 32, wt, spread, sums, pair * LANES)
+        for pair in range(0, (count + 1) // 2, 2):  # two super-blocks fill the lanes, and two groups go together
+            for group in range(2):
+                block, part = first + 2 * (pair + group), group * 32 * LANES
+                lanes = 8 * max(0, min(2, first + count - block))
+                transpose(flat, block * QK_K, lanes, 32, xt[part:])
+                transpose_importance(importance, 8 * block, lanes, 32, sigma2, 8, wt[part:], spread)
+                weigh(xt[part:], 32, wt[part:], spread, sums, (pair + group) * LANES)
             search_scale_and_min(xt, wt, qt, 32, levels, factors, False, True, found[pair * FOUND :])
         _search_scales_and_minima(found, sums, count, 8, 63, coarse)
         for b in range(count):
@@ -183,17 +183,19 @@ def encode_q2_k(rows: Floats, importance: Floats, out: Bytes) -> int:
     per_row, total = rows.shape[1] // QK_K, rows.size // QK_K
     sigma2, spread = np.empty(total, np.float32), np.empty(LANES, np.float32)
     sums_of_squares(flat, QK_K, np.float32(256.0), sigma2)
-    xt, wt, qt = np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32)
+    xt, wt, qt = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32)
     found, sums = np.empty(LANES * FOUND, np.float32), np.empty(LANES * LANES, np.float32)
     q, coarse = np.empty(QK_K, np.float32), _coarse(16)
     first_overflow = -1
     for first in range(0, total, LANES):
         count = min(LANES, total - first)
-        for b in range(count):
-            block = first + b
-            transpose(flat, block * QK_K, 16, 16, xt)
-            transpose_importance(importance, 16 * block, 16, 16, sigma2, 16, wt, spread)
-            weigh(xt, 16, wt, spread, sums, b * LANES)
+        for b in range(0, count, 2):
+            for group in range(2):
+                block, part = first + b + group, group * 16 * LANES
+                lanes = 16 if b + group < count else 0
+                transpose(flat, block * QK_K, lanes, 16, xt[part:])
+                transpose_importance(importance, 16 * block, lanes, 16, sigma2, 16, wt[part:], spread)
+                weigh(xt[part:], 16, wt[part:], spread, sums, (b + group) * LANES)
             search_scale_and_min(xt, wt, qt, 16, 3, _Q2_TRIALS, False, True, found[b * FOUND :])
         _search_scales_and_minima(found, sums, count, 16, 15, coarse)
         for b in range(count):

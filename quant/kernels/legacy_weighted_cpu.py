@@ -88,25 +88,29 @@ def _encode_signed(rows: Floats, importance: Floats, out: Bytes, half: int, size
 
 @helper
 def _encode_with_minimum(rows: Floats, importance: Floats, out: Bytes, levels: int, size: int, factors: Floats) -> int:
-    """x ~ d * q + m with 0 <= q <= levels."""
+    """x ~ d * q + m with 0 <= q <= levels. Two groups of 16 blocks go together."""
     flat, to, per_row = rows.reshape(rows.size), out.reshape(out.size), rows.shape[1] // QK
-    xt, wt, qt = np.empty(QK * LANES, np.float32), np.empty(QK * LANES, np.float32), np.empty(QK * LANES, np.float32)
-    found, sums, spread = np.empty(4 * LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    size_t = 2 * QK * LANES
+    xt, wt, qt = np.empty(size_t, np.float32), np.empty(size_t, np.float32), np.empty(size_t, np.float32)
+    found, sums, spread = np.empty(8 * LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     sigma2, total = np.empty(rows.shape[0], np.float32), rows.size // QK
     sums_of_squares(flat, rows.shape[1], np.float32(rows.shape[1]), sigma2)
     first_overflow = -1
-    for first in range(0, total, LANES):
-        count = min(LANES, total - first)
-        transpose(flat, first * QK, count, QK, xt)
-        transpose_importance(importance, first, count, QK, sigma2, per_row, wt, spread)
-        weigh(xt, QK, wt, spread, sums, 0)
+    for first in range(0, total, 2 * LANES):
+        count = min(2 * LANES, total - first)
+        for group in range(2):
+            block, part = first + group * LANES, group * QK * LANES
+            lanes = max(0, min(LANES, count - group * LANES))
+            transpose(flat, block * QK, lanes, QK, xt[part:])
+            transpose_importance(importance, block, lanes, QK, sigma2, per_row, wt[part:], spread)
+            weigh(xt[part:], QK, wt[part:], spread, sums, 0)
         search_scale_and_min(xt, wt, qt, QK, levels, factors, False, True, found)
         for k in range(count):
-            block, at = first + k, (first + k) * size
-            d, m = put_half(to, at, found[k]), put_half(to, at + 2, np.float32(-found[LANES + k]))
+            block, at, lane = first + k, (first + k) * size, k // LANES * 4 * LANES + k % LANES
+            d, m = put_half(to, at, found[lane]), put_half(to, at + 2, np.float32(-found[LANES + lane]))
             if (half_is_infinite(d) or half_is_infinite(m)) and first_overflow < 0:
                 first_overflow = block // per_row
-            inverse, minimum = fill(found[2 * LANES + k]), fill(found[3 * LANES + k])
+            inverse, minimum = fill(found[2 * LANES + lane]), fill(found[3 * LANES + lane])
             low = to_int(rounded_lanes(inverse * (load(flat, block * QK) - minimum), levels))
             high = to_int(rounded_lanes(inverse * (load(flat, block * QK + LANES) - minimum), levels))
             if levels == 31:

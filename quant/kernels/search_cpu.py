@@ -21,6 +21,7 @@ from quant.kernels.vectors import (
     bits,
     fill,
     fill_int,
+    lane_bits,
     load,
     load_strided,
     negative,
@@ -143,66 +144,162 @@ def search_scale_and_min(
 ) -> None:
     """make_qkx2_quants and make_qkx3_quants: x ~ scale * q + min with 0 <= q <= levels, least weighted error of trials.
 
-    trials holds rmin + rdelta * i + levels in the C code's float32 arithmetic. use_mad measures |error| and not its
-    square. limit_first (make_qkx3_quants) limits to the range before it rounds: that matters where the best minimum so
-    far is close to the largest weight, and quotients are huge. qt is scratch of the size of xt.
+    Every trial waits for the result of the one before, so two groups of 16 sub-blocks go side by side: xt, wt, qt
+    (scratch) and out hold both, one after the other. trials holds rmin + rdelta * i + levels in the C code's float32
+    arithmetic. use_mad measures |error| and not its square. limit_first (make_qkx3_quants) limits to the range before
+    it rounds: that matters where the best minimum so far is close to the largest weight, and quotients are huge.
     """
-    zero, top = fill_int(np.int32(0)), fill_int(np.int32(levels))
-    nothing = fill(np.float32(0.0))
-    x, w = load(xt, 0), load(wt, 0)
-    low, high = x, x
-    sum_w, sum_x = w, w * x
-    for i in range(1, width):
-        x, w = load(xt, i * LANES), load(wt, i * LANES)
-        low, high = select(x < low, x, low), select(x > high, x, high)
-        sum_w, sum_x = sum_w + w, sum_x + w * x
-    low = select(low > nothing, nothing, low)
-    flat = high == low
-    inverse = fill(np.float32(levels)) / (high - low)
-    scale = fill(np.float32(1.0)) / inverse
-    for i in range(width):
-        store(qt, i * LANES, clamped_lanes(inverse * (load(xt, i * LANES) - low), zero, top))
-    best = _error(xt, wt, qt, width, scale, low, use_mad)
-    best = select(flat, fill(np.float32(-1.0)), best)  # no error is smaller: a sub-block without a range stays as it is
-    all_zero = flat | (inverse == fill(np.float32(np.inf)))  # `nearest` of an infinity is below all levels
-    used_inverse, used_low = select(all_zero, nothing, inverse), low
+    size = width * LANES
+    range_a, fit_a = _first_fit(xt, wt, 0, width, levels, use_mad)
+    range_b, fit_b = _first_fit(xt, wt, size, width, levels, use_mad)
     for trial in range(trials.size):
-        inverse = fill(trials[trial]) / (high - low)
-        sum_l, sum_l2, sum_xl = nothing, nothing, nothing
-        for i in range(width):
-            x = load(xt, i * LANES)
-            quotient = inverse * (x - low)
-            q = rounded_lanes(quotient, levels) if limit_first else clamped_lanes(quotient, zero, top)
-            store(qt, i * LANES, q)
-            wq = load(wt, i * LANES) * q
-            sum_l, sum_l2, sum_xl = sum_l + wq, sum_l2 + wq * q, sum_xl + wq * x
-        determinant = sum_w * sum_l2 - sum_l * sum_l
-        new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
-        new_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
-        positive = new_low > nothing
-        new_scale = select(positive, sum_xl / sum_l2, new_scale)
-        new_low = select(positive, nothing, new_low)
-        error = _error(xt, wt, qt, width, new_scale, new_low, use_mad)
-        better = (error < best) & (determinant > nothing)
-        best = select(better, error, best)
-        scale = select(better, new_scale, scale)
-        used_inverse, used_low = select(better, inverse, used_inverse), select(better, low, used_low)
-        low = select(better, new_low, low)
-    store(out, 0, select(flat, nothing, scale))
-    store(out, LANES, negative(low))
-    store(out, 2 * LANES, used_inverse)
-    store(out, 3 * LANES, used_low)
+        inverse_a = fill(trials[trial]) / (range_a[1] - fit_a[2])
+        inverse_b = fill(trials[trial]) / (range_b[1] - fit_b[2])
+        low_a, low_b = fit_a[2], fit_b[2]
+        if limit_first or (_rounds_exactly(inverse_a, low_a, range_a) and _rounds_exactly(inverse_b, low_b, range_b)):
+            sums_a, sums_b = _trial_sums(xt, wt, qt, width, levels, inverse_a, low_a, inverse_b, low_b, True)
+        else:
+            sums_a, sums_b = _trial_sums(xt, wt, qt, width, levels, inverse_a, low_a, inverse_b, low_b, False)
+        line_a, line_b = _line(sums_a, range_a), _line(sums_b, range_b)
+        error_a, error_b = _errors(xt, wt, qt, width, line_a, line_b, use_mad)
+        fit_a = _better_fit(fit_a, line_a, inverse_a, error_a)
+        fit_b = _better_fit(fit_b, line_b, inverse_b, error_b)
+    _store_fit(out, 0, range_a, fit_a)
+    _store_fit(out, 4 * LANES, range_b, fit_b)
 
 
 @helper
-def _error(xt: Floats, wt: Floats, qt: Floats, width: int, scale: Lanes, minimum: Lanes, use_mad: bool) -> Lanes:
-    """Weighted error of scale * q + minimum."""
-    error = fill(np.float32(0.0))
+def _first_fit(
+    xt: Floats, wt: Floats, at: int, width: int, levels: int, use_mad: bool
+) -> tuple[tuple[Lanes, ...], tuple[Lanes, ...]]:
+    """What does not change, (lowest, highest weight, sum w, sum w x, lanes without a range); and the fit to the range.
+
+    A fit is (error, scale, minimum, the inverse scale and the minimum that made its quantized values).
+    """
+    zero, top = fill_int(np.int32(0)), fill_int(np.int32(levels))
+    nothing = fill(np.float32(0.0))
+    x, w = load(xt, at), load(wt, at)
+    lowest, high = x, x
+    sum_w, sum_x = w, w * x
+    for i in range(1, width):
+        x, w = load(xt, at + i * LANES), load(wt, at + i * LANES)
+        lowest, high = select(x < lowest, x, lowest), select(x > high, x, high)
+        sum_w, sum_x = sum_w + w, sum_x + w * x
+    low = select(lowest > nothing, nothing, lowest)
+    flat = high == low
+    inverse = fill(np.float32(levels)) / (high - low)
+    scale = fill(np.float32(1.0)) / inverse
+    error = nothing
     for i in range(width):
-        difference = scale * load(qt, i * LANES) + minimum - load(xt, i * LANES)
-        loss = absolute(difference) if use_mad else difference * difference
-        error = error + load(wt, i * LANES) * loss
-    return error
+        x = load(xt, at + i * LANES)
+        q = clamped_lanes(inverse * (x - low), zero, top)
+        error = error + load(wt, at + i * LANES) * _loss(scale * q + low - x, use_mad)
+    error = select(flat, fill(np.float32(-1.0)), error)  # none is smaller: without a range it stays as it is
+    all_zero = flat | (inverse == fill(np.float32(np.inf)))  # `nearest` of an infinity is below all levels
+    return (lowest, high, sum_w, sum_x, flat), (error, scale, low, select(all_zero, nothing, inverse), low)
+
+
+@helper
+def _loss(difference: Lanes, use_mad: bool) -> Lanes:
+    return absolute(difference) if use_mad else difference * difference
+
+
+@helper
+def _rounds_exactly(inverse: Lanes, low: Lanes, fixed: tuple[Lanes, ...]) -> bool:
+    """Whether `nearest` of all quotients inverse * (x - low) is the nearest integer."""
+    lowest, high, _, _, flat = fixed
+    limit = fill(np.float32(1 << 21))
+    fine = (absolute(inverse * (lowest - low)) < limit) & (absolute(inverse * (high - low)) < limit)
+    return lane_bits(fine | flat) == np.uint16(0xFFFF)
+
+
+@helper
+def _trial_sums(
+    xt: Floats,
+    wt: Floats,
+    qt: Floats,
+    width: int,
+    levels: int,
+    inverse_a: Lanes,
+    low_a: Lanes,
+    inverse_b: Lanes,
+    low_b: Lanes,
+    limit_first: bool,
+) -> tuple[tuple[Lanes, ...], tuple[Lanes, ...]]:
+    """Quantize to qt; (sum w q, sum w q q, sum w q x) of both groups."""
+    zero, top, size = fill_int(np.int32(0)), fill_int(np.int32(levels)), width * LANES
+    nothing = fill(np.float32(0.0))
+    l_a, l2_a, xl_a = nothing, nothing, nothing
+    l_b, l2_b, xl_b = nothing, nothing, nothing
+    for i in range(width):
+        x_a, x_b = load(xt, i * LANES), load(xt, size + i * LANES)
+        quotient_a, quotient_b = inverse_a * (x_a - low_a), inverse_b * (x_b - low_b)
+        q_a = rounded_lanes(quotient_a, levels) if limit_first else clamped_lanes(quotient_a, zero, top)
+        q_b = rounded_lanes(quotient_b, levels) if limit_first else clamped_lanes(quotient_b, zero, top)
+        store(qt, i * LANES, q_a)
+        store(qt, size + i * LANES, q_b)
+        wq_a, wq_b = load(wt, i * LANES) * q_a, load(wt, size + i * LANES) * q_b
+        l_a, l2_a, xl_a = l_a + wq_a, l2_a + wq_a * q_a, xl_a + wq_a * x_a
+        l_b, l2_b, xl_b = l_b + wq_b, l2_b + wq_b * q_b, xl_b + wq_b * x_b
+    return (l_a, l2_a, xl_a), (l_b, l2_b, xl_b)
+
+
+@helper
+def _line(sums: tuple[Lanes, ...], fixed: tuple[Lanes, ...]) -> tuple[Lanes, Lanes, Lanes]:
+    """The least-squares (scale, minimum) for quantized values, the minimum not above zero; and the lanes with one."""
+    sum_l, sum_l2, sum_xl = sums
+    _, _, sum_w, sum_x, _ = fixed
+    nothing = fill(np.float32(0.0))
+    determinant = sum_w * sum_l2 - sum_l * sum_l
+    scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
+    low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+    positive = low > nothing
+    return select(positive, sum_xl / sum_l2, scale), select(positive, nothing, low), determinant > nothing
+
+
+@helper
+def _errors(
+    xt: Floats,
+    wt: Floats,
+    qt: Floats,
+    width: int,
+    line_a: tuple[Lanes, Lanes, Lanes],
+    line_b: tuple[Lanes, Lanes, Lanes],
+    use_mad: bool,
+) -> tuple[Lanes, Lanes]:
+    """Weighted errors of both groups."""
+    size = width * LANES
+    error_a, error_b = fill(np.float32(0.0)), fill(np.float32(0.0))
+    for i in range(width):
+        difference_a = line_a[0] * load(qt, i * LANES) + line_a[1] - load(xt, i * LANES)
+        difference_b = line_b[0] * load(qt, size + i * LANES) + line_b[1] - load(xt, size + i * LANES)
+        error_a = error_a + load(wt, i * LANES) * _loss(difference_a, use_mad)
+        error_b = error_b + load(wt, size + i * LANES) * _loss(difference_b, use_mad)
+    return error_a, error_b
+
+
+@helper
+def _better_fit(
+    fit: tuple[Lanes, ...], line: tuple[Lanes, Lanes, Lanes], inverse: Lanes, error: Lanes
+) -> tuple[Lanes, ...]:
+    """The fit, or in the lanes where its error is smaller the line."""
+    best, scale, low, used_inverse, used_low = fit
+    better = (error < best) & line[2]
+    return (
+        select(better, error, best),
+        select(better, line[0], scale),
+        select(better, line[1], low),
+        select(better, inverse, used_inverse),
+        select(better, low, used_low),
+    )
+
+
+@helper
+def _store_fit(out: Floats, at: int, fixed: tuple[Lanes, ...], fit: tuple[Lanes, ...]) -> None:
+    store(out, at, select(fixed[4], fill(np.float32(0.0)), fit[1]))
+    store(out, at + LANES, negative(fit[2]))
+    store(out, at + 2 * LANES, fit[3])
+    store(out, at + 3 * LANES, fit[4])
 
 
 @helper

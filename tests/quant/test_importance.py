@@ -107,4 +107,4 @@ def test_other_formats_ignore_importance(name: str) -> None:
 
 def test_refuses_importance_of_another_shape() -> None:
     with pytest.raises(ValueError, match=r"the importance of 256 columns is float32\[256\], not float64\[32\]"):
-        FORMATS["Q4_K"].encode(make_rows("normal", 3, 256), np.ones(32))
+        FORMATS["Q4_K"].encode(make_rows("normal", 3, 256), np.ones(32))  # type: ignore[arg-type]
