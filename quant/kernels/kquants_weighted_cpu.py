@@ -102,8 +102,10 @@ def _encode_4_or_5(rows: Floats, importance: Floats, out: Bytes, levels: int, fa
             if _store_6_bit_scales(coarse, b, levels, to, at, scales, minima) and first_overflow < 0:
                 first_overflow = (first + b) // per_row
             for j in range(8):
-                lane, part = 8 * (b % 2) + j, found[b // 2 * FOUND :]
-                quantize_with_min(flat, start + 32 * j, 32, levels, True, scales[j], minima[j], part, lane, q, 32 * j)
+                lane, pair_found = 8 * (b % 2) + j, found[b // 2 * FOUND :]
+                quantize_with_min(
+                    flat, start + 32 * j, 32, levels, True, scales[j], minima[j], pair_found, lane, q, 32 * j
+                )
             if levels == 15:
                 pack_4(q, to, at + 16)
             else:

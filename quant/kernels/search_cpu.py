@@ -210,7 +210,7 @@ def _rounds_exactly(inverse: Lanes, low: Lanes, fixed: tuple[Lanes, ...]) -> boo
     lowest, high, _, _, flat = fixed
     limit = fill(np.float32(1 << 21))
     fine = (absolute(inverse * (lowest - low)) < limit) & (absolute(inverse * (high - low)) < limit)
-    return lane_bits(fine | flat) == np.uint16(0xFFFF)
+    return bool(lane_bits(fine | flat) == np.uint16(0xFFFF))
 
 
 @helper
