@@ -16,12 +16,7 @@ def _encode_f32(rows: Rows, out: Encoded, _importance: Importance | None) -> int
 
 
 def _encode_f16(rows: Rows, out: Encoded, _importance: Importance | None) -> int:
-    half = out[0].view(np.float16)
-    with np.errstate(over="ignore"):
-        np.copyto(half, rows, casting="same_kind")
-    if abs(rows).max(initial=0) < 65520:  # halfway from the largest float16 to 2**16
-        return -1
-    return int(np.isinf(half).any(axis=1).argmax())
+    return int(floats_cpu.encode_f16(rows, out[0].view(np.uint16)))
 
 
 def _encode_bf16(rows: Rows, out: Encoded, _importance: Importance | None) -> int:
