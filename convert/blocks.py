@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from convert.plan import BLOCK_WEIGHTS, Chunk, Matrix, OutputTensor, Plan
 from quant.errors import StreamquantError
-from quant.format import Encoded, Part
+from quant.format import Encoded, Importance, Part
 from quant.formats import FORMATS
 from quant.widen import SOURCE_DTYPES, widen
 
@@ -76,7 +76,7 @@ def encode_chunk(
     for first in range(chunk.first, chunk.last, step):
         last = min(first + step, chunk.last)
         raw = read_rows(matrix, first, last, source, scratch)
-        yield from _encode_block(matrix, first, raw, wanted, scratch)
+        yield from encode_block(plan, matrix, first, raw, wanted, scratch)
 
 
 def read_rows(matrix: Matrix, first: int, last: int, descriptor: int, scratch: Scratch) -> Bytes:
@@ -111,36 +111,52 @@ def widen_rows(matrix: Matrix, first: int, raw: Bytes, scratch: Scratch) -> NDAr
     return rows
 
 
-def _encode_block(
-    matrix: Matrix, first: int, raw: Bytes, wanted: frozenset[int], scratch: Scratch
-) -> Iterator[list[Piece]]:
-    rows = widen_rows(matrix, first, raw, scratch)
-    # Outputs that store the tensor in the same way share one encoding.
-    groups: dict[tuple[str, int | None], list[int]] = {}
+def shared_encodings(matrix: Matrix, wanted: frozenset[int]) -> Iterator[tuple[OutputTensor, list[int]]]:
+    """Outputs that store the matrix in the same way share one encoding: the first of each, and the numbers of all."""
+    groups: dict[tuple[str, int | None, str | None], list[int]] = {}
     for number, output in enumerate(matrix.outputs):
         if number in wanted:
-            groups.setdefault((output.format, output.rope_heads), []).append(number)
-    for (name, rope_heads), numbers in groups.items():
-        if name == matrix.source.dtype and rope_heads is None:
+            groups.setdefault((output.format, output.rope_heads, output.importance), []).append(number)
+    for numbers in groups.values():
+        yield matrix.outputs[numbers[0]], numbers
+
+
+def encode_block(
+    plan: Plan, matrix: Matrix, first: int, raw: Bytes, wanted: frozenset[int], scratch: Scratch
+) -> Iterator[list[Piece]]:
+    """Encode the rows from `first` whose source bytes are `raw`; as `encode_chunk`."""
+    rows = widen_rows(matrix, first, raw, scratch)
+    for output, numbers in shared_encodings(matrix, wanted):
+        if is_copied(matrix, output):
             encoded: Encoded = (raw.reshape(rows.shape[0], -1),)
         else:
-            encoded = _encode(matrix, name, first, rows, scratch)
-            if rope_heads is not None:
-                encoded = (_interleave(encoded[0], matrix.rows // rope_heads, scratch),)
-        pieces: list[Piece] = []
-        for number in numbers:
-            pieces += _pieces(number, matrix.outputs[number], matrix.n, first, encoded)
-        yield pieces
+            # Rows may change places, columns never do: importance fits whatever the order of the rows.
+            encoded = _encode(matrix, output.format, first, rows, plan.importance(output), scratch)
+            if output.rope_heads is not None:
+                encoded = (_interleave(encoded[0], matrix.rows // output.rope_heads, scratch),)
+        yield pieces(matrix, numbers, first, encoded)
 
 
-def _encode(matrix: Matrix, name: str, first: int, rows: NDArray[np.float32], scratch: Scratch) -> Encoded:
+def is_copied(matrix: Matrix, output: OutputTensor) -> bool:
+    """Whether the bytes of the source are those of the output."""
+    return output.format == matrix.source.dtype and output.rope_heads is None
+
+
+def _encode(
+    matrix: Matrix,
+    name: str,
+    first: int,
+    rows: NDArray[np.float32],
+    importance: Importance | None,
+    scratch: Scratch,
+) -> Encoded:
     """Encode into scratch. Raises StreamquantError if a weight or scale does not fit the format."""
     format_ = FORMATS[name]
     encoded = []
     for number, part in enumerate(format_.parts):
         entries, size = part.entries(rows.shape[0]), part.bytes_per_entry(matrix.n)
         encoded.append(scratch.take(f"encoded {number}", entries * size).reshape(entries, size))
-    overflow = format_.encode_into(rows, tuple(encoded), None)
+    overflow = format_.encode_into(rows, tuple(encoded), importance)
     if overflow >= 0:
         column = int(abs(rows[overflow]).argmax())
         raise StreamquantError(
@@ -163,6 +179,11 @@ def _interleave(encoded: Bytes, head_dim: int, scratch: Scratch) -> Bytes:
     pairs = encoded.reshape(rows // head_dim, 2, head_dim // 2, size).swapaxes(1, 2)
     np.copyto(out.reshape(rows // head_dim, head_dim // 2, 2, size), pairs)
     return out
+
+
+def pieces(matrix: Matrix, numbers: list[int], first: int, encoded: Encoded) -> list[Piece]:
+    """Where the encoded rows from `first` belong in the outputs that share them."""
+    return [piece for number in numbers for piece in _pieces(number, matrix.outputs[number], matrix.n, first, encoded)]
 
 
 def _pieces(number: int, output: OutputTensor, n: int, first: int, encoded: Encoded) -> Iterator[Piece]:

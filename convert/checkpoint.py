@@ -6,7 +6,7 @@ folder is ever written.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,10 +113,10 @@ class Checkpoint:
                 )
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) -> Checkpoint:
     """Read the config, the index and the headers of all shards of a local checkpoint.
 
-    Raises UsageError if `folder` is not a folder, StreamquantError for everything in it that is missing or broken.
+    Tensors of other dtypes than `dtypes` (safetensors' names) are refused. Raises UsageError if `folder` is not a folder, StreamquantError for everything in it that is missing or broken.
     """
     if not folder.is_dir():
         raise UsageError(
@@ -136,7 +136,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         stored, _, header = read_header(folder / name)
         files.append(SourceFile(name, before.st_size, before.st_mtime_ns, hashlib.sha256(header).hexdigest()))
         for tensor in stored.values():
-            _add(tensors, tensor, name, folder)
+            _add(tensors, tensor, name, folder, dtypes)
     if weight_map is not None:
         _compare_with_index(weight_map, tensors, folder)
     if not tensors:
@@ -201,16 +201,18 @@ def _no_weights(folder: Path) -> StreamquantError:
     )
 
 
-def _add(tensors: dict[str, SourceTensor], stored: StoredTensor, file: str, folder: Path) -> None:
+def _add(
+    tensors: dict[str, SourceTensor], stored: StoredTensor, file: str, folder: Path, dtypes: Collection[str]
+) -> None:
     where = f"{folder / file}, tensor {stored.name!r}"
     if stored.name in tensors:
         raise StreamquantError("tensor occurs twice", where=where, found=f"also in {tensors[stored.name].file}")
-    if stored.dtype not in SOURCE_DTYPES:
+    if stored.dtype not in dtypes:
         raise StreamquantError(
             "dtype cannot be converted",
             where=where,
             found=stored.dtype,
-            required=", ".join(SOURCE_DTYPES),
+            required=", ".join(dtypes),
             hint="streamquant starts from the unquantized checkpoint",
         )
     if stored.start == stored.stop:

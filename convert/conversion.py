@@ -10,14 +10,18 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from convert.checkpoint import CONFIG, INDEX, Checkpoint
+from convert.device import choose_device, inner_loop
+from convert.guard_template import bos_text, guard_side_file
 from convert.journal import Journal
 from convert.manifest import MANIFEST, is_complete, is_of_same_source, write_atomically, write_manifests
 from convert.plan import Options, Plan, VariantPlan, make_plan
 from convert.quantization_config import QuantizationConfigs
 from convert.recipe import Recipe
-from convert.stream import PARTIAL, explain, head_of, run
+from convert.stream import PARTIAL, Encode, explain, head_of, run
+from convert.strict_json import read_json_object
 from quant.errors import StreamquantError, UsageError
 from quant.formats import FORMATS
 
@@ -44,21 +48,24 @@ def convert(
     options: Options | None = None,
     *,
     jobs: int,
+    device: str = "cpu",
     on_start: Callable[[Plan], None] = lambda _plan: None,
     on_progress: Callable[[int], None] = lambda _nbytes: None,
 ) -> Conversion:
     """Make every variant below `out` from one read of the checkpoint.
 
-    `on_start` gets the plan of what is left to do, `on_progress` the number of source bytes just done, from worker
-    threads. Raises UsageError or StreamquantError; a repeated call goes on where this one stopped.
+    `device` is one of `convert.device.DEVICES`; the bytes are the same on each. `on_start` gets the plan of what is left
+    to do, `on_progress` the number of source bytes just done, from worker threads. Raises UsageError or
+    StreamquantError; a repeated call goes on where this one stopped.
     """
+    encode = inner_loop(choose_device(device))
     plan = make_plan(checkpoint, recipes, options)
     check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
     try:
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(Journal(out)) as journal:
             rest, done = _what_is_left(plan, out, journal)
-            resumed = _convert(rest, out, journal, jobs, on_start, on_progress) if rest else 0
+            resumed = _convert(rest, out, journal, jobs, encode, on_start, on_progress) if rest else 0
             if rest is not None or _is_finished(plan, journal):
                 journal.remove()
     except OSError as error:
@@ -130,6 +137,7 @@ def _convert(
     out: Path,
     journal: Journal,
     jobs: int,
+    encode: Encode,
     on_start: Callable[[Plan], None],
     on_progress: Callable[[int], None],
 ) -> int:
@@ -139,7 +147,7 @@ def _convert(
     schemes = [variant.recipe.scheme for variant in plan.variants if variant.recipe.scheme is not None]
     with contextlib.closing(QuantizationConfigs(schemes)) as configs:
         on_start(plan)
-        written = run(plan, out, journal, jobs=jobs, on_progress=on_progress)
+        written = run(plan, out, journal, jobs=jobs, on_progress=on_progress, encode=encode)
         for variant in plan.variants:
             if variant.recipe.scheme is not None:
                 _write_checkpoint_files(plan, variant, out, configs)
@@ -180,15 +188,24 @@ def _write_checkpoint_files(plan: Plan, variant: VariantPlan, out: Path, configs
     """Everything of an FP8 checkpoint that is not weights: side files, the index, and config.json last of all."""
     assert variant.recipe.scheme is not None, "FP8 variants have a scheme"
     folder, source = out / variant.folder, plan.checkpoint.folder
+    bos_token = bos_text(_tokenizer_config(plan)) if plan.options.guard_template else None
     for name in plan.checkpoint.side_files:
         if name == MANIFEST:  # the source's own, of whatever it was made from
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / name, (source / name).read_bytes())
+        content = (source / name).read_bytes()
+        if plan.options.guard_template:
+            content = guard_side_file(name, content, bos_token)
+        write_atomically(folder / name, content)
     if len(variant.files) > 1:
         write_atomically(folder / INDEX, _json(_index(plan, variant)))
     config = {**plan.checkpoint.config, "quantization_config": configs[variant.recipe.scheme]}
     write_atomically(folder / CONFIG, _json(config))
+
+
+def _tokenizer_config(plan: Plan) -> dict[str, Any]:
+    path = plan.checkpoint.folder / "tokenizer_config.json"
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _index(plan: Plan, variant: VariantPlan) -> dict[str, object]:

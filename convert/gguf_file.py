@@ -129,18 +129,29 @@ def read_header(path: Path) -> GgufHeader:
     unknown types, duplicate names, tensors that are misaligned, overlap, or end beyond the file. Never reads more than
     the header. (The package gguf's GGUFReader reads the same, and takes many seconds for a large vocabulary.)
     """
+    return _read_header(path)
+
+
+def _read_header(path: Path, raw: dict[str, bytes] | None = None) -> GgufHeader:
+    """`raw` gets the bytes of each key and its value."""
     try:
         size = path.stat().st_size
         if size < 24:
             raise _Broken(f"{size} bytes")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data, size).header()
+            return _Reader(data, size).header(raw)
     except OSError as error:
         raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error
     except _Broken as error:
         raise StreamquantError(
             "not a readable GGUF file", where=str(path), found=str(error), hint="fetch the file again"
         ) from error
+
+
+def read_raw_metadata(path: Path) -> tuple[GgufHeader, dict[str, bytes]]:
+    """The header, and the bytes of every key with its value, which `pack_header` takes. Raises as `read_header`."""
+    raw: dict[str, bytes] = {}
+    return _read_header(path, raw), raw
 
 
 class _Broken(Exception):  # noqa: N818 - internal: becomes a StreamquantError that names the file
@@ -153,7 +164,7 @@ class _Reader:
     def __init__(self, data: mmap.mmap, size: int) -> None:
         self.data, self.size, self.at = data, size, 0
 
-    def header(self) -> GgufHeader:
+    def header(self, raw: dict[str, bytes] | None = None) -> GgufHeader:
         magic, version, tensor_count, key_count = self.unpack("<IIQQ")
         if magic != GGUF_MAGIC:
             raise _Broken(f"magic {magic:#010x}, not {GGUF_MAGIC:#010x}")
@@ -161,10 +172,13 @@ class _Reader:
             raise _Broken(f"version {version}, not 2 or 3")
         metadata, types = {}, {}
         for _ in range(self.count(key_count, 13)):
+            start = self.at
             key = self.string()
             if key in metadata:
                 raise _Broken(f"key {key!r} occurs twice")
             metadata[key], types[key] = self.typed_value(key)
+            if raw is not None:
+                raw[key] = self.data[start : self.at]
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise _Broken(f"general.alignment {alignment!r}")

@@ -14,6 +14,7 @@ from gguf.gguf_writer import GGUFValue
 from convert.architectures import ModelDescription
 from convert.checkpoint import Checkpoint
 from convert.gguf_file import pack_key
+from convert.guard_template import guard_gguf_keys
 from convert.model_metadata import read_model_metadata
 from convert.vocabulary import read_vocabulary
 
@@ -56,8 +57,10 @@ def gguf_metadata(
     parameter_count: int,
     pre: str | None,
     overrides: Mapping[str, Any],
+    guard_template: bool = False,
 ) -> GgufMetadata:
-    """Collect the keys. `parameter_count` counts the weights of all GGUF tensors, for general.size_label.
+    """Collect the keys. `parameter_count` counts the weights of all GGUF tensors, for general.size_label;
+    `guard_template` puts guards into chat templates (convert/guard_template.py).
 
     Raises StreamquantError for a tokenizer, card or config that cannot be expressed in GGUF.
     """
@@ -71,6 +74,10 @@ def gguf_metadata(
     general = read_model_metadata(
         checkpoint.folder, gguf_arch=model.gguf_arch, parameter_count=parameter_count, overrides=overrides
     )
+    tokenizer: Mapping[str, Any] = vocabulary.metadata
+    guards: tuple[str, ...] = ()
+    if guard_template:
+        tokenizer, guards = guard_gguf_keys(tokenizer)
     common, own = _split(model)
     before = {
         Keys.General.ARCHITECTURE: GGUFValue(model.gguf_arch, GGUFValueType.STRING),
@@ -80,9 +87,9 @@ def gguf_metadata(
     after = {
         **own,
         Keys.General.QUANTIZATION_VERSION: GGUFValue(GGML_QUANT_VERSION, GGUFValueType.UINT32),
-        **vocabulary.metadata,
+        **tokenizer,
     }
-    return GgufMetadata(before, after, vocabulary.notes)
+    return GgufMetadata(before, after, (*vocabulary.notes, *guards))
 
 
 def _split(model: ModelDescription) -> tuple[dict[str, GGUFValue], dict[str, GGUFValue]]:

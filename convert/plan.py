@@ -18,8 +18,12 @@ from convert import gguf_file, safetensors_file
 from convert.architectures import ModelDescription, describe
 from convert.checkpoint import Checkpoint, SourceTensor
 from convert.gguf_metadata import GgufMetadata, gguf_metadata
-from convert.recipe import Choice, Recipe
-from quant.errors import UsageError
+from convert.imatrix import ImportanceMatrix
+from convert.mix import UNQUANTIZED, needs_importance
+from convert.overrides import NO_OVERRIDES, Overrides
+from convert.recipe import Choice, Recipe, Wishes
+from quant.errors import StreamquantError, UsageError
+from quant.format import Importance
 from quant.formats import FORMATS
 from quant.widen import SOURCE_DTYPES
 
@@ -31,6 +35,8 @@ LIBRARY_MEMORY = 200 * 2**20
 """Resident bytes of Python and its libraries: 169 MiB were measured (docs/benchmarks.md), mapped files included."""
 VOCABULARY_MEMORY = 160 * 2**20
 """And of a vocabulary of 128,000 tokens while it becomes metadata: 145 MiB more were measured."""
+CONVERTERS_OWN = (*UNQUANTIZED, "Q8_0")
+"""File types that the converter writes itself: they say nothing of an importance matrix they have no use for."""
 LAYOUT_VERSION = 1
 """Raise it when the same plan would give other bytes; an unfinished run of another version is not resumed."""
 
@@ -49,6 +55,12 @@ class Options:
     """tokenizer.ggml.pre, where it cannot be told from tokenizer.json."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """GGUF keys that override what the model card says (llama.cpp's --metadata)."""
+    imatrix: ImportanceMatrix | None = None
+    """Weighs the columns of every quantized GGUF variant whose formats ask for it."""
+    overrides: Overrides = NO_OVERRIDES
+    """Formats of single tensors, for every GGUF variant that is not from a recipe file."""
+    guard_template: bool = False
+    """Put guards against known faults into chat templates (convert/guard_template.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +82,8 @@ class OutputTensor:
     reason: str
     rope_heads: int | None
     regions: tuple[Region, ...]
+    importance: str | None = None
+    """The entry of the importance matrix that its encoder is given."""
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +112,8 @@ class VariantPlan:
     """Tensors without a source, "rope_freqs.weight"."""
     dropped: tuple[str, ...]
     """Source tensors that this variant does not hold."""
+    uses_imatrix: bool = False
+    """Whether the importance matrix had a say in it: its keys are in the file, its record in the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +181,29 @@ class Plan:
         worker = max((_worker_bytes(matrix) for matrix in self.matrices), default=0)
         headers = sum(len(data) for file in self.files for _, data in file.literals)
         vocabulary = VOCABULARY_MEMORY if self.has_gguf else 0
-        return LIBRARY_MEMORY + vocabulary + 2 * headers + jobs * worker
+        imatrix = self.options.imatrix.nbytes if self.options.imatrix is not None else 0
+        return LIBRARY_MEMORY + vocabulary + imatrix + 2 * headers + jobs * worker
 
     @property
     def has_gguf(self) -> bool:
         """Whether a GGUF file is among the outputs, so that the vocabulary is in memory."""
         return any(variant.recipe.container == "gguf" for variant in self.variants)
+
+    def importance(self, output: OutputTensor) -> Importance | None:
+        """What an encoder is given beside the rows of a tensor: float32[n], or None."""
+        if output.importance is None or self.options.imatrix is None:
+            return None
+        return self.options.imatrix.entries[output.importance]
+
+    def imatrix_of(self, variant: VariantPlan) -> dict[str, Any] | None:
+        """The record of the importance matrix that a variant was made with."""
+        imatrix = self.options.imatrix
+        return imatrix.record() if variant.uses_imatrix and imatrix is not None else None
+
+    def overrides_of(self, variant: VariantPlan) -> dict[str, Any]:
+        """The record of the command line's overrides of a variant."""
+        takes = variant.recipe.container == "gguf" and variant.recipe.file is None
+        return self.options.overrides.record() if takes else {}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -191,7 +224,11 @@ class Plan:
             [t.source, t.name, t.format, t.rope_heads, [[r.file - first, r.offset] for r in t.regions]]
             for t in variant.tensors
         ]
-        return _hash([LAYOUT_VERSION, variant.recipe.spec, source, files, tensors])
+        imatrix = self.imatrix_of(variant)
+        more = [imatrix] if imatrix else []
+        if self.options.guard_template:  # side files of FP8 checkpoints are not among the addresses
+            more.append({"guard_template": True})
+        return _hash([LAYOUT_VERSION, variant.recipe.spec, source, files, tensors, *more])
 
 
 def _hash(value: object) -> str:
@@ -210,7 +247,7 @@ def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: Option
     model.match({name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     builder = _Builder(checkpoint, model, options)
     variants = tuple(builder.variant(recipe) for recipe in recipes)
-    notes = [*model.notes, *builder.notes]
+    notes = [*model.notes, *builder.notes, *builder.overrides_notes(), *builder.imatrix_notes()]
     if checkpoint.ignored_files:
         notes.append(f"not part of the checkpoint, left alone: {', '.join(checkpoint.ignored_files)}")
     matrices = tuple(_matrices(checkpoint, variants))
@@ -228,6 +265,7 @@ class _Entry:
     rope_heads: int | None
     shape: tuple[int, ...]
     data: bytes = b""
+    importance: str | None = None
 
     @property
     def rows_and_length(self) -> tuple[int, int]:
@@ -252,6 +290,8 @@ class _Builder:
         self.files: list[OutputFile] = []
         self.notes: list[str] = []
         self._metadata: GgufMetadata | None = None
+        self._without_importance: set[str] = set()
+        self._gguf_recipes: list[Recipe] = []
 
     def variant(self, recipe: Recipe) -> VariantPlan:
         if recipe.container == "gguf":
@@ -262,14 +302,23 @@ class _Builder:
         """The format of every tensor of the model, by source name."""
         rules = self.model.rules
         known = [(tensor, rules[name]) for name, tensor in self.checkpoint.tensors.items() if name in rules]
-        return recipe.choose(known, self.model)
+        overrides = self.options.overrides if recipe.file is None else NO_OVERRIDES
+        return recipe.choose(known, self.model, Wishes(self.options.imatrix is not None, overrides))
 
     # GGUF
 
     def _gguf_variant(self, recipe: Recipe) -> VariantPlan:
+        self._gguf_recipes.append(recipe)
         entries = list(self._gguf_entries(recipe))
+        self._check_importance(recipe, entries)
         dropped = tuple(name for name in self.checkpoint.tensors if name not in self.model.rules)
         metadata = self._gguf_metadata(entries).for_file_type(recipe.file_type)
+        imatrix = self.options.imatrix
+        uses_imatrix = imatrix is not None and (
+            recipe.base not in CONVERTERS_OWN or any(entry.importance is not None for entry in entries)
+        )
+        if imatrix is not None and uses_imatrix:
+            metadata |= imatrix.keys()
         folder, stem = f"{self.name}-GGUF", f"{self.name}-{recipe.label}"
         groups = _split(entries, self.options.split_max_size)
         files: list[int] = []
@@ -286,7 +335,7 @@ class _Builder:
             files.append(len(self.files))
             tensors += self._gguf_place(path, header, group)
         generated = tuple(entry.name for entry in entries if entry.source is None)
-        return VariantPlan(recipe, folder, tuple(files), tuple(tensors), generated, dropped)
+        return VariantPlan(recipe, folder, tuple(files), tuple(tensors), generated, dropped, uses_imatrix)
 
     def _gguf_entries(self, recipe: Recipe) -> Iterator[_Entry]:
         for extra in self.model.extra_tensors:
@@ -294,7 +343,81 @@ class _Builder:
             yield _Entry(extra.gguf_name, None, "F32", "made from config.json", None, extra.values.shape, data)
         for name, choice in self._choices(recipe).items():
             tensor, rule = self.checkpoint.tensors[name], self.model.rules[name]
-            yield _Entry(rule.gguf_name, tensor, choice.format, choice.reason, rule.rope_heads, tensor.shape)
+            importance = self._importance(rule.gguf_name, tensor, choice.format)
+            yield _Entry(
+                rule.gguf_name, tensor, choice.format, choice.reason, rule.rope_heads, tensor.shape, b"", importance
+            )
+
+    def _importance(self, name: str, tensor: SourceTensor, format_name: str) -> str | None:
+        """The entry of the importance matrix for a tensor, if there is one and the format asks for it."""
+        imatrix = self.options.imatrix
+        if imatrix is None or len(tensor.shape) < 2 or format_name == tensor.dtype or name.endswith("_norm.weight"):
+            return None
+        found = imatrix.find(name, tensor.shape)  # of every quantized tensor: another length is another model's
+        if not FORMATS[format_name].uses_importance:
+            return None
+        if found is None:
+            self._without_importance.add(name)
+        return name if found is not None else None
+
+    def _check_importance(self, recipe: Recipe, entries: list[_Entry]) -> None:
+        """Refuse formats that are garbage without importance."""
+        base = recipe.base or ""
+        missing = [e.name for e in entries if e.importance is None and needs_importance(base, e.name, e.format)]
+        if not missing:
+            return
+        named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        if self.options.imatrix is None:
+            raise UsageError(
+                f"{recipe.spec} needs an importance matrix",
+                found=f"none, for {named}",
+                required="--imatrix FILE",
+                hint="llama-imatrix makes one",
+            )
+        raise StreamquantError(
+            f"{recipe.spec} needs an importance matrix, and this one has no entry for some tensors",
+            where=self.options.imatrix.name,
+            found=f"none for {named}",
+            hint="use the importance matrix of this model, or leave this variant out",
+        )
+
+    def imatrix_notes(self) -> list[str]:
+        """What of the importance matrix is missing or left over. Raises StreamquantError if nothing of it fits."""
+        imatrix = self.options.imatrix
+        if imatrix is None or not self._gguf_recipes:
+            return ["the importance matrix has no use: no GGUF variant"] if imatrix is not None else []
+        names = {rule.gguf_name for rule in self.model.rules.values()}
+        if not names & imatrix.entries.keys():
+            raise StreamquantError(
+                "importance matrix of another model",
+                where=imatrix.name,
+                found=f"{len(imatrix.entries)} entries, the first {next(iter(imatrix.entries))!r:.100}",
+                required="entries with the GGUF names of this model's tensors",
+            )
+        notes = []
+        if self._without_importance:
+            missing = sorted(self._without_importance)
+            notes.append(f"not in the importance matrix, encoded without: {_shortened(missing)}")
+        if unknown := sorted(imatrix.entries.keys() - names):
+            notes.append(f"in the importance matrix, but not in this model: {_shortened(unknown)}")
+        return notes
+
+    def overrides_notes(self) -> list[str]:
+        """Which overrides have no effect."""
+        names = [rule.gguf_name for rule in self.model.rules.values()]
+        notes = []
+        overrides = self.options.overrides
+        if overrides:
+            takers = [recipe for recipe in self._gguf_recipes if recipe.file is None]
+            notes += [f"--tensor-type {pattern}: in the name of no tensor" for pattern in overrides.unmatched(names)]
+            ignoring = [recipe.spec for recipe in takers if recipe.base in UNQUANTIZED]
+            if ignoring and (overrides.tensor_types or overrides.pure):
+                notes.append(f"{', '.join(ignoring)}: --tensor-type and --pure are for quantized file types only")
+        for recipe in self._gguf_recipes:
+            if recipe.file is not None:
+                missing = recipe.file.overrides.unmatched(names)
+                notes += [f"{recipe.spec}: {text}: in the name of no tensor" for text in missing]
+        return notes
 
     def _gguf_metadata(self, entries: list[_Entry]) -> GgufMetadata:
         """The keys that all GGUF variants share; tokenizers are large, so they are read once."""
@@ -304,6 +427,7 @@ class _Builder:
                 self.checkpoint,
                 self.model,
                 parameter_count=count,
+                guard_template=self.options.guard_template,
                 pre=self.options.pre,
                 overrides=self.options.metadata,
             )
@@ -321,9 +445,8 @@ class _Builder:
                 literals.append((at, entry.data))
             else:
                 region = Region(len(self.files), at, nbytes)
-                placed.append(
-                    OutputTensor(entry.source.name, entry.name, entry.format, entry.reason, entry.rope_heads, (region,))
-                )
+                names = entry.source.name, entry.name, entry.format, entry.reason
+                placed.append(OutputTensor(*names, entry.rope_heads, (region,), entry.importance))
             at += gguf_file.pad(nbytes)
         self.files.append(OutputFile(path, at, tuple(literals)))
         return iter(placed)
@@ -422,6 +545,10 @@ def _split(entries: list[_Entry], max_bytes: int | None) -> list[list[_Entry]]:
         groups[-1].append(entry)
         filled += nbytes
     return groups
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _aligned_order(stored: list[tuple[int, int]]) -> list[int]:

@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.blocks import Scratch, encode_chunk, extents
+from convert.blocks import Piece, Scratch, encode_chunk, extents
 from convert.checkpoint import SourceFile
 from convert.hashing import READ_BYTES, Extent, FileHash, quick_hash
 from convert.journal import Head, Journal, Progress
-from convert.plan import OutputFile, Plan
+from convert.plan import Chunk, OutputFile, Plan
 from quant.errors import StreamquantError
 
 PARTIAL = ".partial"
 Task = Callable[[Scratch], None]
+Encode = Callable[[Plan, Chunk, int, frozenset[int], Scratch], Iterator[list[Piece]]]
+"""The inner loop: `encode_chunk` of convert/blocks.py, or what does the same on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +47,24 @@ def head_of(plan: Plan) -> Head:
     return Head(plan.fingerprint, {v.recipe.spec: plan.variant_fingerprint(v) for v in plan.variants})
 
 
-def run(plan: Plan, out: Path, journal: Journal, *, jobs: int, on_progress: Callable[[int], None]) -> Written:
+def run(
+    plan: Plan,
+    out: Path,
+    journal: Journal,
+    *,
+    jobs: int,
+    on_progress: Callable[[int], None],
+    encode: Encode = encode_chunk,
+) -> Written:
     """Write all files of the plan below `out`; returns when they have their final names.
 
-    `on_progress` is called from worker threads with the number of source bytes just done. Raises StreamquantError for a
-    bad weight, a changed source, a full disk; the first error stops all workers, what was done stays in the journal.
-    KeyboardInterrupt in the calling thread does the same.
+    `encode` is called from `jobs` threads at once; `on_progress` too, with the number of source bytes just done. Raises
+    StreamquantError for a bad weight, a changed source, a full disk; the first error stops all workers, what was done
+    stays in the journal. KeyboardInterrupt in the calling thread does the same.
     """
     progress = journal.open(head_of(plan))
     with contextlib.ExitStack() as stack:
-        work = _Run(plan, out, journal, progress, on_progress, stack)
+        work = _Run(plan, out, journal, progress, on_progress, encode, stack)
         try:
             work.run(jobs)
         except StreamquantError:
@@ -74,9 +84,11 @@ class _Run:
         journal: Journal,
         progress: Progress,
         on_progress: Callable[[int], None],
+        encode: Encode,
         stack: contextlib.ExitStack,
     ) -> None:
         self.plan, self.out, self.journal, self.on_progress = plan, out, journal, on_progress
+        self._encode = encode
         self.known = progress.chunks
         self.resumed = 0
         self._lock = threading.Condition()
@@ -250,7 +262,7 @@ class _Run:
         chunk = self.plan.chunks[number]
         source = self.plan.matrices[chunk.matrix].source
         try:
-            for pieces in encode_chunk(self.plan, chunk, self.sources[source.file], wanted, scratch):
+            for pieces in self._encode(self.plan, chunk, self.sources[source.file], wanted, scratch):
                 if self._stop:
                     raise _Stopped
                 for piece in pieces:

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from convert.checkpoint import open_checkpoint
 from convert.conversion import convert
 from convert.plan import Options
-from convert.recipe import RECIPES, parse_variants
+from convert.recipe import NEED_IMATRIX, RECIPES, parse_variants
 from examples.smollm2_checkpoint import FOLDER, write_smollm2
 from tests import gguf_peer, synthetic
 from tests.smollm2 import MISSING, PACKAGE, find_gguf
@@ -80,13 +80,15 @@ def smollm2(shelf: Shelf) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_variants(shelf: Shelf, smollm2: Path) -> Path:
-    """The --out folder of one conversion of SmolLM2 into every variant there is."""
+    """The --out folder of one conversion of SmolLM2 into every variant that needs no importance matrix."""
     return shelf.get(
         "smollm2-variants",
-        lambda folder: convert(open_checkpoint(smollm2), parse_variants(list(RECIPES)), folder, jobs=2),
+        lambda folder: convert(open_checkpoint(smollm2), parse_variants(PLAIN), folder, jobs=2),
     )
 
 
+PLAIN = [spec for spec in RECIPES if spec not in NEED_IMATRIX]
+"""Every variant that is made without an importance matrix."""
 TINY_PRE = "llama-bpe"
 """tokenizer.ggml.pre of `tiny`, which cannot be told from its tokenizer."""
 
@@ -106,8 +108,8 @@ def tiny(shelf: Shelf) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_variants(shelf: Shelf, tiny: Path) -> Path:
-    """The --out folder of one conversion of `tiny` into every variant there is."""
-    variants, options = parse_variants(list(RECIPES)), Options(pre=TINY_PRE)
+    """The --out folder of one conversion of `tiny` into every variant that needs no importance matrix."""
+    variants, options = parse_variants(PLAIN), Options(pre=TINY_PRE)
     return shelf.get("tiny-variants", lambda folder: convert(open_checkpoint(tiny), variants, folder, options, jobs=2))
 
 

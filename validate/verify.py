@@ -8,7 +8,7 @@ decoded and compared with the weights, which gives the error of the variant (SQN
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ import numpy as np
 from convert.blocks import Piece, Scratch, encode_chunk, read_into, read_rows, widen_rows
 from convert.checkpoint import Checkpoint
 from convert.hashing import FileHash
+from convert.imatrix import ImportanceMatrix
 from convert.manifest import MANIFEST, read_manifest
+from convert.overrides import parse_overrides
 from convert.plan import BLOCK_WEIGHTS, Chunk, Matrix, Options, Plan, make_plan
-from convert.recipe import parse_variants
+from convert.recipe import Recipe, parse_variants, recipe_of
+from convert.recipe_file import parse_recipe
 from quant.errors import StreamquantError, UsageError
 from quant.formats import FORMATS
 from validate.inspect import StoredFile, inspect_file
@@ -71,23 +74,33 @@ def find_manifests(folder: Path) -> list[Path]:
 
 
 def verify(
-    folder: Path, source: Checkpoint | None = None, *, on_progress: Callable[[int], None] = lambda _nbytes: None
+    folder: Path,
+    source: Checkpoint | None = None,
+    imatrix: ImportanceMatrix | None = None,
+    *,
+    on_progress: Callable[[int], None] = lambda _nbytes: None,
 ) -> list[VerifiedVariant]:
     """Verify every variant of every manifest in `folder`; `on_progress` gets the number of bytes just checked.
 
-    Problems are collected, not raised. Raises UsageError without a manifest, StreamquantError for a broken manifest or
-    a source that cannot be read.
+    `imatrix` is what the variants were made with, needed to encode them again. Problems are collected, not raised.
+    Raises UsageError without a manifest or with a missing or another importance matrix, StreamquantError for a broken
+    manifest or a source that cannot be read.
     """
     results = []
-    for child in find_manifests(folder):
-        manifest = read_manifest(child)
+    manifests = [(child, read_manifest(child)) for child in find_manifests(folder)]
+    if source is not None:
+        for child, manifest in manifests:
+            for spec, entry in _variants(manifest or {}, child):
+                _ = _same_imatrix(entry, imatrix, f"{child / MANIFEST}, variant {spec!r}")
+    for child, manifest in manifests:
         assert manifest is not None, "find_manifests returns folders with one"
         for spec, entry in _variants(manifest, child):
             result = VerifiedVariant(child, spec)
             results.append(result)
             _verify_files(result, entry, on_progress)
             if source is not None and not result.problems:
-                _verify_source(result, manifest, entry, source, on_progress)
+                found = _same_imatrix(entry, imatrix, str(child))
+                _verify_source(result, manifest, entry, (source, found), on_progress)
     return results
 
 
@@ -119,8 +132,8 @@ def _variants(manifest: dict[str, Any], folder: Path) -> Iterator[tuple[str, dic
                     for key, kind in _PART.items():
                         if not isinstance(part[key], kind):
                             raise TypeError(f"{key} of a tensor: {part[key]!r:.100}")
-            _ = _options(entry)
-        except (KeyError, TypeError, ValueError) as error:
+            _ = _options(entry), _recipe(spec, entry)
+        except (KeyError, TypeError, ValueError, UsageError) as error:
             raise StreamquantError(
                 "broken manifest", where=f"{folder / MANIFEST}, variant {spec!r}", found=repr(error)
             ) from error
@@ -133,9 +146,45 @@ def _options(entry: dict[str, Any]) -> Options:
     for key, kinds in {"name": str, "split_max_size": int, "max_shard_size": int, "pre": str, "metadata": dict}.items():
         if options[key] is not None and not isinstance(options[key], kinds):
             raise TypeError(f"option {key}: {options[key]!r}")
+    record, overrides = options.get("imatrix"), options.get("overrides") or {}
+    if record is not None and not all(isinstance(record[key], kind) for key, kind in _IMATRIX.items()):
+        raise TypeError(f"option imatrix: {record!r:.100}")
+    if not isinstance(overrides, dict):
+        raise TypeError(f"option overrides: {overrides!r:.100}")
     return Options(
-        options["name"], options["split_max_size"], options["max_shard_size"], options["pre"], options["metadata"] or {}
+        options["name"],
+        options["split_max_size"],
+        options["max_shard_size"],
+        options["pre"],
+        options["metadata"] or {},
+        overrides=parse_overrides(overrides, "manifest"),
+        guard_template=bool(options.get("guard_template")),
     )
+
+
+_IMATRIX = {"file": str, "sha256": str, "include_weights": list, "exclude_weights": list}
+
+
+def _recipe(spec: str, entry: dict[str, Any]) -> Recipe:
+    """The recipe of a variant, from the record of its recipe file if it has one. Raises UsageError."""
+    if (record := entry.get("recipe")) is not None:
+        return recipe_of(parse_recipe(record, "recipe"))
+    return parse_variants([spec])[0]
+
+
+def _same_imatrix(entry: dict[str, Any], imatrix: ImportanceMatrix | None, where: str) -> ImportanceMatrix | None:
+    """The importance matrix that a variant was made with, under its name then. Raises UsageError if it is another."""
+    record = entry["options"].get("imatrix")
+    if record is None:
+        return None
+    if imatrix is None or imatrix.sha256 != record["sha256"]:
+        raise UsageError(
+            "made with an importance matrix, and so can only be encoded again with it",
+            where=where,
+            found="none" if imatrix is None else f"{imatrix.name}, SHA-256 {imatrix.sha256}",
+            required=f"--imatrix with {record['file']}, SHA-256 {record['sha256']}",
+        )
+    return replace(imatrix, name=record["file"]).select(record["include_weights"], record["exclude_weights"])
 
 
 # Against the manifest
@@ -209,14 +258,15 @@ def _verify_source(
     result: VerifiedVariant,
     manifest: dict[str, Any],
     entry: dict[str, Any],
-    source: Checkpoint,
+    made_of: tuple[Checkpoint, ImportanceMatrix | None],
     on_progress: Callable[[int], None],
 ) -> None:
+    source, imatrix = made_of
     expected = {(file["path"], file["size"]) for file in manifest["source"]["files"]}
     if {(file.name, file.size) for file in source.files} != expected:
         result.problems.append(f"made of another source than {source.folder}: names or sizes of its files differ")
         return
-    plan = make_plan(source, parse_variants([result.spec]), _options(entry))
+    plan = make_plan(source, [_recipe(result.spec, entry)], replace(_options(entry), imatrix=imatrix))
     with ExitStack() as stack:
         outputs = []
         for file in plan.files:

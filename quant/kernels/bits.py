@@ -58,7 +58,7 @@ def round_bits(u: np.uint32, drop: np.uint32) -> np.uint32:
 
 @helper
 def half_bits(x: np.float32) -> np.uint16:
-    """float32 -> bits of the nearest float16, ties to even; overflow gives infinity, NaN a quiet one (IEEE 754 binary16).
+    """float32 -> bits of the nearest float16, ties to even (IEEE 754 binary16); overflow gives infinity, NaN a NaN.
 
     Subnormals are rounded by adding a power of two whose last place is 2**-24.
     """

@@ -18,11 +18,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 import streamquant
 from convert.checkpoint import open_checkpoint
 from convert.plan import Options, make_plan
-from convert.recipe import RECIPES, parse_variants
+from convert.recipe import parse_variants
 from examples.smollm2_checkpoint import FOLDER
-from tests.conftest import TINY_PRE
+from tests.conftest import PLAIN, TINY_PRE
+from tests.gguf_peer import read_gguf
+from tests.imatrix_files import TINY_COLUMNS, some_entries, write_imatrix
 
-COMMANDS = ("plan", "convert", "inspect", "verify")
+COMMANDS = ("plan", "convert", "inspect", "verify", "recipe")
 PRE = ("--pre", TINY_PRE)
 
 
@@ -214,9 +216,9 @@ def test_plan_writes_nothing(run: Run, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_plan_names_every_variant(run: Run, tiny: Path) -> None:
-    result = run("plan", tiny, *(word for spec in RECIPES for word in ("--to", spec)), "--name", "Other", *PRE)
+    result = run("plan", tiny, *(word for spec in PLAIN for word in ("--to", spec)), "--name", "Other", *PRE)
     assert result.code == 0
-    labels = [recipe.label for recipe in RECIPES.values()]
+    labels = [recipe.label for recipe in parse_variants(PLAIN)]
     assert [label for label in labels if f"Other-{label}" not in result.out] == []
 
 
@@ -270,7 +272,7 @@ def test_inspect_json_of_everything(run: Run, tiny_variants: Path) -> None:
     assert result.code == 0
     files = {Path(f.path).name: f for f in TypeAdapter(list[StoredFile]).validate_python(result.json)}
     on_disk = [p for p in tiny_variants.rglob("*") if p.suffix in (".gguf", ".safetensors")]
-    gguf = [spec for spec in RECIPES if spec.startswith("gguf:")]
+    gguf = [spec for spec in PLAIN if spec.startswith("gguf:")]
     assert len(result.json) == len(on_disk) == len(gguf) + 2 * 2
     assert {f.path: f.size for f in map(StoredFile.model_validate, result.json)} == {
         str(path): path.stat().st_size for path in on_disk
@@ -331,7 +333,7 @@ def test_verify_json(run: Run, tiny: Path, tiny_variants: Path) -> None:
     result = run("verify", tiny_variants, "--source", tiny, "--json")
     measured = schema.validate_python(result.json)
     assert result.code == 0
-    assert {found.variant for found in plain} == {found.variant for found in measured} == set(RECIPES)
+    assert {found.variant for found in plain} == {found.variant for found in measured} == set(PLAIN)
     assert [found for found in (*plain, *measured) if not found.ok or found.problems] == []
     assert {found.sqnr_db for found in plain} == {None}
     lossless = {found.variant for found in measured if found.sqnr_db is None}
@@ -406,8 +408,19 @@ def test_verify_against_another_source(run: Run, tiny: Path, tiny_variants: Path
     ("arguments", "message"),
     [
         (["plan", "MODEL", "--to", "gguf:Q9_9"], "unknown variant"),
-        (["plan", "MODEL"], "Missing option"),
+        (["plan", "MODEL"], "no variant asked for"),
         (["plan", "nowhere", "--to", "gguf:Q8_0"], "no such model folder"),
+        (["plan", "MODEL", "--to", "gguf:Q4_0", "--tensor-type", "attn_v", *PRE], "not a rule"),
+        (["plan", "MODEL", "--to", "gguf:Q4_0", "--tensor-type", "(=Q8_0", *PRE], "does not compile"),
+        (["plan", "MODEL", "--to", "gguf:Q4_0", "--tensor-type-file", "nowhere", *PRE], "cannot read a file"),
+        (["plan", "MODEL", "--to", "gguf:Q4_0", "--output-tensor-type", "Q4_K_M", *PRE], "unknown type"),
+        (["plan", "MODEL", "--to", "gguf:Q4_0", "--token-embedding-type", "iq1_s", *PRE], "cannot be made yet"),
+        (["plan", "MODEL", "--to", "fp8-block", "--pure", *PRE], "overrides without a variant"),
+        (["plan", "MODEL", "--to", "gguf:Q4_0", "--include-weights", "ffn", *PRE], "choose from an importance matrix"),
+        (["plan", "MODEL", "--recipe", "nowhere.yaml", *PRE], "cannot read a file"),
+        (["plan", "MODEL", "--to", "gguf:Q2_K_S", *PRE], "needs an importance matrix"),
+        (["plan", "MODEL", "--to", "gguf:IQ2_XS", *PRE], "variant cannot be made yet"),
+        (["plan", "MODEL", "--to", "gguf:19", *PRE], "variant cannot be made yet"),
         (["plan", "MODEL", "--to", "gguf:Q8_0", "--split-max-size", "1.5G", *PRE], "not a size"),
         (["plan", "MODEL", "--to", "gguf:Q8_0", "--split-max-size", "1K", *PRE], "larger than a file may be"),
         (["plan", "MODEL", "--to", "gguf:Q8_0", "--name", "a/b", *PRE], "name not allowed"),
@@ -495,3 +508,60 @@ def test_smollm2_answers_in_llama_cpp(smollm2_variants: Path, tmp_path: Path) ->
     found = json.loads(answers.read_text())
     assert any("Paris" in answer for answer in found), found
     assert not any("<|im_" in answer for answer in found), found
+
+
+# --- importance, overrides, recipes ---------------------------------------------------------------------------------
+
+
+def test_importance_and_overrides_on_the_command_line(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """From the flags to the files, and back: verify asks for the matrix, recipe finds the overrides."""
+    matrix = write_imatrix(tmp_path / "m.gguf", some_entries(TINY_COLUMNS))
+    (tmp_path / "types.txt").write_text("ffn_down=Q5_K\n")
+    (tmp_path / "mine.yaml").write_text("label: Mine\nbase: 2\ntensor-type: [attn_q=IQ4_NL]\n")
+    flags = ("--imatrix", matrix, "--exclude-weights", "ffn_up", "--tensor-type", "attn_V=q8_0", "--tensor-type-file")
+    ends = (tmp_path / "types.txt", "--output-tensor-type", "q5_1", "--token-embedding-type", "F16", *PRE)
+    command = (tiny, "--to", "gguf:15", "--to", "fp8-block", "--recipe", tmp_path / "mine.yaml", *flags, *ends)
+    planned = run("plan", *command)
+    assert planned.code == 0
+    for text in (
+        "--tensor-type attn_v=Q8_0",
+        "--output-tensor-type",
+        "gguf:Mine",
+        "encoded without: blk.0.ffn_up.weight",
+    ):
+        assert text in planned.out
+    out = tmp_path / "out"
+    assert run("convert", *command, "--out", out).code == 0
+
+    _, tensors = read_gguf(out / "Tiny-GGUF/Tiny-Q4_K_M.gguf")
+    kinds = {name: kind.name for name, (kind, _, _) in tensors.items()}
+    assert [kinds[f"blk.1.{name}.weight"] for name in ("attn_v", "ffn_down", "attn_q")] == ["Q8_0", "Q5_K", "Q4_K"]
+    assert (kinds["output.weight"], kinds["token_embd.weight"]) == ("Q5_1", "F16")
+    _, mine = read_gguf(out / "Tiny-GGUF/Tiny-Mine.gguf")
+    assert mine["blk.0.attn_q.weight"][0].name == "IQ4_NL"
+
+    assert run("verify", out).code == 0
+    assert run("verify", out, "--source", tiny, "--imatrix", matrix).code == 0
+    refused = run("verify", out, "--source", tiny)
+    assert refused.code == 2
+    assert "--imatrix with m.gguf" in refused.err
+
+    recipe = tmp_path / "found.yaml"
+    assert run("recipe", out / "Tiny-GGUF/Tiny-Q4_K_M.gguf", "--out", recipe, "--label", "Found").code == 0
+    taken = run("recipe", out / "Tiny-GGUF/Tiny-Q4_K_M.gguf", "--out", recipe)
+    assert (taken.code, "exists already" in taken.err) == (2, True)
+    shown = run("recipe", out / "Tiny-GGUF/Tiny-Q4_K_M.gguf", "--label", "Found")
+    assert shown.out == recipe.read_text()
+    assert "--imatrix is not part of a recipe" in shown.err
+    again = run("plan", tiny, "--recipe", recipe, "--json", *PRE).json["variants"][0]
+    assert {t["parts"][0]["name"]: t["format"] for t in again["tensors"]} == {
+        name: kind for name, kind in kinds.items() if name != "rope_freqs.weight"
+    }
+
+
+def test_left_output_is_as_in_the_source(run: Run, tiny: Path) -> None:
+    found = run("plan", tiny, "--to", "gguf:Q4_K_M,F16", "--leave-output-tensor", "--json", *PRE).json
+    for variant in found["variants"]:
+        formats = {t["parts"][0]["name"]: (t["format"], t["reason"]) for t in variant["tensors"]}
+        assert formats["output.weight"] == ("BF16", "--leave-output-tensor: as in the source")
+        assert formats["token_embd.weight"][0] in ("Q4_K", "F16")

@@ -15,15 +15,15 @@ from convert.conversion import check_disk, convert
 from convert.manifest import MANIFEST
 from convert.plan import Options, Plan, make_plan
 from convert.plan_report import plan_json
-from convert.recipe import RECIPES, parse_variants
+from convert.recipe import parse_variants
 from quant.errors import StreamquantError, UsageError
 from quant.formats import FORMATS
 from tests import synthetic
-from tests.conftest import TINY_PRE, read_safetensors, write_small_tokenizer
+from tests.conftest import PLAIN, TINY_PRE, read_safetensors, write_small_tokenizer
 from tests.gguf_peer import read_gguf
 from validate.verify import verify
 
-ALL = list(RECIPES)
+ALL = PLAIN
 
 
 def plan_of(folder: Path, **options: Any) -> Plan:
