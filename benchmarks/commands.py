@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.measure import CORES, Contender
+from tests import llama_cpp
 from tests.peers import CONVERTER, ROOT
 
 STREAMQUANT = str(Path(sys.executable).with_name("streamquant"))
@@ -49,11 +50,24 @@ def llm_compressor(name: str, source: Path, out: Path, repeats: int | None = Non
     return Contender(name, command, [out], repeats=repeats)
 
 
-def converter(name: str, source: Path, out: Path, repeats: int | None = None) -> Contender:
-    """llama.cpp's convert_hf_to_gguf.py to Q8_0."""
+def converter(name: str, source: Path, out: Path, repeats: int | None = None, outtype: str = "q8_0") -> Contender:
+    """llama.cpp's convert_hf_to_gguf.py."""
     script = str(CONVERTER / "convert_hf_to_gguf.py")
-    command = [sys.executable, script, str(source), "--outtype", "q8_0", "--outfile", str(out)]
+    command = [sys.executable, script, str(source), "--outtype", outtype, "--outfile", str(out)]
     return Contender(name, command, [out], {"PYTHONPATH": str(CONVERTER)}, repeats)
+
+
+def quantizer(name: str, source: Path, file_types: list[str], out: Path, repeats: int | None = None) -> Contender:
+    """llama.cpp's way to some file types: a BF16 GGUF in the folder `out`, then llama-quantize for each of them."""
+    unquantized = out / "unquantized.gguf"
+    first = converter(name, source, unquantized, outtype="bf16")
+    steps = [["mkdir", str(out)], list(first.command)]
+    steps += [
+        [str(llama_cpp.program()), str(unquantized), str(out / f"{file_type}.gguf"), file_type]
+        for file_type in file_types
+    ]
+    script = " && ".join(shlex.join(step) for step in steps)
+    return Contender(name, ["sh", "-c", script], [out], first.environment, repeats)
 
 
 def copy(name: str, source: Path, out: Path) -> Contender:

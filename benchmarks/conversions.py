@@ -106,7 +106,7 @@ def _compare(
     return pair
 
 
-def _profile(setting: Setting, source: Path, variants: list[str]) -> tuple[str, str]:
+def profile(setting: Setting, source: Path, variants: list[str]) -> tuple[str, str]:
     """(table of CPU seconds by function, one sentence of the largest) for one conversion."""
     report = setting.work / "profile.json"
     run(commands.profiled(source, variants, setting.work / "profile", report), setting.log)
@@ -124,7 +124,8 @@ def _profile(setting: Setting, source: Path, variants: list[str]) -> tuple[str, 
     return text, f"of {total:.1f} CPU seconds ({found['wall']:.1f} s) in a profiled run: {largest}."
 
 
-def _times(ratio: float, ratios: list[float]) -> str:
+def times(ratio: float, ratios: list[float]) -> str:
+    """A ratio, and how far it goes from round to round."""
     return f"{ratio:.1f}x ({min(ratios):.1f} to {max(ratios):.1f} by round)"
 
 
@@ -167,7 +168,7 @@ def fp8(setting: Setting) -> Section:
         (3, 2),
     )
     small, large = pair.small, pair.large
-    profile, sentence = _profile(setting, setting.work / f"llama-{layers[0]}", ["fp8-dynamic"])
+    costs, sentence = profile(setting, setting.work / f"llama-{layers[0]}", ["fp8-dynamic"])
     shutil.rmtree(setting.work / f"llama-{layers[0]}")
     section = Section("fp8-dynamic")
     speed = small.wall(peer) / small.wall(US)
@@ -175,8 +176,8 @@ def fp8(setting: Setting) -> Section:
         Target(
             "fp8-dynamic against llm-compressor's model_free_ptq",
             ">= 8x",
-            f"{_times(speed, small.ratios(peer, US))}; on {pair.large_bytes / 1e9:.1f} GB "
-            f"{_times(large.wall(peer) / large.wall(US), large.ratios(peer, US))}; "
+            f"{times(speed, small.ratios(peer, US))}; on {pair.large_bytes / 1e9:.1f} GB "
+            f"{times(large.wall(peer) / large.wall(US), large.ratios(peer, US))}; "
             f"per CPU second {_cpu_ratio(pair, peer)}",
             speed >= 8,
             sentence,
@@ -207,7 +208,7 @@ def fp8(setting: Setting) -> Section:
         results_table(large, US, pair.large_bytes),
         pair.steady_table(peer),
         f"{others(small)} (small; large: {large.others:.0%}.)",
-        profile,
+        costs,
     ]
     return section
 
@@ -238,7 +239,7 @@ def gguf(setting: Setting) -> Section:
         contenders,
         (3, 2),
     )
-    profile, sentence = _profile(setting, setting.work / f"llama-{layers[0]}", ["gguf:Q8_0"])
+    costs, sentence = profile(setting, setting.work / f"llama-{layers[0]}", ["gguf:Q8_0"])
     shutil.rmtree(setting.work / f"llama-{layers[0]}")
     small, large = pair.small, pair.large
     speed, speed_large = small.wall(peer) / small.wall(US), large.wall(peer) / large.wall(US)
@@ -246,8 +247,8 @@ def gguf(setting: Setting) -> Section:
         Target(
             "gguf:Q8_0 against convert_hf_to_gguf.py",
             ">= 4x",
-            f"{_times(speed, small.ratios(peer, US))}; on {pair.large_bytes / 1e9:.1f} GB "
-            f"{_times(speed_large, large.ratios(peer, US))}; steady {_or_noise(pair.steady(US) / pair.steady(peer))}; "
+            f"{times(speed, small.ratios(peer, US))}; on {pair.large_bytes / 1e9:.1f} GB "
+            f"{times(speed_large, large.ratios(peer, US))}; steady {_or_noise(pair.steady(US) / pair.steady(peer))}; "
             f"per CPU second {_cpu_ratio(pair, peer)}",
             speed >= 4,
             sentence,
@@ -261,7 +262,7 @@ def gguf(setting: Setting) -> Section:
         results_table(large, US, pair.large_bytes),
         pair.steady_table(peer),
         f"{others(small)} (small; large: {large.others:.0%}.)",
-        profile,
+        costs,
     ]
     return section
 
@@ -280,7 +281,7 @@ def one_pass(setting: Setting) -> Section:
     contenders += [commands.streamquant(variant, source, [variant], out) for variant in FIVE]
     run(contenders[0], setting.log)
     results = take_turns(contenders, setting.repeats(3), setting.log)
-    profile, sentence = _profile(setting, source, FIVE)
+    costs, sentence = profile(setting, source, FIVE)
     read = source_bytes(source)
     shutil.rmtree(source)
     alone = sum(results.wall(variant) for variant in FIVE)
@@ -305,6 +306,6 @@ def one_pass(setting: Setting) -> Section:
         "may have met different loads; in a round, all six ran one after the other.",
         results_table(results, together, read),
         others(results),
-        profile,
+        costs,
     ]
     return section

@@ -56,17 +56,29 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.thread_time() - start
 
 
-def compare(name: str, rows: NDArray[np.float32], library: ctypes.CDLL | None, budget: float) -> dict[str, object]:
+def importances() -> NDArray[np.float32]:
+    """float32 for each column of SHAPE: squares, as mean square activations are."""
+    return np.square(np.random.default_rng(1).standard_normal(SHAPE[1], np.float32))
+
+
+def compare(
+    name: str,
+    rows: NDArray[np.float32],
+    importance: NDArray[np.float32] | None,
+    library: ctypes.CDLL | None,
+    budget: float,
+) -> dict[str, object]:
     """Seconds of one encoder and of ggml's for the same array, and whether the bytes agree."""
     format_ = FORMATS[name]
     out = format_.allocate(*rows.shape)
-    ours: Callable[[], object] = lambda: format_.encode_into(rows, out, None)  # noqa: E731
+    ours: Callable[[], object] = lambda: format_.encode_into(rows, out, importance)  # noqa: E731
     theirs: Callable[[], object] | None = None
     reference = np.empty_like(out[0])
     kind = getattr(gguf.GGMLQuantizationType, name, None)
     if library is not None and kind is not None:
+        columns = None if importance is None else importance.ctypes.data
         theirs = lambda: library.ggml_quantize_chunk(  # noqa: E731
-            int(kind), rows.ctypes.data, reference.ctypes.data, 0, *rows.shape, None
+            int(kind), rows.ctypes.data, reference.ctypes.data, 0, *rows.shape, columns
         )
     ours(), theirs and theirs()
     times: tuple[list[float], list[float]] = ([], [])
@@ -76,7 +88,7 @@ def compare(name: str, rows: NDArray[np.float32], library: ctypes.CDLL | None, b
         if theirs is not None:
             times[1].append(seconds_of(theirs))
     return {
-        "name": name,
+        "name": name if importance is None else f"{name}, importance",
         "ours": times[0],
         "ggml": times[1],
         "same": bool(np.array_equal(out[0], reference)) if theirs is not None else None,
@@ -89,7 +101,8 @@ def main() -> None:
     rows, library = weights(), ggml_library()
     # Formats of F16 and F32 sources have the kernels of BF16 ones.
     names = [name for name in FORMATS if not name.startswith("FP8_") or name.endswith("_BF16")]
-    results = [compare(name, rows, library, budget) for name in names if FORMATS[name].fits(SHAPE[1])]
+    jobs = [(name, None) for name in names] + [(name, importances()) for name in names if FORMATS[name].uses_importance]
+    results = [compare(name, rows, importance, library, budget) for name, importance in jobs]
     report.write_text(json.dumps({"weights": rows.size, "results": results}))
 
 

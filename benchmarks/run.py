@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import conversions, encoders, memory
+from benchmarks import conversions, encoders, memory, mixes
 from benchmarks.conversions import Setting
 from benchmarks.page import Section, Target, page
 from tests.peers import ROOT
@@ -20,6 +20,8 @@ from tests.peers import ROOT
 BENCHMARKS = {
     "fp8": conversions.fp8,
     "gguf": conversions.gguf,
+    "q4_k_m": mixes.q4_k_m,
+    "ladder": mixes.ladder,
     "one-pass": conversions.one_pass,
     "memory": memory.memory,
     "kernels": encoders.encoders,

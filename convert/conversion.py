@@ -54,8 +54,8 @@ def convert(
 ) -> Conversion:
     """Make every variant below `out` from one read of the checkpoint.
 
-    `device` is one of `convert.device.DEVICES`; the bytes are the same on each. `on_start` gets the plan of what is left
-    to do, `on_progress` the number of source bytes just done, from worker threads. Raises UsageError or
+    `device` is one of `convert.device.DEVICES`; the bytes are the same on each. `on_start` gets the plan of what is
+    left to do, `on_progress` the number of source bytes just done, from worker threads. Raises UsageError or
     StreamquantError; a repeated call goes on where this one stopped.
     """
     encode = inner_loop(choose_device(device))

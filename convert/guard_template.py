@@ -76,8 +76,8 @@ def guard_gguf_keys(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[
 def guard_side_file(name: str, content: bytes, bos_token: str | None) -> bytes:
     """A file of a checkpoint that may hold chat templates, with these guarded; any other comes back as it is.
 
-    `name` is relative to the folder, `bos_token` as in tokenizer_config.json. Raises StreamquantError for a file that is
-    not what its name says.
+    `name` is relative to the folder, `bos_token` as in tokenizer_config.json. Raises StreamquantError for a file that
+    is not what its name says.
     """
     if name.endswith(".jinja"):
         try:

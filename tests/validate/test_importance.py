@@ -1,0 +1,113 @@
+"""Importance matrices: sums against transformers' own activations and llama-imatrix, resuming, the file format."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from convert.imatrix import read_imatrix
+from quant.errors import StreamquantError
+from tests.validate.models import Models
+from tests.validate.test_comparison import CASE, write_texts
+from validate.corpus import Corpus, read_corpus
+from validate.forward import Setting
+from validate.importance import InputSums, write_importance
+from validate.variant import open_variant
+
+pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(900)]
+
+SETTING = Setting(batch_tokens=128)
+
+
+@pytest.fixture(scope="module")
+def corpus(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    texts = write_texts(tmp_path_factory.mktemp("texts"))
+    return read_corpus(texts, models.checkpoint(CASE), context=64, chunks=3)
+
+
+def sums_of_transformers(folder: Path, tokens: Any) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    """Module name -> sum of squares of its input, all layers in memory."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sums = {}
+
+    def watch(name: str, module: torch.nn.Module) -> None:
+        def before(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            sums[name] = arguments[0].double().square().sum((0, 1)).numpy()
+
+        module.register_forward_pre_hook(before)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            watch(name, module)
+    with torch.inference_mode():
+        model(torch.from_numpy(tokens))
+    return sums
+
+
+def test_sums_are_those_of_transformers(models: Models, corpus: Corpus, tmp_path: Path) -> None:
+    variant = open_variant(models.checkpoint(CASE))
+    run = write_importance(variant, corpus, tmp_path / "imatrix.gguf", SETTING)
+    assert (run.chunks, run.resumed_from, run.entries) == (6, 0, 21)
+    found = read_imatrix(tmp_path / "imatrix.gguf")
+    assert found.chunk_count == 6
+    assert found.datasets == ("prose.txt", "code.txt")
+    expected = sums_of_transformers(models.checkpoint(CASE), corpus.tokens)
+    names = {rule.hf_name.removesuffix(".weight"): rule.gguf_name for rule in variant.description.rules.values()}
+    assert found.entries.keys() == {names[name] for name in expected}
+    for name, sums in expected.items():
+        assert np.allclose(found.entries[names[name]], sums / corpus.tokens.size, rtol=2e-6), name
+
+
+def test_resuming_gives_the_same_sums(models: Models, corpus: Corpus, tmp_path: Path) -> None:
+    variant = open_variant(models.checkpoint(CASE))
+    whole, parts = tmp_path / "whole.gguf", tmp_path / "parts.gguf"
+    write_importance(variant, corpus, whole, SETTING)
+    half = dataclasses.replace(corpus, tokens=corpus.tokens[:2])
+    write_importance(variant, half, parts, SETTING)
+    run = write_importance(variant, corpus, parts, SETTING, round_chunks=3)
+    assert (run.chunks, run.resumed_from) == (6, 2)
+    a, b = read_imatrix(whole), read_imatrix(parts)
+    assert b.chunk_count == 6
+    for name, sums in a.entries.items():
+        assert np.allclose(sums, b.entries[name], rtol=2e-6), name
+    again = write_importance(variant, corpus, parts, SETTING)
+    assert (again.chunks, again.resumed_from, again.bytes_read) == (6, 6, 0)
+
+
+def test_a_file_of_other_texts_is_not_continued(models: Models, corpus: Corpus, tmp_path: Path) -> None:
+    variant, path = open_variant(models.checkpoint(CASE)), tmp_path / "imatrix.gguf"
+    write_importance(variant, dataclasses.replace(corpus, tokens=corpus.tokens[1:3]), path, SETTING)
+    before = path.read_bytes()
+    with pytest.raises(StreamquantError, match="not the beginning"):
+        write_importance(variant, corpus, path, SETTING)
+    assert path.read_bytes() == before
+    model = models.gguf(CASE, "Q8_0")
+    with pytest.raises(StreamquantError, match="not the beginning"):
+        write_importance(variant, corpus, Path(shutil_copy(model, tmp_path / "model.gguf")), SETTING)
+
+
+def shutil_copy(source: Path, target: Path) -> Path:
+    target.write_bytes(source.read_bytes())
+    return target
+
+
+def test_inputs_are_summed_before_they_are_quantized(models: Models, corpus: Corpus, tmp_path: Path) -> None:
+    """llama-imatrix sees the inputs before the dot product rounds them."""
+    run = write_importance(open_variant(models.gguf(CASE, "Q8_0")), corpus, tmp_path / "q8.gguf", SETTING)
+    assert run.entries == 21
+    write_importance(open_variant(models.checkpoint(CASE)), corpus, tmp_path / "f32.gguf", SETTING)
+    a, b = read_imatrix(tmp_path / "q8.gguf"), read_imatrix(tmp_path / "f32.gguf")
+    first = "blk.0.attn_q.weight"
+    assert np.allclose(a.entries[first], b.entries[first], rtol=0.05)
+
+
+def test_infinite_inputs_are_an_error() -> None:
+    sums = InputSums({"a": "blk.0.attn_q.weight"})
+    sums.observe("a", torch.tensor([[[1.0, float("inf")]]]))
+    with pytest.raises(StreamquantError, match=r"NaN or infinite[\s\S]*column 1"):
+        sums.check()

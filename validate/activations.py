@@ -1,0 +1,120 @@
+"""What llama.cpp's CPU backend does to the input of a matrix: it is quantized to the type that the dot product wants.
+
+The type is ggml's vec_dot_type of the weight's type (ggml/src/ggml-cpu/ggml-cpu.c): Q8_0 (blocks of 32, an FP16
+scale) beside the legacy types, Q8_K (blocks of 256, an FP32 scale) beside K- and IQ-quants, BF16 and F16 beside
+themselves. CUDA does much the same with blocks of 32. For an 8-bit file this is most of what is lost.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+DOT_TYPES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4", "Q4_1", "Q5_1"), "Q8_0"),  # Q8_1 is Q8_0 and a sum
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "IQ4_XS"), "Q8_K"),
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "Q8_K"),
+    "BF16": "BF16", "F16": "F16",
+}  # fmt: skip
+"""Type of the weights -> type of the inputs; F32 weights take them as they are."""
+
+Quantizer = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+def through_bf16(x: "torch.Tensor") -> "torch.Tensor":
+    """Round to BF16."""
+    return x.bfloat16().to(x.dtype)
+
+
+def through_f16(x: "torch.Tensor") -> "torch.Tensor":
+    """Round to FP16."""
+    return x.half().to(x.dtype)
+
+
+def through_q8_0(x: "torch.Tensor") -> "torch.Tensor":
+    """Quantize to Q8_0 and back, float[..., n], n a multiple of 32 (quantize_row_q8_0 of ggml)."""
+    import torch
+
+    if x.device.type == "cpu":
+        return _by_kernel(x, _q8_0)
+    blocks = x.float().unflatten(-1, (-1, 32))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    return ((blocks * inverse).round() * scale.half().float()).flatten(-2).to(x.dtype)
+
+
+def through_q8_k(x: "torch.Tensor") -> "torch.Tensor":
+    """Quantize to Q8_K and back, float[..., n], n a multiple of 256 (quantize_row_q8_K of ggml)."""
+    import torch
+
+    if x.device.type == "cpu":
+        return _by_kernel(x, _q8_k)
+    blocks = x.float().unflatten(-1, (-1, 256))
+    most = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    inverse = torch.where(most != 0, -127 / most, 0)
+    codes = (blocks * inverse).round().clamp_max(127)
+    return torch.where(most != 0, codes / inverse, 0).flatten(-2).to(x.dtype)
+
+
+QUANTIZERS: dict[str, Quantizer] = {
+    "BF16": through_bf16,
+    "F16": through_f16,
+    "Q8_0": through_q8_0,
+    "Q8_K": through_q8_k,
+}
+
+
+def _by_kernel(x: "torch.Tensor", kernel: Any) -> "torch.Tensor":
+    import torch
+
+    flat = x.float().contiguous().reshape(-1)
+    out = torch.empty_like(flat)
+    kernel(flat.numpy(), out.numpy())
+    return out.reshape(x.shape).to(x.dtype)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _q8_0(x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    magic = np.float32(12582912)  # adding and subtracting 1.5 * 2^23 rounds to the nearest even integer
+    for at in range(0, x.shape[0], 32):
+        most = np.float32(0)
+        for i in range(32):
+            most = max(most, abs(x[at + i]))
+        scale = most / np.float32(127)
+        inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+        half = _through_half(scale)
+        for i in range(32):
+            out[at + i] = (((x[at + i] * inverse) + magic) - magic) * half
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _q8_k(x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    magic = np.float32(12582912)
+    for at in range(0, x.shape[0], 256):
+        most = np.float32(0)
+        for i in range(256):
+            most = max(most, abs(x[at + i]))
+        signed = np.float32(0)
+        for i in range(256):
+            if abs(x[at + i]) == most:
+                signed = x[at + i]
+                break
+        inverse = np.float32(-127) / signed if most > 0 else np.float32(0)
+        scale = np.float32(1) / inverse if most > 0 else np.float32(0)
+        for i in range(256):
+            out[at + i] = min((x[at + i] * inverse + magic) - magic, np.float32(127)) * scale
+
+
+@njit(nogil=True, inline="always", error_model="numpy")
+def _through_half(x: np.float32) -> np.float32:
+    """A number of at least 0, rounded to FP16's 11 bits; below 2^-14 to multiples of 2^-24."""
+    if x < np.float32(6.103515625e-05):
+        step = np.float32(16777216)
+        return np.float32(np.rint(x * step)) / step
+    split = np.float32(8193) * x  # Dekker's splitting keeps the upper 24 - 13 bits
+    return split - (split - x)

@@ -1,0 +1,122 @@
+"""What every engine can be asked, and what it answers. Records are plain data: `dataclasses.asdict` gives JSON."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+from quant.errors import UsageError
+
+Message: TypeAlias = Mapping[str, Any]
+"""A message as OpenAI's API spells it: role, content, tool_calls."""
+Kind: TypeAlias = Literal["llama.cpp", "transformers", "vllm"]
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateRequest:
+    """A conversation to render: what `apply_chat_template` (transformers) and /apply-template (llama.cpp) take."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """The template's own variables, such as thinking and keep_cots (llama.cpp: chat_template_kwargs)."""
+    add_generation_prompt: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A rendered conversation.
+
+    text   what the model gets to see, the BOS included that llama.cpp takes off the text and its tokenizer adds again
+    ids    the tokens of it, as the engine's own chat endpoint makes them
+    error  what the engine said instead, or None; text and ids are empty then
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprobs:
+    """The most probable next tokens of a prompt, best first: token ids and natural logarithms over all tokens."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A greedy answer: ids without the stop token, its text with special tokens visible, whether the model stopped."""
+
+    ids: tuple[int, ...]
+    text: str
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What an engine says of itself and the file.
+
+    kind, version     the engine
+    model             the path that it has loaded
+    bos, eos          texts of these tokens, None where the tokenizer has none
+    adds_bos          its tokenizer puts BOS before plain text
+    vocabulary        number of token ids
+    """
+
+    kind: Kind
+    version: str
+    model: str
+    bos: str | None
+    eos: str | None
+    adds_bos: bool
+    vocabulary: int
+
+
+class Engine(Protocol):
+    """An engine with a model, or only a model's tokenizer and chat template, loaded.
+
+    Every method raises StreamquantError if the engine ends, fails, or takes longer than its time limit.
+    """
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What the engine says of itself and the file."""
+        ...
+
+    def tokenize(self, texts: Sequence[str], *, add_special: bool, parse_special: bool) -> list[tuple[int, ...]]:
+        """Token ids of each text; add_special: with BOS/EOS as the tokenizer adds them; parse_special: texts of special
+        (llama.cpp: control) tokens become those tokens. Other added tokens are always found, in every engine.
+        """
+        ...
+
+    def detokenize(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each run of ids, special tokens visible."""
+        ...
+
+    def apply_template(self, requests: Sequence[TemplateRequest]) -> list[Rendered]:
+        """Each conversation through the file's chat template; a template's own failure is in `Rendered.error`."""
+        ...
+
+    def next_token_logprobs(self, prompts: Sequence[Sequence[int]], top: int) -> list[TopLogprobs]:
+        """The `top` most probable next tokens of each prompt of token ids; nothing is added to a prompt."""
+        ...
+
+    def generate_greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Generation]:
+        """The most probable token, again and again, until a stop token or `max_tokens`."""
+        ...
+
+
+def kind_of(path: Path) -> Kind:
+    """The engine for a file or folder: llama.cpp for *.gguf, transformers for a folder with config.json.
+
+    Raises UsageError for anything else.
+    """
+    if path.suffix == ".gguf" and path.is_file():
+        return "llama.cpp"
+    if (path / "config.json").is_file():
+        return "transformers"
+    raise UsageError(
+        "no engine for this", where=str(path), required="a .gguf file, or a checkpoint folder with config.json"
+    )

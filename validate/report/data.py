@@ -1,0 +1,174 @@
+"""What a report says: the records of report.json, and nothing that rendering would have to look up elsewhere."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from convert.manifest import write_atomically
+from convert.stream import explain
+from convert.strict_json import read_json_object
+from quant.errors import StreamquantError, UsageError
+from validate.behaviour import BehaviourReport
+from validate.chat import ChatReport
+from validate.comparison import Comparison, VariantResult
+from validate.engines.agreement import EngineAgreement
+from validate.gates import GateResult, Gates
+from validate.report.records import from_json, to_json
+from validate.template_lints import Lint
+from validate.tokens import TokenReport
+from validate.variant import Problem
+
+SCHEMA = 1
+"""Version of report.json. It goes up with every change of a field: the loader takes this version alone."""
+REPORT = "report.json"
+MAX_BYTES = 1 << 30
+
+Section = Literal["comparison", "tensors", "noise", "tokens", "chat", "lints", "engines", "behaviour"]
+SECTIONS: Mapping[Section, str] = {
+    "comparison": "perplexity and divergence",
+    "tensors": "error of every tensor",
+    "noise": "noise floor of the original",
+    "tokens": "tokens",
+    "chat": "chat templates",
+    "lints": "known faults of chat templates",
+    "engines": "the engine that the file is made for",
+    "behaviour": "greedy answers",
+}
+"""Sections of a report, in its order, and what they are about."""
+SKIPPABLE = tuple(name for name in SECTIONS if name != "comparison")
+
+
+@dataclass(frozen=True, slots=True)
+class NotRun:
+    """A section that did not run, and why. variant: its label, or None for all."""
+
+    section: Section
+    variant: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class VariantReport:
+    """Everything about one variant. A section that did not run is None, and says why in Report.not_run."""
+
+    label: str
+    path: str
+    """As opened: of a split set the first file. The key to `Report.measured`."""
+    problems: tuple[Problem, ...]
+    """Of all sections, those of the comparison included."""
+    tokens: TokenReport | None
+    chat: ChatReport | None
+    lints: tuple[Lint, ...] | None
+    """Without those that the original has too."""
+    engine: EngineAgreement | None
+    behaviour: BehaviourReport | None
+
+    @property
+    def errors(self) -> int:
+        """Problems of severity error."""
+        return sum(problem.severity == "error" for problem in self.problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where it was measured."""
+
+    system: str
+    python: str
+    cpu: str
+    cores: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The whole report; see docs/report.md."""
+
+    schema: int
+    created: str
+    """UTC, ISO 8601."""
+    command: tuple[str, ...]
+    """The command line, without the path of the program."""
+    versions: Mapping[str, str]
+    """Of streamquant and of all packages and engines that took part."""
+    machine: Machine
+    comparison: Comparison
+    """Its variants are those that could be read."""
+    variants: tuple[VariantReport, ...]
+    """All, in the order of the command."""
+    original_lints: tuple[Lint, ...] | None
+    not_run: tuple[NotRun, ...]
+    gates: Gates
+    gate_results: tuple[GateResult, ...]
+
+    def measured(self, variant: VariantReport) -> VariantResult | None:
+        """What the comparison says of a variant; None if it could not be read."""
+        return next((found for found in self.comparison.variants if found.model.path == variant.path), None)
+
+    @property
+    def errors(self) -> int:
+        """Problems of severity error of all variants."""
+        return sum(variant.errors for variant in self.variants)
+
+
+def this_machine() -> Machine:
+    """The machine that runs this."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return Machine(
+        system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        cpu=cpu or platform.processor() or platform.machine(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write report.json into a folder, which is made. Raises StreamquantError if that fails."""
+    text = json.dumps(to_json(report), ensure_ascii=False, allow_nan=False, indent=1)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # a lone surrogate, which a hostile template can put into a text, is no UTF-8
+        write_atomically(folder / REPORT, f"{text}\n".encode(errors="replace"))
+    except OSError as error:
+        raise explain(error, folder) from error
+    return folder / REPORT
+
+
+def read_report(path: Path) -> Report:
+    """Read report.json, or that of a folder.
+
+    Raises UsageError if there is none, StreamquantError if it is of another version or not what its types say.
+    """
+    file = path / REPORT if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError("no report", where=str(file), required="a folder that validate wrote, or its report.json")
+    record = read_json_object(file, MAX_BYTES)
+    if record.get("schema") != SCHEMA:
+        raise StreamquantError(
+            "a report of another version",
+            where=str(file),
+            found=f"schema {record.get('schema')!r:.40}",
+            required=f"schema {SCHEMA}",
+            hint="validate again, or render with the version that wrote it",
+        )
+    return from_json(Report, record, str(file))
+
+
+def check_report_folder(folder: Path) -> None:
+    """Raise UsageError if a folder holds other things than a report: nothing of theirs is to be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError("not a folder", where=str(folder), hint="choose another --out")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT).is_file():
+        raise UsageError(
+            "the folder for the report holds other files", where=str(folder), required="a new or empty folder, or one "
+            "with an earlier report, which is replaced", hint="choose another --out",
+        )  # fmt: skip

@@ -1,0 +1,64 @@
+"""report.json -> report.md, report.html and plots/. The same JSON gives the same bytes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from convert.manifest import write_atomically
+from convert.stream import explain
+from validate.report.data import Report
+from validate.report.plots import Plot, make_plots
+from validate.report.text import code, markdown, visible
+from validate.report.view import HELPERS, make_view
+
+PLOTS = "plots"
+
+
+def write_pages(report: Report, folder: Path) -> list[Path]:
+    """Write report.md, report.html and plots/*.svg, *.png; return their paths. Raises StreamquantError if it fails."""
+    view = make_view(report)
+    plots = make_plots(report, [row.name for row in view.rows])
+    files = {
+        "report.md": render_markdown(report, plots).encode(errors="replace"),
+        "report.html": render_html(report, plots).encode(errors="replace"),
+    }
+    for plot in plots:
+        files[f"{PLOTS}/{plot.name}.svg"], files[f"{PLOTS}/{plot.name}.png"] = plot.file_svg, plot.png
+    try:
+        (folder / PLOTS).mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            write_atomically(folder / name, data)
+    except OSError as error:
+        raise explain(error, folder) from error
+    return [folder / name for name in files]
+
+
+def render_markdown(report: Report, plots: Sequence[Plot]) -> str:
+    """A page for a model card. Every value is escaped unless a helper made it Markdown."""
+    environment = _environment(finalize=markdown)
+    environment.filters |= {"code": code}
+    return environment.get_template("report.md.j2").render(view=make_view(report), plots=plots, **HELPERS)
+
+
+def render_html(report: Report, plots: Sequence[Plot]) -> str:
+    """One file without scripts and without network. Every value is escaped but the plots' SVG."""
+    environment = _environment(autoescape=True)
+    environment.filters |= {"visible": visible, "svg": _svg}
+    return environment.get_template("report.html.j2").render(view=make_view(report), plots=plots, **HELPERS)
+
+
+def _svg(plot: Plot) -> Markup:
+    return Markup(plot.page_svg)  # drawn here; names in it are escaped by matplotlib
+
+
+def _environment(**settings: object) -> Environment:
+    return Environment(
+        loader=PackageLoader("validate.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        **settings,  # type: ignore[arg-type] # jinja2 names them one by one
+    )
