@@ -116,7 +116,7 @@ class Checkpoint:
 def open_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) -> Checkpoint:
     """Read the config, the index and the headers of all shards of a local checkpoint.
 
-    Tensors of other dtypes than `dtypes` (safetensors' names) are refused. Raises UsageError if `folder` is not a folder,
+    Tensors of other dtypes than `dtypes` (safetensors' names) are refused. Raises UsageError without such a folder,
     StreamquantError for everything in it that is missing or broken.
     """
     if not folder.is_dir():

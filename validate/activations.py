@@ -12,6 +12,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from quant.kernels.bits import bits_float
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,7 +42,7 @@ def through_q8_0(x: "torch.Tensor") -> "torch.Tensor":
     """Quantize to Q8_0 and back, float[..., n], n a multiple of 32 (quantize_row_q8_0 of ggml)."""
     import torch
 
-    if x.device.type == "cpu":
+    if _on_cpu(x):
         return _by_kernel(x, _q8_0)
     blocks = x.float().unflatten(-1, (-1, 32))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
@@ -52,7 +54,7 @@ def through_q8_k(x: "torch.Tensor") -> "torch.Tensor":
     """Quantize to Q8_K and back, float[..., n], n a multiple of 256 (quantize_row_q8_K of ggml)."""
     import torch
 
-    if x.device.type == "cpu":
+    if _on_cpu(x):
         return _by_kernel(x, _q8_k)
     blocks = x.float().unflatten(-1, (-1, 256))
     most = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
@@ -69,22 +71,33 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 
 
+def _on_cpu(x: "torch.Tensor") -> bool:
+    return bool(x.device.type == "cpu")
+
+
 def _by_kernel(x: "torch.Tensor", kernel: Any) -> "torch.Tensor":
     import torch
 
     flat = x.float().contiguous().reshape(-1)
     out = torch.empty_like(flat)
-    kernel(flat.numpy(), out.numpy())
+    kernel(flat.numpy(), flat.view(torch.int32).numpy(), out.numpy())
     return out.reshape(x.shape).to(x.dtype)
 
 
+@njit(nogil=True, inline="always", error_model="numpy")
+def _largest(bits: NDArray[np.int32], at: int, count: int) -> np.float32:
+    """The largest magnitude of some float32, by their bits: integers order as floats do, and NaN is above all."""
+    most = np.int32(0)
+    for i in range(count):
+        most = max(most, bits[at + i] & np.int32(0x7FFFFFFF))
+    return np.float32(bits_float(np.uint32(most)))
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
-def _q8_0(x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+def _q8_0(x: NDArray[np.float32], bits: NDArray[np.int32], out: NDArray[np.float32]) -> None:
     magic = np.float32(12582912)  # adding and subtracting 1.5 * 2^23 rounds to the nearest even integer
     for at in range(0, x.shape[0], 32):
-        most = np.float32(0)
-        for i in range(32):
-            most = max(most, abs(x[at + i]))
+        most = _largest(bits, at, 32)
         scale = most / np.float32(127)
         inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
         half = _through_half(scale)
@@ -93,12 +106,10 @@ def _q8_0(x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _q8_k(x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+def _q8_k(x: NDArray[np.float32], bits: NDArray[np.int32], out: NDArray[np.float32]) -> None:
     magic = np.float32(12582912)
     for at in range(0, x.shape[0], 256):
-        most = np.float32(0)
-        for i in range(256):
-            most = max(most, abs(x[at + i]))
+        most = _largest(bits, at, 256)
         signed = np.float32(0)
         for i in range(256):
             if abs(x[at + i]) == most:
@@ -118,3 +129,36 @@ def _through_half(x: np.float32) -> np.float32:
         return np.float32(np.rint(x * step)) / step
     split = np.float32(8193) * x  # Dekker's splitting keeps the upper 24 - 13 bits
     return split - (split - x)
+
+
+def through_e4m3(x: "torch.Tensor", group: int) -> "torch.Tensor":
+    """Quantize float32[..., n] on the CPU to E4M3 and back, with a scale for each `group` values, n a multiple of it.
+
+    The operations of compressed-tensors' dynamic, symmetric quantization in float32, in their order, at 20 times the
+    speed of torch's conversion to float8: scale = amax / 448 (or eps), clamp(x / scale, -448, 448) to the nearest even
+    code, times scale (calculate_qparams and _quantize_dequantize there).
+    """
+    import torch
+
+    flat = x.contiguous().reshape(-1)
+    out = torch.empty_like(flat)
+    _e4m3(flat.numpy(), flat.view(torch.int32).numpy(), out.numpy(), group)
+    return out.reshape(x.shape)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _e4m3(x: NDArray[np.float32], bits: NDArray[np.int32], out: NDArray[np.float32], group: int) -> None:
+    largest, smallest = np.float32(448), np.float32(2.0**-6)
+    # adding and subtracting 1.5 * 2^23 units of the last place of a subnormal, 2^-9, rounds to multiples of it
+    magic = np.float32(1.5 * 2.0**14)
+    for at in range(0, x.shape[0], group):
+        most = _largest(bits, at, group)
+        scale = most / largest if most / largest > 0 else np.float32(2.0**-23)
+        for i in range(group):
+            value = min(max(x[at + i] / scale, -largest), largest)
+            # Dekker's splitting keeps the upper 24 - 20 bits, ties to even
+            split = np.float32(1048577) * value
+            rounded = split - (split - value)
+            if abs(value) < smallest:
+                rounded = (value + magic) - magic
+            out[at + i] = rounded * scale

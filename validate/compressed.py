@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from convert.architectures import TensorKind, TensorRule
 from convert.checkpoint import Checkpoint, SourceTensor
 from quant.errors import StreamquantError
+from validate.activations import through_e4m3
 from validate.variant import (
     FolderVariant,
     Problem,
@@ -270,7 +271,11 @@ class CompressedVariant(FolderVariant):
             if local.startswith("input_"):
                 setattr(holder, local, self._whole(tensor).float())
 
+        fast = _group_of_fast(arguments, n)
+
         def quantized(x: "torch.Tensor") -> "torch.Tensor":
+            if fast is not None and x.device.type == "cpu" and x.dtype == torch.float32:
+                return through_e4m3(x, fast(x.shape[-1]))
             return forward_quantize(holder.to(x.device), x, "input", arguments).to(x.dtype)
 
         self._quantizers[same] = quantized
@@ -297,6 +302,23 @@ class CompressedVariant(FolderVariant):
                 group = f" of {given['group_size']}" if given["group_size"] else ""
                 lines.add(f"{given['type']}{given['num_bits']} per {given['strategy']}{group}, {when}")
         return "; ".join(sorted(lines)) or None
+
+
+def _group_of_fast(arguments: Any, n: int) -> Callable[[int], int] | None:
+    """Row length -> values that share a scale, where `through_e4m3` computes as compressed-tensors does; else None."""
+    plain = (
+        arguments.type == "float"
+        and arguments.num_bits == 8
+        and arguments.symmetric
+        and arguments.dynamic is True
+        and arguments.scale_dtype is None
+    )
+    if plain and arguments.strategy == "token":
+        return lambda length: length
+    if plain and arguments.strategy == "group" and arguments.group_size and n % arguments.group_size == 0:
+        size = int(arguments.group_size)
+        return lambda _length: size
+    return None
 
 
 def _naive() -> type:

@@ -4,6 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
 from validate.sqnr import Noise
 from validate.variant import Problem, Variant, VariantTensor
 
@@ -54,17 +58,17 @@ class WeightErrors:
         if source.shape != block.shape:
             return
         sums = self._sums.setdefault(name, _Sums())
-        error = source - block
         n = block.shape[-1]
         size = BLOCK if n % BLOCK == 0 else n
-        noise = error.square().reshape(-1, size).sum(1)
-        signal = source.square().reshape(-1, size).sum(1)
-        sums.noise.signal += float(signal.double().sum())
-        sums.noise.noise += float(noise.double().sum())
+        signal, noise = np.empty(block.numel() // size), np.empty(block.numel() // size)
+        largest = block_sums(
+            source.contiguous().reshape(-1).numpy(), block.contiguous().reshape(-1).numpy(), size, signal, noise
+        )
+        sums.noise.signal += float(signal.sum())
+        sums.noise.noise += float(noise.sum())
         sums.noise.count += block.numel()
-        sums.noise.max_error = max(sums.noise.max_error, float(error.abs().max()))
-        floor = signal.mean() * 0.04
-        large = (signal >= floor) & (signal > 0)
+        sums.noise.max_error = max(sums.noise.max_error, float(largest))
+        large = (signal >= signal.mean() * 0.04) & (signal > 0)
         if large.any():
             sums.worst = max(sums.worst, math.sqrt(float((noise[large] / signal[large]).max())))
         elif noise.any():
@@ -81,6 +85,28 @@ class WeightErrors:
             for name, tensor in self.variant.tensors.items()
             if name in self._sums
         )
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+def block_sums(
+    source: NDArray[np.float32],
+    decoded: NDArray[np.float32],
+    size: int,
+    signal: NDArray[np.float64],
+    noise: NDArray[np.float64],
+) -> np.float32:
+    """Fill the sums of squares of the source and of the error of each `size` values; return the largest error."""
+    largest = np.float32(0)
+    for block in range(signal.shape[0]):
+        squares, errors = 0.0, 0.0
+        for at in range(block * size, (block + 1) * size):
+            error = source[at] - decoded[at]
+            squares += np.float64(source[at]) * np.float64(source[at])
+            errors += np.float64(error) * np.float64(error)
+            largest = max(largest, abs(error))
+        signal[block] = squares
+        noise[block] = errors
+    return largest
 
 
 def _tensor_error(tensor: VariantTensor, sums: _Sums) -> TensorError:
