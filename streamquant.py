@@ -1,7 +1,7 @@
 """The command line of streamquant: parse -> call -> exit code.
 
 0 done; 1 a fault of the input or the machine; 2 a wrong command; 3 a variant did not pass a gate; 130 interrupted (run
-the same command again).
+the same command again). What only `validate` and its kin need is imported when they run: it takes a third of a second.
 """
 
 import gc
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -43,18 +43,13 @@ from convert.recipe_file import read_recipe
 from convert.stream import explain
 from convert.strict_json import read_json_object
 from quant.errors import StreamquantError, UsageError
-from validate.corpus import read_corpus
-from validate.forward import Setting, default_setting
-from validate.gates import Gates, failed
-from validate.importance import write_importance
 from validate.inspect import inspect_path
-from validate.report.console import chat_json, chat_view, report_view
-from validate.report.data import SKIPPABLE, check_report_folder, read_report, write_report
-from validate.report.render import write_pages
-from validate.validation import ANSWER_TOKENS, Job, chat_check, default_cache, prune_cache, validate
-from validate.variant import open_variant
+from validate.sections import ANSWER_TOKENS, SKIPPABLE
 from validate.verify import bytes_to_verify, verify
 from validate.verify_report import inspect_json, inspect_view, verify_json, verify_view
+
+if TYPE_CHECKING:
+    from validate.forward import Setting
 
 app = typer.Typer(
     name="streamquant",
@@ -369,6 +364,12 @@ def validate_command(
 
     Example: `streamquant validate Hermes-4-14B Hermes-4-14B-Q4_K_M.gguf --text wiki.test.raw --out report`
     """
+    from validate.gates import Gates, failed
+    from validate.report.console import report_view
+    from validate.report.data import check_report_folder, write_report
+    from validate.report.render import write_pages
+    from validate.validation import Job, default_cache, prune_cache, validate
+
     gates = Gates(
         max_mean_kld, max_kld_99_9, min_same_top, max_ppl_ratio, max_errors, max_token_mismatches, max_chat_mismatches
     )
@@ -427,6 +428,10 @@ def imatrix_command(
 
     Example: `streamquant imatrix Hermes-4-14B --text calibration.txt --out imatrix.gguf --save-every 50`
     """
+    from validate.corpus import read_corpus
+    from validate.importance import write_importance
+    from validate.variant import open_variant
+
     variant = open_variant(model)
     corpus = read_corpus(text, tokenizer or variant.path, context, chunks)
     with _steps() as step:
@@ -449,6 +454,9 @@ def chat_check_command(original: Original, variants: Variants, as_json: AsJson =
 
     Exit code 3 if one differs. Example: `streamquant chat-check Hermes-4-14B variants/*-GGUF/*.gguf`
     """
+    from validate.report.console import chat_json, chat_view
+    from validate.validation import chat_check
+
     with _steps() as step:
         found = chat_check(original, variants, step)
     _print(chat_json(*found) if as_json else chat_view(*found))
@@ -462,6 +470,9 @@ def report_command(
     out: Annotated[Path | None, typer.Option(help="Folder for the pages. Default: that of report.json.")] = None,
 ) -> None:
     """Render report.md, report.html and plots again from report.json. Example: `streamquant report report`."""
+    from validate.report.data import read_report
+    from validate.report.render import write_pages
+
     found = read_report(report)
     folder = out or (report if report.is_dir() else report.parent)
     for path in write_pages(found, folder):
@@ -528,7 +539,9 @@ def _check_taken(overrides: Overrides, recipes: list[Recipe]) -> None:
         )
 
 
-def _setting(device: str, dtype: str | None, scratch: Path | None) -> Setting:
+def _setting(device: str, dtype: str | None, scratch: Path | None) -> "Setting":
+    from validate.forward import default_setting
+
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is None:
         raise UsageError("no such device", where="--device", found=device, required="auto, cpu or cuda")
     setting = replace(default_setting(device), scratch=scratch)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import conversions, encoders, memory, mixes
+from benchmarks import conversions, encoders, memory, mixes, validation
 from benchmarks.conversions import Setting
 from benchmarks.page import Section, Target, page
 from tests.peers import ROOT
@@ -25,6 +25,7 @@ BENCHMARKS = {
     "one-pass": conversions.one_pass,
     "memory": memory.memory,
     "kernels": encoders.encoders,
+    "validation": validation.validation,
 }
 PAGE = ROOT / "docs" / "benchmarks.md"
 CACHE = ROOT / ".cache"

@@ -24,7 +24,8 @@ from validate.engines.engine import EngineFacts, Generation, Rendered, TemplateR
 from validate.engines.process import EngineProcess
 from validate.forward import Head, Lane, Setting, free_memory, run_layers
 from validate.gates import Gates, Measured, judge
-from validate.report.data import SCHEMA, SKIPPABLE, NotRun, Report, Section, VariantReport, this_machine
+from validate.report.data import SCHEMA, NotRun, Report, VariantReport, this_machine
+from validate.sections import ANSWER_TOKENS, SKIPPABLE, Section
 from validate.template_lints import Lint, lint_checkpoint, lint_gguf
 from validate.tokens import TokenReport, check_token_types, compare_tokens
 from validate.variant import Problem, Variant, open_variant
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 TEXT_CHARACTERS = 100_000
 """Of each text, how much is tokenized by every engine."""
-ANSWER_TOKENS = 128
 ENGINE_CONTEXT = 2048
 """Tokens of a prompt and its answer together, at most."""
 CACHE_BYTES = 20 << 30
@@ -55,7 +55,7 @@ Progress = Callable[[str, int, int], None]
 class Job:
     """How to validate.
 
-    skip          sections to leave out (SKIPPABLE of validate/report/data.py)
+    skip          sections to leave out (SKIPPABLE of validate/sections.py)
     noise         noise floors to measure, see compare
     cache         folder for the original's hidden states; a second run over the same tokens takes them from there
     tokenizer     of the texts: a folder with tokenizer.json, by default the original

@@ -351,7 +351,7 @@ def encode_q6_k(rows: Floats, out: Bytes) -> int:
         for i in range(16):
             x = load(xt, i * LANES)
             store(wt, i * LANES, x * x)
-        search_scale(xt, wt, 16, 32, found)
+        search_scale(xt, wt, 16, 32, True, found)
         if store_q6_k(flat, start, found, q, to, at) and first_overflow < 0:
             first_overflow = b // per_row
     return first_overflow

@@ -256,10 +256,10 @@ def encode_q3_k(rows: Floats, importance: Floats, out: Bytes) -> int:
             transpose(flat, block * QK_K, 16, 16, xt)
             transpose_importance(importance, 16 * block, 16, 16, sigma2, 16, wt, spread)
             weigh(xt, 16, wt, spread, sums, b * LANES)
-            search_scale(xt, wt, 16, 4, found[b * FOUND :])
+            search_scale(xt, wt, 16, 4, True, found[b * FOUND :])
         _by_super_block(sums, LANES, count, 16, weights)
         _by_super_block(found, FOUND, count, 16, scales)
-        search_scale(scales, weights, 16, 32, coarse)
+        search_scale(scales, weights, 16, 32, False, coarse)
         _quantize_signed_scales(scales, coarse)
         for b in range(count):
             start, at = (first + b) * QK_K, (first + b) * 110
@@ -323,7 +323,7 @@ def encode_q6_k(rows: Floats, importance: Floats, out: Bytes) -> int:
     for b in range(rows.size // QK_K):
         transpose(flat, b * QK_K, 16, 16, xt)
         transpose(importance, b % per_row * QK_K, 16, 16, wt)
-        search_scale(xt, wt, 16, 32, found)
+        search_scale(xt, wt, 16, 32, True, found)
         if store_q6_k(flat, b * QK_K, found, q, to, b * 210) and first_overflow < 0:
             first_overflow = b // per_row
     return first_overflow

@@ -71,7 +71,7 @@ def _encode_signed(rows: Floats, importance: Floats, out: Bytes, half: int, size
         transpose(flat, first * QK, count, QK, xt)
         transpose_importance(importance, first, count, QK, sigma2, per_row, wt, spread)
         weigh(xt, QK, wt, spread, sums, 0)
-        search_scale(xt, wt, QK, half, found)
+        search_scale(xt, wt, QK, half, True, found)
         for k in range(count):
             block, at = first + k, (first + k) * size
             if half_is_infinite(put_half(to, at, found[k])) and first_overflow < 0:

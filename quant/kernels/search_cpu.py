@@ -314,14 +314,16 @@ def extreme_lanes(xt: Floats, width: int) -> tuple[Lanes, Lanes]:
 
 
 @helper
-def search_scale(xt: Floats, wt: Floats, width: int, levels: int, out: Floats) -> None:
-    """make_qx_quants with rmse_type 1: x ~ scale * q with -levels <= q < levels, weights wt, over 19 scales."""
-    least, most = fill_int(np.int32(-levels)), fill_int(np.int32(levels - 1))
+def search_scale(xt: Floats, wt: Floats, width: int, levels: int, finite: bool, out: Floats) -> None:
+    """make_qx_quants with rmse_type 1: x ~ scale * q with -levels <= q < levels, weights wt, over 19 scales.
+
+    finite: x is finite, as weights are; scales of sub-blocks may be infinite or NaN.
+    """
     nothing = fill(np.float32(0.0))
     extreme, largest = extreme_lanes(xt, width)
     dead = largest < fill(GROUP_MAX_EPS)
     inverse = fill(np.float32(-levels)) / extreme
-    sum_lx, sum_l2 = _products(xt, wt, width, inverse, least, most)
+    sum_lx, sum_l2 = _products(xt, wt, width, inverse, levels, finite)
     scale = select(sum_l2 == nothing, nothing, sum_lx / sum_l2)
     best = scale * sum_lx
     used = inverse
@@ -329,7 +331,7 @@ def search_scale(xt: Floats, wt: Floats, width: int, levels: int, out: Floats) -
         if step != 0:
             factor = np.float32(np.float32(levels) + np.float32(np.float32(0.1) * np.float32(step)))
             inverse = fill(np.float32(-factor)) / extreme
-            sum_lx, sum_l2 = _products(xt, wt, width, inverse, least, most)
+            sum_lx, sum_l2 = _products(xt, wt, width, inverse, levels, finite)
             better = (sum_l2 > nothing) & (sum_lx * sum_lx > best * sum_l2)
             scale = select(better, sum_lx / sum_l2, scale)
             best = select(better, scale * sum_lx, best)
@@ -340,12 +342,19 @@ def search_scale(xt: Floats, wt: Floats, width: int, levels: int, out: Floats) -
 
 
 @helper
-def _products(xt: Floats, wt: Floats, width: int, inverse: Lanes, least: Lanes, most: Lanes) -> tuple[Lanes, Lanes]:
-    """sum w x q and sum w q q."""
+def _products(xt: Floats, wt: Floats, width: int, inverse: Lanes, levels: int, finite: bool) -> tuple[Lanes, Lanes]:
+    """sum w x q and sum w q q. Finite quotients are at most levels + 1: they may be limited before they are rounded."""
+    least, most, magic = fill(np.float32(-levels)), fill(np.float32(levels - 1)), fill(_MAGIC)
+    lowest, top = fill_int(np.int32(-levels)), fill_int(np.int32(levels - 1))
     sum_lx, sum_l2 = fill(np.float32(0.0)), fill(np.float32(0.0))
     for i in range(width):
         x, w = load(xt, i * LANES), load(wt, i * LANES)
-        q = clamped_lanes(inverse * x, least, most)
+        q = inverse * x
+        if finite:
+            q = select(q > least, q, least)
+            q = (select(q < most, q, most) + magic) - magic
+        else:
+            q = clamped_lanes(q, lowest, top)
         sum_lx, sum_l2 = sum_lx + w * x * q, sum_l2 + w * q * q
     return sum_lx, sum_l2
 

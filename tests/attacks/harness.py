@@ -211,9 +211,15 @@ def run(*arguments: object) -> Ran:
 def start(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
     """Begin the real command in a process of its own."""
     command = [sys.executable, "-P", "-m", "streamquant", *map(str, arguments)]
+    options.setdefault("preexec_fn", _hear_interrupts)
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
+
+
+def _hear_interrupts() -> None:
+    """A shell that runs the tests in the background makes them, and all that they start, deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: "subprocess.Popen[str]") -> Ran:

@@ -11,7 +11,8 @@ from convert.recipe import parse_variants
 from tests.conftest import TINY_PRE, Shelf
 from validate.forward import Setting
 from validate.gates import Gates
-from validate.report.data import SKIPPABLE, Report, read_report, write_report
+from validate.report.data import Report, read_report, write_report
+from validate.sections import SKIPPABLE
 from validate.validation import Job, validate
 
 CONTEXT = 32

@@ -305,3 +305,40 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         peaks[layers] = peak
         assert peak - before < 110, "two layers and their temporaries"
     assert peaks[16] <= 1.1 * peaks[4]
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import numpy as np, torch, transformers
+from validate.forward import Lane, Setting, run_layers
+from validate.variant import open_variant
+torch.set_num_threads(1)
+tokens = np.random.default_rng(0).integers(0, 512, (2, 64))
+run_layers([Lane(open_variant(Path(sys.argv[2])))], tokens, Setting())  # code and buffers of libraries
+lines = Path("/proc/self/status").read_text().splitlines()
+data = next(int(line.split()[1]) for line in lines if line.startswith("VmData")) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (data + (160 << 20), data + (160 << 20)))
+lane = Lane(open_variant(Path(sys.argv[1])))
+run_layers([lane], tokens, Setting())
+print("streamed", bool(torch.isfinite(lane.hidden).all()))
+try:
+    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+    print("resident")
+except (MemoryError, RuntimeError) as error:
+    print("refused", type(error).__name__)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits memory on Linux alone")
+def test_a_model_larger_than_a_memory_limit_runs(tmp_path: Path) -> None:
+    """448 MiB of float32 weights where 160 MiB may be allocated; loaded as a whole, the same model is refused."""
+    small = synthetic.write_checkpoint(tmp_path / "small")
+    size = {**WIDE, "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 16}
+    folder = synthetic.write_checkpoint(tmp_path / "large", size=size)
+    command = [sys.executable, "-c", LIMITED, str(folder), str(small)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = done.stdout.splitlines()
+    assert first == "streamed True"
+    assert second.startswith("refused"), second

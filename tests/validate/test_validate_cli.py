@@ -24,7 +24,8 @@ from tests.validate.report_fixtures import CONTEXT, ENGINES, small_job, write_te
 from validate.chat_suite import chat_cases
 from validate.engines.process import EngineProcess
 from validate.forward import Setting, all_logits
-from validate.report.data import SKIPPABLE, read_report
+from validate.report.data import read_report
+from validate.sections import SKIPPABLE
 from validate.validation import Job, last_logits, prune_cache, validate
 from validate.variant import open_variant
 

@@ -7,10 +7,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from validate.report.data import SECTIONS, NotRun, Report, VariantReport
+from validate.report.data import NotRun, Report, VariantReport
 from validate.report.records import to_json
 from validate.report.text import MISSING, visible
 from validate.report.view import cell, make_view, wrong_chats
+from validate.sections import SECTIONS
 from validate.template_lints import Lint
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red", "error": "red", "warning": "yellow", "note": ""}

@@ -6,7 +6,6 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from convert.manifest import write_atomically
 from convert.stream import explain
@@ -18,6 +17,7 @@ from validate.comparison import Comparison, VariantResult
 from validate.engines.agreement import EngineAgreement
 from validate.gates import GateResult, Gates
 from validate.report.records import from_json, to_json
+from validate.sections import Section
 from validate.template_lints import Lint
 from validate.tokens import TokenReport
 from validate.variant import Problem
@@ -26,20 +26,6 @@ SCHEMA = 1
 """Version of report.json. It goes up with every change of a field: the loader takes this version alone."""
 REPORT = "report.json"
 MAX_BYTES = 1 << 30
-
-Section = Literal["comparison", "tensors", "noise", "tokens", "chat", "lints", "engines", "behaviour"]
-SECTIONS: Mapping[Section, str] = {
-    "comparison": "perplexity and divergence",
-    "tensors": "error of every tensor",
-    "noise": "noise floor of the original",
-    "tokens": "tokens",
-    "chat": "chat templates",
-    "lints": "known faults of chat templates",
-    "engines": "the engine that the file is made for",
-    "behaviour": "greedy answers",
-}
-"""Sections of a report, in its order, and what they are about."""
-SKIPPABLE = tuple(name for name in SECTIONS if name != "comparison")
 
 
 @dataclass(frozen=True, slots=True)

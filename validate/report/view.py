@@ -9,9 +9,10 @@ from typing import Literal
 from validate.chat import ChatReport
 from validate.comparison import VariantResult
 from validate.gates import GateResult, failed, option
-from validate.report.data import SECTIONS, Report, VariantReport
+from validate.report.data import Report, VariantReport
 from validate.report.plots import SERIES
 from validate.report.text import MISSING, error_digits, estimate, human_bytes, number, percent
+from validate.sections import SECTIONS
 from validate.variant import Problem
 
 Status = Literal["pass", "warn", "fail"]
