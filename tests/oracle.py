@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from quant.format import Importance, Rows
+from quant.formats import FORMATS
 from tests.peers import DATA
 from tests.smollm2 import MISSING, find_gguf
 
@@ -98,6 +99,14 @@ def assert_same_bytes(actual: NDArray[np.uint8], expected: NDArray[np.uint8], ro
         f"  expected: {expected[i, start : start + entry].tobytes().hex()}\n"
         f"  weights:  {[float(w).hex() for w in block]}"
     )
+
+
+def check_against_ggml(rows: Rows, name: str, importance: Importance | None = None) -> NDArray[np.uint8]:
+    """Encode with the format `name` and fail unless the bytes are ggml's; returns them."""
+    (found,) = FORMATS[name].encode(rows, importance)
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1]
+    assert_same_bytes(found, ggml_encode(rows, name, importance), rows, size)
+    return found
 
 
 def round_to(rows: Rows, dtype: str) -> Rows:

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from quant.format import Rows
 from quant.formats import FORMATS
@@ -13,10 +12,9 @@ from quant.kernels.kquants_cpu import trials
 from tests.oracle import (
     REAL,
     ROWS,
-    assert_same_bytes,
+    check_against_ggml,
     float_rows,
     ggml_decode,
-    ggml_encode,
     make_rows,
     real_matrices,
     same_values,
@@ -26,12 +24,6 @@ KQUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 TYPES = (*KQUANTS, "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0")
 every_format = pytest.mark.parametrize("name", TYPES)
 search = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-
-
-def check_against_ggml(rows: Rows, name: str) -> NDArray[np.uint8]:
-    (found,) = FORMATS[name].encode(rows)
-    assert_same_bytes(found, ggml_encode(rows, name), rows, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1])
-    return found
 
 
 @every_format

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import gguf
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from quant.format import Importance, Rows
 from quant.formats import FORMATS
-from tests.oracle import REAL, ROWS, assert_same_bytes, float_rows, ggml_encode, make_rows, real_matrices
+from tests.oracle import REAL, ROWS, check_against_ggml, float_rows, make_rows, real_matrices
 
 WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0", "MXFP4", "TQ1_0", "TQ2_0")
@@ -31,19 +30,13 @@ def make_importance(name: str, n: int) -> Importance:
     return IMPORTANCE[name](np.random.default_rng(n), n).astype(np.float32)
 
 
-def check_against_ggml(rows: Rows, importance: Importance, name: str) -> None:
-    (found,) = FORMATS[name].encode(rows, importance)
-    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1]
-    assert_same_bytes(found, ggml_encode(rows, name, importance), rows, size)
-
-
 @every_format
 @pytest.mark.parametrize("importance", IMPORTANCE)
 def test_encodes_like_ggml(name: str, importance: str) -> None:
     """Rows of three super-blocks, and rows that do not fill the lanes; columns differ, so a shift would show."""
     for rows in ROWS:
         for r, n in ((11, 768), (1, 256)):
-            check_against_ggml(make_rows(rows, r, n), make_importance(importance, n), name)
+            check_against_ggml(make_rows(rows, r, n), name, make_importance(importance, n))
 
 
 @pytest.mark.parametrize("name", [name for name in WEIGHTED if FORMATS[name].weights_per_block == 32])
@@ -51,7 +44,7 @@ def test_encodes_rows_of_any_number_of_blocks_like_ggml(name: str) -> None:
     """The lanes hold blocks of two rows, with a mean square each."""
     for blocks in (1, 2, 3, 17, 18):
         rows = make_rows("student_t3", 21, 32 * blocks) * np.exp2(np.arange(21, dtype=np.float32))[:, None]
-        check_against_ggml(rows, make_importance("positive", 32 * blocks), name)
+        check_against_ggml(rows, name, make_importance("positive", 32 * blocks))
 
 
 @every_format
@@ -59,14 +52,14 @@ def test_encodes_rows_of_any_number_of_blocks_like_ggml(name: str) -> None:
 def test_encodes_trained_weights_like_ggml(name: str, model: str) -> None:
     weights = np.concatenate([rows.reshape(-1) for rows in real_matrices(model)])
     rows = weights[: min(weights.size, 1 << 18) // 512 * 512].reshape(-1, 512)
-    check_against_ggml(rows, make_importance("with_zeros", 512), name)
+    check_against_ggml(rows, name, make_importance("with_zeros", 512))
 
 
 @every_format
 @search
 @given(float_rows(2, 256), float_rows(1, 256))
 def test_encodes_any_weights_and_importance_like_ggml(name: str, rows: Rows, importance: Rows) -> None:
-    check_against_ggml(rows, abs(importance[0]), name)
+    check_against_ggml(rows, name, abs(importance[0]))
 
 
 @every_format
@@ -81,7 +74,7 @@ def test_encodes_sub_blocks_of_mixed_scale_like_ggml(
     weights = rng.standard_normal((2, 32, 16)) * sub_scale * (rng.random((2, 32, 16)) >= zeros)
     rows: Rows = (abs(weights) if one_sided else weights).reshape(2, 512).astype(np.float32)
     importance = rng.random(512) ** 8 * (rng.random(512) >= zeros)
-    check_against_ggml(rows, importance.astype(np.float32), name)
+    check_against_ggml(rows, name, importance.astype(np.float32))
 
 
 @every_format

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from quant.format import Rows
 from quant.formats import FORMATS
@@ -14,6 +13,7 @@ from tests.oracle import (
     REAL,
     ROWS,
     assert_same_bytes,
+    check_against_ggml,
     float_rows,
     ggml_decode,
     ggml_encode,
@@ -29,12 +29,6 @@ SCALES = {"Q8_0": 127, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31}  # largest
 every_format = pytest.mark.parametrize("name", BLOCKS + FLOATS)
 every_block = pytest.mark.parametrize("name", BLOCKS)
 search = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
-
-
-def check_against_ggml(rows: Rows, name: str) -> NDArray[np.uint8]:
-    (found,) = FORMATS[name].encode(rows)
-    assert_same_bytes(found, ggml_encode(rows, name), rows, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1])
-    return found
 
 
 @every_format
