@@ -13,6 +13,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from quant.kernels.bits import bits_float
+from validate.parts import in_parts
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ def through_q8_0(x: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     if _on_cpu(x):
-        return _by_kernel(x, _q8_0)
+        return _by_kernel(x, 32, _q8_0)
     blocks = x.float().unflatten(-1, (-1, 32))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     inverse = torch.where(scale > 0, 1 / scale, 0)
@@ -55,7 +56,7 @@ def through_q8_k(x: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     if _on_cpu(x):
-        return _by_kernel(x, _q8_k)
+        return _by_kernel(x, 256, _q8_k)
     blocks = x.float().unflatten(-1, (-1, 256))
     most = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     inverse = torch.where(most != 0, -127 / most, 0)
@@ -75,12 +76,14 @@ def _on_cpu(x: "torch.Tensor") -> bool:
     return bool(x.device.type == "cpu")
 
 
-def _by_kernel(x: "torch.Tensor", kernel: Any) -> "torch.Tensor":
+def _by_kernel(x: "torch.Tensor", group: int, kernel: Any, *arguments: int) -> "torch.Tensor":
+    """kernel(values, their bits, room for the result, *arguments) on all threads; values come in whole groups."""
     import torch
 
     flat = x.float().contiguous().reshape(-1)
     out = torch.empty_like(flat)
-    kernel(flat.numpy(), flat.view(torch.int32).numpy(), out.numpy())
+    values, bits, results = flat.numpy(), flat.view(torch.int32).numpy(), out.numpy()
+    in_parts(len(values), lambda part: kernel(values[part], bits[part], results[part], *arguments), group)
     return out.reshape(x.shape).to(x.dtype)
 
 
@@ -138,12 +141,7 @@ def through_e4m3(x: "torch.Tensor", group: int) -> "torch.Tensor":
     speed of torch's conversion to float8: scale = amax / 448 (or eps), clamp(x / scale, -448, 448) to the nearest even
     code, times scale (calculate_qparams and _quantize_dequantize there).
     """
-    import torch
-
-    flat = x.contiguous().reshape(-1)
-    out = torch.empty_like(flat)
-    _e4m3(flat.numpy(), flat.view(torch.int32).numpy(), out.numpy(), group)
-    return out.reshape(x.shape)
+    return _by_kernel(x, group, _e4m3, group)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -12,12 +12,13 @@ of one text are not independent, so it is the one to quote. Units are nats and p
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from validate.parts import in_parts, parts
 
 if TYPE_CHECKING:
     import torch
@@ -167,9 +168,9 @@ def prepare_rows(logits: "torch.Tensor") -> LogitRows:
         from validate.divergence_cpu import log_normalizers
 
         values = logits.numpy()
-        _in_parts(rows, lambda part: log_normalizers(values[part], normalizer[part], top[part]))
+        in_parts(rows, lambda part: log_normalizers(values[part], normalizer[part], top[part]))
         return LogitRows(logits, normalizer, top)
-    for part in _parts(rows, 64):
+    for part in parts(rows, 64):
         normalizer[part] = logits[part].double().logsumexp(-1).cpu().numpy()
     top[:] = logits.topk(TOP, dim=-1).indices.cpu().numpy()
     return LogitRows(logits, normalizer, top)
@@ -191,11 +192,11 @@ def kl_divergence(base: LogitRows, other: LogitRows) -> Floats:
 
         a, b = base.logits.numpy(), other.logits.numpy()
         p, q = base.normalizer, other.normalizer
-        _in_parts(len(out), lambda part: divergences(a[part], b[part], p[part], q[part], out[part]))
+        in_parts(len(out), lambda part: divergences(a[part], b[part], p[part], q[part], out[part]))
         return out
     import torch
 
-    for part in _parts(len(out), 64):
+    for part in parts(len(out), 64):
         shift = torch.from_numpy(base.normalizer[part]).to(base.logits.device)[:, None]
         a64, b64 = base.logits[part].double(), other.logits[part].double()
         total = ((a64 - shift).exp() * (a64 - b64)).sum(-1).cpu().numpy()
@@ -205,24 +206,6 @@ def kl_divergence(base: LogitRows, other: LogitRows) -> Floats:
 
 def _on_cpu(logits: "torch.Tensor") -> bool:
     return bool(logits.device.type == "cpu")
-
-
-def _parts(rows: int, size: int) -> list[slice]:
-    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
-
-
-def _in_parts(rows: int, work: "object") -> None:
-    """Call `work` on slices of the rows, on as many threads as torch uses."""
-    import torch
-
-    assert callable(work)
-    parts = _parts(rows, max(1, -(-rows // torch.get_num_threads())))
-    if len(parts) < 2:
-        for part in parts:
-            work(part)
-        return
-    with ThreadPoolExecutor(len(parts)) as pool:
-        list(pool.map(work, parts))
 
 
 # Statistics
