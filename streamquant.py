@@ -30,8 +30,9 @@ from rich.progress import (
 )
 
 from convert.checkpoint import open_checkpoint
-from convert.conversion import check_disk, check_output_folder, convert, default_jobs
+from convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
 from convert.device import choose_device, with_notes
+from convert.hub.source import open_source
 from convert.imatrix import ImportanceMatrix, read_imatrix
 from convert.manifest import versions, write_atomically
 from convert.overrides import Overrides, parse_rule, parse_type, read_rules
@@ -67,7 +68,16 @@ INTERRUPTED = 130
 GATE_FAILED = 3
 _VARIANTS = ", ".join(RECIPES)
 Model = Annotated[
-    Path, typer.Argument(help="Folder of the checkpoint: config.json and safetensors in BF16, F16 or F32.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of the checkpoint (config.json, safetensors in BF16, F16 or F32), or ORG/NAME[@REVISION] on the "
+        "Hugging Face Hub.",
+    ),
+]
+SpoolGib = Annotated[
+    float | None,
+    typer.Option(help="Shards of the Hub that lie on the disk at a time, in GiB. Default: four of the largest.", min=0),
 ]
 To = Annotated[
     list[str] | None,
@@ -159,6 +169,7 @@ def plan_command(
     pure: Pure = False,
     leave_output_tensor: LeaveOutputTensor = False,
     guard_template: GuardTemplate = False,
+    spool_gib: SpoolGib = None,
     device: Device = "auto",
     jobs: Jobs = None,
     as_json: AsJson = False,
@@ -166,7 +177,13 @@ def plan_command(
 ) -> None:
     """Print what a conversion would write: exact bytes, formats and reasons. No weight is read.
 
-    Example: `streamquant plan Hermes-4-14B --to fp8-dynamic --to gguf:Q8_0,Q4_0`
+    Of a model on the Hub a few MB are fetched: small files, and the headers of the shards.
+
+    Examples:
+
+    `streamquant plan Hermes-4-14B --to fp8-dynamic --to gguf:Q8_0,Q4_0`
+
+    `streamquant plan NousResearch/Hermes-4-405B@main --to fp8-dynamic --to gguf:Q8_0,Q6_K,Q4_K_M`
     """
     recipes = _recipes(to, recipe)
     overrides = _overrides(
@@ -179,14 +196,14 @@ def plan_command(
         overrides=overrides,
         guard_template=guard_template,
     )
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_source(model, out=out)
     plan = with_notes(make_plan(checkpoint, recipes, options), choose_device(device))
+    disk = disk_of(plan, spool_gib)
     if out is not None:
         check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
-        check_disk(plan, out)
-    _print(
-        plan_json(plan, jobs or default_jobs()) if as_json else plan_view(plan, jobs or default_jobs(), tensors=tensors)
-    )
+        check_disk(plan, out, disk.spool)
+    jobs = jobs or default_jobs()
+    _print(plan_json(plan, jobs, disk) if as_json else plan_view(plan, jobs, disk, tensors=tensors))
 
 
 @app.command("convert")
@@ -210,16 +227,21 @@ def convert_command(
     pure: Pure = False,
     leave_output_tensor: LeaveOutputTensor = False,
     guard_template: GuardTemplate = False,
+    spool_gib: SpoolGib = None,
     device: Device = "auto",
     jobs: Jobs = None,
 ) -> None:
     """Make every variant from one read of the checkpoint. Stopped? The same command goes on where it was.
+
+    Shards of a model on the Hub are fetched while others are converted, and deleted when they are done.
 
     Examples:
 
     `streamquant convert Hermes-4-14B --to fp8-dynamic --out variants`
 
     `streamquant convert Hermes-4-14B --to fp8-dynamic --to gguf:BF16,Q8_0,Q4_0 --split-max-size 40G --out variants`
+
+    `streamquant convert NousResearch/Hermes-4-405B@main --to gguf:Q4_K_M --spool-gib 60 --out variants`
     """
     recipes = _recipes(to, recipe)
     overrides = _overrides(
@@ -233,20 +255,23 @@ def convert_command(
         guard_template=guard_template,
     )
     chosen = choose_device(device)
+    checkpoint = open_source(model, out=out)
     with _progress("converting") as bar:
 
         def start(plan: Plan) -> None:
             bar.total(sum(m.source.stop - m.source.start for m in plan.matrices))
             if error_console.is_terminal:
-                error_console.print(plan_view(with_notes(plan, chosen), jobs or default_jobs()))
+                view = plan_view(with_notes(plan, chosen), jobs or default_jobs(), disk_of(plan, spool_gib))
+                error_console.print(view)
 
         done = convert(
-            open_checkpoint(model),
+            checkpoint,
             recipes,
             out,
             options,
             jobs=jobs or default_jobs(),
             device=chosen,
+            fetching=Fetching(spool_gib, bar.fetched, _say_waiting),
             on_start=start,
             on_progress=bar.advance,
         )
@@ -479,6 +504,117 @@ def report_command(
         out_console.print(str(path), markup=False, highlight=False)
 
 
+@app.command("push")
+def push_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A variant folder, or the --out folder with several.")],
+    repo: Annotated[
+        str, typer.Option(help="ORG/NAME; for an --out folder the stem, to which -GGUF and so on is added.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private; refuse a public one.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it is not there. Default: main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Into a pull request.")] = False,
+    without_report: Annotated[
+        bool, typer.Option("--without-report", help="Also what was not measured or failed a gate; the card says so.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="Folder of the report. Default: report beside or in DIR.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go where; change nothing.")] = False,
+    commit_message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+) -> None:
+    """Publish variants on the Hugging Face Hub with their cards and reports. What is there already is not sent again.
+
+    Exit code 3 if a variant was not measured or failed a gate. Example:
+    `streamquant push variants --repo ORG/Hermes-4-14B`
+    """
+    from publish.push import Wish, push
+    from publish.push_report import push_view, summary
+
+    wish = Wish(private, revision, create_pr, without_report, commit_message)
+    with _progress("uploading") as bar:
+        pushed = push(
+            folder, repo, wish, report=report, dry_run=dry_run, on_start=bar.total, on_bytes=bar.advance,
+            on_wait=_say_waiting,
+        )  # fmt: skip
+    if dry_run:
+        _print(push_view(pushed))
+        return
+    for one in pushed:
+        for note in one.notes:
+            error_console.print(f"note: {note}", markup=False, highlight=False)
+        out_console.print(summary(one), markup=False, highlight=False)
+
+
+@app.command("card")
+def card_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A variant folder, or the --out folder with several.")],
+    report: Annotated[Path | None, typer.Option(help="Folder of the report. Default: report beside or in DIR.")] = None,
+    repo: Annotated[
+        str | None,
+        typer.Option(help="ORG/NAME for the commands in the card; for an --out folder the stem, as for push"),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="ORG/NAME of the original, where it came from a local folder.")
+    ] = None,
+    quantized_by: Annotated[str | None, typer.Option(help="Who made the variants. Default: the ORG of --repo.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Folder of the original, for its licence, sampling defaults and chat template.")
+    ] = None,
+    no_prompts: Annotated[bool, typer.Option("--no-prompts", help="Do not render the chat template.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a README.md that is somebody's own.")] = False,
+) -> None:
+    """Write the model card, README.md, of every variant, from its manifest and the report of exactly its files.
+
+    Example: `streamquant card variants --report report --repo ORG/Hermes-4-14B --base-model NousResearch/Hermes-4-14B`
+    """
+    from publish.card import CardOptions, write_cards
+
+    options = CardOptions(base_model, repo, quantized_by, source, not no_prompts, force)
+    for path in write_cards(folder, options, report):
+        out_console.print(str(path), markup=False, highlight=False)
+
+
+@app.command("run")
+def run_command(
+    release: Annotated[
+        Path, typer.Argument(metavar="RELEASE.yaml", help="The release: source, variants, texts, gates, repository.")
+    ],
+    first: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="Run this stage and those after it, done or not."),
+    ] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage alone, done or not.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the stages and what each would do; change nothing.")
+    ] = False,
+) -> None:
+    """The whole road in one file: importance matrix, variants, validation, cards, push. What is done is skipped.
+
+    Stages: plan, imatrix, convert, verify, validate, card, push. Exit code 3: a gate failed, and nothing was pushed.
+
+    Example: `streamquant run examples/hermes-4-14b.yaml --dry-run`
+    """
+    from publish.release import run_release
+    from publish.release_file import read_release, stage_name
+    from publish.road import Watch
+
+    begin = stage_name(first, "--from") if first is not None else None
+    single = stage_name(only, "--only") if only is not None else None
+
+    def say(text: object) -> None:
+        out_console.print(str(text), markup=False, highlight=False)
+
+    with _steps() as step:
+        run_release(
+            read_release(release),
+            first=begin,
+            only=single,
+            dry_run=dry_run,
+            command=("streamquant", *sys.argv[1:]),
+            watch=Watch(say, step, lambda text: error_console.print(f"note: {text}", markup=False, highlight=False)),
+        )
+
+
 @app.callback(invoke_without_command=True)
 def _main(version: Annotated[bool, typer.Option("--version", help="Print versions and exit.")] = False) -> None:
     if version:
@@ -570,6 +706,10 @@ def _size(option: str, text: str | None) -> int | None:
     return int(match[1]) * int(1000**exponent)
 
 
+def _say_waiting(what: str, seconds: float) -> None:
+    error_console.print(f"{what}; again in {seconds:.0f} s", markup=False, highlight=False)
+
+
 def _print(value: Any) -> None:
     if isinstance(value, dict | list):
         sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
@@ -583,12 +723,19 @@ class _Bar:
     def __init__(self, progress: Progress, what: str) -> None:
         self._progress = progress
         self._task = progress.add_task(what, total=None)
+        self._fetching: TaskID | None = None
 
     def total(self, nbytes: int) -> None:
         self._progress.update(self._task, total=nbytes)
 
     def advance(self, nbytes: int) -> None:
         self._progress.advance(self._task, nbytes)
+
+    def fetched(self, nbytes: int) -> None:
+        """Bytes from the Hub: a bar of its own, as soon as there are some."""
+        if self._fetching is None:
+            self._fetching = self._progress.add_task("fetching", total=None)
+        self._progress.advance(self._fetching, nbytes)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint: its shards and index -> tensors with dtype, shape and byte range. No weight is read here.
 
 The headers are checked by our own rules before anything else; afterwards only byte ranges are read, and nothing in the
-folder is ever written.
+folder is ever written. A checkpoint of the Hub is the same thing: convert/hub/source.py makes it.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.hub.repo import HubRepo
 from convert.safetensors_file import StoredTensor, read_header
 from convert.strict_json import read_json_object
 from quant.errors import StreamquantError, UsageError
@@ -67,14 +68,24 @@ class SourceFile:
     name: str
     size: int
     mtime_ns: int
+    """0 for a shard of the Hub."""
     header_sha256: str
+    etag: str | None = None
+    """The hash of the whole file by which the Hub knows it; None in a local folder."""
+
+    @property
+    def identity(self) -> list[str | int]:
+        """What a fingerprint says of the file."""
+        known = [] if self.etag is None else [self.etag]
+        return [self.name, self.size, self.mtime_ns, self.header_sha256, *known]
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A local checkpoint folder, its headers read and checked."""
+    """A checkpoint, its headers read and checked: a local folder, or a repo of the Hub."""
 
     folder: Path
+    """Holds the shards, unless they are remote, and all files that planning reads. Its name is the model's."""
     config: Mapping[str, Any]
     files: tuple[SourceFile, ...]
     tensors: Mapping[str, SourceTensor]
@@ -83,6 +94,10 @@ class Checkpoint:
     """Files that belong to the model and hold no weights, relative to the folder."""
     ignored_files: tuple[str, ...]
     """Files in the folder that are not part of the checkpoint or hold weights in another form."""
+    hub: HubRepo | None = None
+    """Where it comes from, if it comes from the Hub."""
+    remote: bool = False
+    """Whether shards have to be fetched from `hub`."""
 
     @property
     def name(self) -> str:
@@ -100,9 +115,12 @@ class Checkpoint:
         return sum(tensor.stop - tensor.start for tensor in self.tensors.values())
 
     def check_unchanged(self) -> None:
-        """Raise StreamquantError if a shard was replaced, truncated or touched since the headers were read."""
-        for file in self.files:
-            now = _stat(self.folder / file.name)
+        """Raise StreamquantError if a shard was replaced, truncated or touched since the headers were read.
+
+        Shards of the Hub cannot change: their commit and hashes are known.
+        """
+        for file in () if self.remote else self.files:
+            now = stat_shard(self.folder / file.name)
             if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise StreamquantError(
                     "a source file changed while it was being converted",
@@ -111,6 +129,10 @@ class Checkpoint:
                     required=f"{file.size:,} bytes, modified at {file.mtime_ns} ns",
                     hint="wait until the download is complete, remove the output folder, and convert again",
                 )
+
+    def where(self, shard: str) -> str:
+        """A shard as messages name it."""
+        return f"{self.hub}/{shard}" if self.remote else str(self.folder / shard)
 
 
 def open_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) -> Checkpoint:
@@ -127,26 +149,44 @@ def open_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) ->
             hint="download the model first: hf download ORG/MODEL --local-dir DIR",
         )
     folder = folder.resolve()
-    config = _read_config(folder)
-    weight_map = _read_index(folder)
-    names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
+    config = read_config(folder)
+    names, weight_map = read_index(folder)
     files: list[SourceFile] = []
-    tensors: dict[str, SourceTensor] = {}
+    stored: dict[str, Collection[StoredTensor]] = {}
     for name in names:
-        before = _stat(folder / name)
-        stored, _, header = read_header(folder / name)
+        before = stat_shard(folder / name)
+        entries, _, header = read_header(folder / name)
         files.append(SourceFile(name, before.st_size, before.st_mtime_ns, hashlib.sha256(header).hexdigest()))
-        for tensor in stored.values():
-            _add(tensors, tensor, name, folder, dtypes)
-    if weight_map is not None:
-        _compare_with_index(weight_map, tensors, folder)
-    if not tensors:
-        raise StreamquantError("checkpoint without tensors", where=str(folder))
+        stored[name] = entries.values()
+    tensors = collect_tensors(stored, weight_map, str(folder), dtypes)
     side, ignored = _other_files(folder, {*names, INDEX, CONFIG})
     return Checkpoint(folder, config, tuple(files), tensors, side, ignored)
 
 
-def _stat(path: Path) -> os.stat_result:
+def collect_tensors(
+    stored: Mapping[str, Collection[StoredTensor]],
+    weight_map: Mapping[str, str] | None,
+    where: str,
+    dtypes: Collection[str] = SOURCE_DTYPES,
+) -> dict[str, SourceTensor]:
+    """Shard -> its tensors, in their order, to the tensors of a checkpoint by name, compared with the index.
+
+    Raises StreamquantError for a tensor that occurs twice, is empty or of another dtype, for none at all, and for an
+    index that says something else.
+    """
+    tensors: dict[str, SourceTensor] = {}
+    for name, entries in stored.items():
+        for tensor in entries:
+            _add(tensors, tensor, name, where, dtypes)
+    if weight_map is not None:
+        _compare_with_index(weight_map, tensors, where)
+    if not tensors:
+        raise StreamquantError("checkpoint without tensors", where=where)
+    return tensors
+
+
+def stat_shard(path: Path) -> os.stat_result:
+    """What the file system says of a shard. Raises StreamquantError if it is not there."""
     try:
         return path.stat()
     except OSError as error:
@@ -155,7 +195,8 @@ def _stat(path: Path) -> os.stat_result:
         ) from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. Raises StreamquantError if there is none, or it is not a JSON object."""
     if not (folder / CONFIG).is_file():
         raise StreamquantError(
             "not a Hugging Face checkpoint", where=str(folder), found="no config.json", required="config.json"
@@ -163,12 +204,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / CONFIG, MAX_CONFIG)
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
-    """The weight map (tensor name -> file name), or None where the checkpoint is a single file."""
+def read_index(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The shards in their order and the weight map (tensor name -> file name), None for a checkpoint of one file.
+
+    Raises StreamquantError if there are no weights, or the index is not one or names a file elsewhere.
+    """
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE_FILE).is_file():
             raise _no_weights(folder)
-        return None
+        return [SINGLE_FILE], None
+    weight_map = read_weight_map(folder)
+    return sorted(set(weight_map.values())), weight_map
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, by the index of a folder, which is there. Raises StreamquantError as read_index."""
     weight_map = read_json_object(folder / INDEX).get("weight_map")
     where = f"{folder / INDEX}, weight_map"
     if not isinstance(weight_map, dict) or not weight_map:
@@ -203,9 +253,9 @@ def _no_weights(folder: Path) -> StreamquantError:
 
 
 def _add(
-    tensors: dict[str, SourceTensor], stored: StoredTensor, file: str, folder: Path, dtypes: Collection[str]
+    tensors: dict[str, SourceTensor], stored: StoredTensor, file: str, folder: str, dtypes: Collection[str]
 ) -> None:
-    where = f"{folder / file}, tensor {stored.name!r}"
+    where = f"{folder}/{file}, tensor {stored.name!r}"
     if stored.name in tensors:
         raise StreamquantError("tensor occurs twice", where=where, found=f"also in {tensors[stored.name].file}")
     if stored.dtype not in dtypes:
@@ -221,8 +271,8 @@ def _add(
     tensors[stored.name] = SourceTensor(stored.name, stored.dtype, stored.shape, file, stored.start, stored.stop)
 
 
-def _compare_with_index(weight_map: dict[str, str], tensors: dict[str, SourceTensor], folder: Path) -> None:
-    where = str(folder / INDEX)
+def _compare_with_index(weight_map: Mapping[str, str], tensors: dict[str, SourceTensor], folder: str) -> None:
+    where = f"{folder}/{INDEX}"
     for name, file in weight_map.items():
         if name not in tensors:
             raise StreamquantError(
@@ -239,7 +289,7 @@ def _compare_with_index(weight_map: dict[str, str], tensors: dict[str, SourceTen
         if name not in weight_map:
             raise StreamquantError(
                 "tensor of a shard is not in the index",
-                where=f"{folder / tensor.file}, tensor {name!r}",
+                where=f"{folder}/{tensor.file}, tensor {name!r}",
                 hint=f"shards and {INDEX} are of different versions; download both again",
             )
 
@@ -262,5 +312,10 @@ def _other_files(folder: Path, known: set[str]) -> tuple[tuple[str, ...], tuple[
 
 
 def _is_side_file(path: Path) -> bool:
-    holds_weights = path.suffix.lower() in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-    return path.is_file() and not holds_weights and path.stat().st_size <= MAX_SIDE_FILE
+    return path.is_file() and may_be_side_file(path.name, path.stat().st_size)
+
+
+def may_be_side_file(name: str, size: int) -> bool:
+    """Whether a file of this name and size belongs to a model and holds no weights."""
+    holds_weights = Path(name).suffix.lower() in WEIGHT_SUFFIXES or name.endswith(".index.json")
+    return not holds_weights and size <= MAX_SIDE_FILE

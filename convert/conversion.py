@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import CONFIG, INDEX, Checkpoint
+from convert.delivery import Delivery
 from convert.device import choose_device, inner_loop
 from convert.guard_template import bos_text, guard_side_file
-from convert.journal import Journal
+from convert.hub.repo import OnBytes, OnWait
+from convert.hub.source import fetch_side_files, pin, unpin
+from convert.hub.spool import Spool, spool_limit
+from convert.journal import WORK_FOLDER, Journal
 from convert.manifest import MANIFEST, is_complete, is_of_same_source, write_atomically, write_manifests
 from convert.plan import Options, Plan, VariantPlan, make_plan
+from convert.plan_report import Disk
 from convert.quantization_config import QuantizationConfigs
 from convert.recipe import Recipe
 from convert.stream import PARTIAL, Encode, explain, head_of, run
@@ -25,8 +30,35 @@ from convert.strict_json import read_json_object
 from quant.errors import StreamquantError, UsageError
 from quant.formats import FORMATS
 
+SPOOL = f"{WORK_FOLDER}/spool"
+"""Where shards of the Hub lie, below --out."""
 DISK_RESERVE = 64 * 1024 * 1024
 """Bytes beyond the plan: journal, tokenizer, manifests, and what the file system itself needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetching:
+    """How the shards of the Hub come; a local checkpoint needs none of it."""
+
+    spool_gib: float | None = None
+    """The most that may lie on the disk at a time; None: some shards."""
+    on_bytes: OnBytes = lambda _nbytes: None
+    """Gets the number of bytes just fetched, from other threads."""
+    on_wait: OnWait = lambda _what, _seconds: None
+    """Gets what failed, and the seconds until it is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """The arguments of `convert` that the work itself needs."""
+
+    jobs: int
+    encode: Encode
+    fetching: Fetching
+    delivery: Delivery | None
+    delivered_disk: int | None
+    on_start: Callable[[Plan], None]
+    on_progress: Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +81,28 @@ def convert(
     *,
     jobs: int,
     device: str = "cpu",
+    fetching: Fetching | None = None,
+    delivery: Delivery | None = None,
+    delivered_disk: int | None = None,
     on_start: Callable[[Plan], None] = lambda _plan: None,
     on_progress: Callable[[int], None] = lambda _nbytes: None,
 ) -> Conversion:
     """Make every variant below `out` from one read of the checkpoint.
 
-    `device` is one of `convert.device.DEVICES`; the bytes are the same on each. `on_start` gets the plan of what is
-    left to do, `on_progress` the number of source bytes just done, from worker threads. Raises UsageError or
-    StreamquantError; a repeated call goes on where this one stopped.
+    `device` is one of `convert.device.DEVICES`; the bytes are the same on each. `fetching` says how shards of the Hub
+    come. `delivery` takes finished files away; if it deletes them, `delivered_disk` is how many bytes of disk are
+    needed at most. `on_start` gets the plan of what is left to do, `on_progress` the number of source bytes just done,
+    from worker threads. Raises UsageError or StreamquantError; a repeated call goes on where this one stopped.
     """
     encode = inner_loop(choose_device(device))
+    job = _Job(jobs, encode, fetching or Fetching(), delivery, delivered_disk, on_start, on_progress)
     plan = make_plan(checkpoint, recipes, options)
     check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
     try:
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(Journal(out)) as journal:
-            rest, done = _what_is_left(plan, out, journal)
-            resumed = _convert(rest, out, journal, jobs, encode, on_start, on_progress) if rest else 0
+            rest, done = _what_is_left(plan, out, journal, delivery)
+            resumed = _convert(rest, out, journal, job) if rest else 0
             if rest is not None or _is_finished(plan, journal):
                 journal.remove()
     except OSError as error:
@@ -88,12 +125,16 @@ def check_output_folder(checkpoint: Checkpoint, out: Path, folders: Iterable[str
             )
 
 
-def check_disk(plan: Plan, out: Path) -> None:
-    """Raise StreamquantError if the disk of `out` cannot hold the plan. Looks at the nearest folder that exists."""
+def check_disk(plan: Plan, out: Path, spool: int = 0, delivered_disk: int | None = None) -> None:
+    """Raise StreamquantError if the disk of `out` cannot hold the plan. Looks at the nearest folder that exists.
+
+    `spool` bytes of shards lie beside the files; `delivered_disk` replaces the sum of both where files do not stay.
+    """
     existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     present = sum(_allocated(out / file.path) for file in plan.files)
+    present += sum(path.stat().st_blocks * 512 for path in (out / SPOOL).glob("*") if path.is_file())
     free = shutil.disk_usage(existing).free
-    needed = plan.nbytes - present + DISK_RESERVE
+    needed = (plan.nbytes + spool if delivered_disk is None else delivered_disk) - present + DISK_RESERVE
     if free < needed:
         raise StreamquantError(
             "not enough disk space",
@@ -104,6 +145,12 @@ def check_disk(plan: Plan, out: Path) -> None:
         )
 
 
+def disk_of(plan: Plan, spool_gib: float | None = None) -> Disk:
+    """What a run of the plan takes on the disk at most. Raises UsageError for a spool smaller than a shard."""
+    spool = spool_limit(plan.checkpoint, spool_gib) if plan.checkpoint.remote else 0
+    return Disk(plan.nbytes + spool, spool)
+
+
 def _allocated(final: Path) -> int:
     """Bytes that a file of an earlier run already takes on the disk."""
     for path in (final, final.with_name(final.name + PARTIAL)):
@@ -112,14 +159,16 @@ def _allocated(final: Path) -> int:
     return 0
 
 
-def _what_is_left(plan: Plan, out: Path, journal: Journal) -> tuple[Plan | None, tuple[str, ...]]:
+def _what_is_left(
+    plan: Plan, out: Path, journal: Journal, delivery: Delivery | None
+) -> tuple[Plan | None, tuple[str, ...]]:
     """The plan without the variants that are complete (None: all are), and their names.
 
     An unfinished run of the whole plan is resumed as a whole: some of its manifests may be written already.
     """
     if (head := journal.head()) is not None and head.fingerprint == plan.fingerprint:
         return plan, ()
-    done = tuple(variant.recipe.spec for variant in plan.variants if is_complete(out, plan, variant))
+    done = tuple(variant.recipe.spec for variant in plan.variants if is_complete(out, plan, variant, delivery))
     recipes = [variant.recipe for variant in plan.variants if variant.recipe.spec not in done]
     if not done:
         return plan, ()
@@ -132,27 +181,47 @@ def _is_finished(plan: Plan, journal: Journal) -> bool:
     return head is None or head.variants.items() <= head_of(plan).variants.items()
 
 
-def _convert(
-    plan: Plan,
-    out: Path,
-    journal: Journal,
-    jobs: int,
-    encode: Encode,
-    on_start: Callable[[Plan], None],
-    on_progress: Callable[[int], None],
-) -> int:
+def _convert(plan: Plan, out: Path, journal: Journal, job: _Job) -> int:
     if journal.head() is None:
         _check_folders_are_ours(plan, out)
-    check_disk(plan, out)
+    spool = _make_spool(plan, out, job.fetching)
+    check_disk(plan, out, spool.limit if spool is not None else 0, job.delivered_disk)
     schemes = [variant.recipe.scheme for variant in plan.variants if variant.recipe.scheme is not None]
-    with contextlib.closing(QuantizationConfigs(schemes)) as configs:
-        on_start(plan)
-        written = run(plan, out, journal, jobs=jobs, on_progress=on_progress, encode=encode)
+    if schemes:
+        fetch_side_files(plan.checkpoint)
+    with contextlib.ExitStack() as stack:
+        if spool is not None:
+            stack.enter_context(contextlib.closing(spool))
+        configs = stack.enter_context(contextlib.closing(QuantizationConfigs(schemes)))
+        job.on_start(plan)
+        written = run(
+            plan,
+            out,
+            journal,
+            jobs=job.jobs,
+            on_progress=job.on_progress,
+            encode=job.encode,
+            shards=spool,
+            delivery=job.delivery,
+        )
         for variant in plan.variants:
             if variant.recipe.scheme is not None:
                 _write_checkpoint_files(plan, variant, out, configs)
     write_manifests(out, plan, written)
+    if spool is not None:
+        spool.remove()
+        unpin(out)
     return written.resumed_chunks
+
+
+def _make_spool(plan: Plan, out: Path, fetching: Fetching) -> Spool | None:
+    """The way of the shards of the Hub, with the commit pinned for as long as this run is unfinished."""
+    checkpoint = plan.checkpoint
+    if not checkpoint.remote or checkpoint.hub is None:
+        return None
+    limit = spool_limit(checkpoint, fetching.spool_gib)
+    pin(out, checkpoint.hub)
+    return Spool(checkpoint, out / SPOOL, limit, on_bytes=fetching.on_bytes, on_wait=fetching.on_wait)
 
 
 def _check_folders_are_ours(plan: Plan, out: Path) -> None:
@@ -166,7 +235,7 @@ def _check_folders_are_ours(plan: Plan, out: Path) -> None:
             raise StreamquantError(
                 "the output folder holds variants of another source",
                 where=str(folder / MANIFEST),
-                required=f"variants of {plan.checkpoint.folder} alone",
+                required=f"variants of {plan.checkpoint.hub or plan.checkpoint.folder} alone",
                 hint="choose another --out or --name, or move the folder away",
             )
         if variant.recipe.container == "safetensors" and folder.exists():

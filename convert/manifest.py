@@ -11,6 +11,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from convert.delivery import Delivery
 from convert.plan import OutputTensor, Plan, VariantPlan
 from convert.stream import Written
 from convert.strict_json import read_json_object
@@ -57,15 +58,23 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
     return False
 
 
-def is_complete(out: Path, plan: Plan, variant: VariantPlan) -> bool:
-    """Whether an earlier run made exactly this variant and its files are still there, by manifest and size."""
+def is_complete(out: Path, plan: Plan, variant: VariantPlan, delivery: Delivery | None = None) -> bool:
+    """Whether an earlier run made exactly this variant and its files are still there, by manifest and size, or were
+    delivered."""
     manifest = read_manifest(out / variant.folder)
     entry = manifest["variants"].get(variant.recipe.spec) if manifest else None
     if not entry or entry.get("fingerprint") != plan.variant_fingerprint(variant):
         return False
-    sizes = {index: plan.files[index].size for index in variant.files}
-    paths = {index: out / plan.files[index].path for index in variant.files}
-    return all(paths[index].is_file() and paths[index].stat().st_size == size for index, size in sizes.items())
+    listed = {file["path"]: file["sha256"] for file in entry["files"]}
+    for index in variant.files:
+        file = plan.files[index]
+        path = out / file.path
+        if path.is_file() and path.stat().st_size == file.size:
+            continue
+        sha256 = listed.get(_within(variant, file.path))
+        if path.exists() or delivery is None or sha256 is None or not delivery.has(file.path, file.size, sha256):
+            return False
+    return True
 
 
 def is_of_same_source(folder: Path, plan: Plan) -> bool:
@@ -97,8 +106,10 @@ def write_manifests(out: Path, plan: Plan, written: Written) -> None:
 
 
 def _source(plan: Plan, written: Written) -> dict[str, Any]:
+    hub = plan.checkpoint.hub
     return {
         "name": plan.checkpoint.name,
+        **({"repo": hub.name, "revision": hub.commit} if hub is not None else {}),
         "architecture": plan.model.hf_architecture,
         "parameters": plan.checkpoint.parameter_count,
         "files": [

@@ -213,7 +213,7 @@ class Plan:
 
     def variant_fingerprint(self, variant: VariantPlan) -> str:
         """A hash of the source and of every address of one variant, whatever else the plan makes."""
-        source = [[f.name, f.size, f.mtime_ns, f.header_sha256] for f in self.checkpoint.files]
+        source = [file.identity for file in self.checkpoint.files]
         files = []
         for index in variant.files:
             file = self.files[index]

@@ -1,5 +1,6 @@
 """A plan for people (rich tables) and for programs (JSON)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -23,8 +24,27 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def plan_json(plan: Plan, jobs: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """The most bytes that a run takes on the disk."""
+
+    peak: int
+    """Files, and shards on their way."""
+    spool: int = 0
+    """Of these, room for shards of the Hub."""
+    delivered: bool = False
+    """Whether finished files go away while the rest is made."""
+
+    def __str__(self) -> str:
+        parts = [f"{human_bytes(self.spool)} of it for shards on their way"] if self.spool else []
+        parts += ["files go as they are uploaded"] if self.delivered else []
+        return human_bytes(self.peak) + (f" ({', '.join(parts)})" if parts else "")
+
+
+def plan_json(plan: Plan, jobs: int, disk: Disk | None = None) -> dict[str, Any]:
     """The whole plan as JSON: every file with its size, every tensor with its format, reason and address."""
+    hub = plan.checkpoint.hub
+    disk = disk or Disk(plan.nbytes)
     return {
         "model": plan.name,
         "architecture": plan.model.hf_architecture,
@@ -32,8 +52,10 @@ def plan_json(plan: Plan, jobs: int) -> dict[str, Any]:
             "files": [{"path": file.name, "size": file.size} for file in plan.checkpoint.files],
             "parameters": plan.checkpoint.parameter_count,
             "bytes": plan.checkpoint.nbytes,
+            **({"repo": hub.name, "revision": hub.revision, "commit": hub.commit} if hub is not None else {}),
         },
-        "disk_bytes": plan.nbytes,
+        "disk_bytes": disk.peak,
+        "spool_bytes": disk.spool,
         "memory_bytes": plan.memory_bytes(jobs),
         "jobs": jobs,
         "chunks": len(plan.chunks),
@@ -81,7 +103,7 @@ def _tensor_json(plan: Plan, tensor: OutputTensor) -> dict[str, Any]:
     }
 
 
-def plan_view(plan: Plan, jobs: int, *, tensors: bool = False) -> RenderableType:
+def plan_view(plan: Plan, jobs: int, disk: Disk | None = None, *, tensors: bool = False) -> RenderableType:
     """What a user reads before a conversion: files and sizes, formats and reasons, notes, disk and memory."""
     source = plan.checkpoint
     title = Text.assemble(
@@ -89,12 +111,15 @@ def plan_view(plan: Plan, jobs: int, *, tensors: bool = False) -> RenderableType
         f"  {plan.model.hf_architecture}, {source.parameter_count:,} weights, {human_bytes(source.nbytes)}"
         f" in {len(source.files)} file{'s' if len(source.files) > 1 else ''}",
     )
+    if source.hub is not None:
+        title.append(f"\n{source.hub.name}, revision {source.hub.revision}, commit {source.hub.commit}")
     parts: list[RenderableType] = [title, _variants_table(plan), _formats_table(plan)]
     if tensors:
         parts += [_tensors_table(variant) for variant in plan.variants]
     parts += [Text(f"note: {note}") for note in plan.notes]
     memory = human_bytes(plan.memory_bytes(jobs))
-    parts.append(Text(f"disk needed: {human_bytes(plan.nbytes)}; memory: about {memory} with {jobs} jobs"))
+    disk = disk or Disk(plan.nbytes)
+    parts.append(Text(f"disk needed: {disk}; memory: about {memory} with {jobs} jobs"))
     return Group(*parts)
 
 

@@ -53,13 +53,21 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], by
         size = found.st_size
         with path.open("rb") as file:
             prefix = file.read(8)
-            length = _header_length(prefix, size, where)
-            header = file.read(length)
+            data = prefix + file.read(header_length(prefix, size, where))
     except OSError as error:
         raise StreamquantError("cannot read a shard", where=where, found=error.strerror) from error
-    if len(header) != length:
+    return (*parse_header(data, size, where), data)
+
+
+def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Check the header of a file of `size` bytes, `data` with its length prefix: (tensors, `__metadata__`).
+
+    Raises StreamquantError as read_header does.
+    """
+    length = header_length(data[:8], size, where)
+    if len(data) != 8 + length:
         raise StreamquantError("file shrank while it was read", where=where, hint="is something still writing it?")
-    entries = parse_json(header, f"{where}, header")
+    entries = parse_json(data[8:], f"{where}, header")
     if not isinstance(entries, dict):
         raise StreamquantError("header is not a JSON object", where=where, found=type(entries).__name__)
     metadata = _check_metadata(entries.pop("__metadata__", {}), where)
@@ -67,7 +75,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], by
     tensors = [_check_entry(name, entry, begin, size, where) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_cover(tensors, begin, size, where)
-    return {tensor.name: tensor for tensor in tensors}, metadata, prefix + header
+    return {tensor.name: tensor for tensor in tensors}, metadata
 
 
 def write_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
@@ -86,7 +94,8 @@ def write_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metad
     return len(text).to_bytes(8, "little") + text
 
 
-def _header_length(prefix: bytes, size: int, where: str) -> int:
+def header_length(prefix: bytes, size: int, where: str) -> int:
+    """Bytes of JSON by the first 8 bytes of a file of `size` bytes. Raises StreamquantError if they cannot be."""
     if len(prefix) < 8:
         raise StreamquantError(
             "not a safetensors file", where=where, found=f"{size} bytes", required="at least 8 bytes"

@@ -14,12 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from convert.blocks import Piece, Scratch, encode_chunk, extents
-from convert.checkpoint import SourceFile
+from convert.delivery import Delivery
 from convert.hashing import READ_BYTES, Extent, FileHash, quick_hash
 from convert.journal import Head, Journal, Progress
 from convert.plan import Chunk, OutputFile, Plan
+from convert.shards import LocalShards, Shards
 from quant.errors import StreamquantError
 
 PARTIAL = ".partial"
@@ -55,22 +57,32 @@ def run(
     jobs: int,
     on_progress: Callable[[int], None],
     encode: Encode = encode_chunk,
+    shards: Shards | None = None,
+    delivery: Delivery | None = None,
 ) -> Written:
-    """Write all files of the plan below `out`; returns when they have their final names.
+    """Write all files of the plan below `out`; returns when they have their final names and are delivered.
 
-    `encode` is called from `jobs` threads at once; `on_progress` too, with the number of source bytes just done. Raises
-    StreamquantError for a bad weight, a changed source, a full disk; the first error stops all workers, what was done
-    stays in the journal. KeyboardInterrupt in the calling thread does the same.
+    `encode` is called from `jobs` threads at once; `on_progress` too, with the number of source bytes just done.
+    `shards` gives the bytes of the source (default: those of a local folder), `delivery` takes finished files away.
+    Raises StreamquantError for a bad weight, a changed source, a full disk; the first error stops all workers, what was
+    done stays in the journal. KeyboardInterrupt in the calling thread does the same.
     """
     progress = journal.open(head_of(plan))
     with contextlib.ExitStack() as stack:
-        work = _Run(plan, out, journal, progress, on_progress, encode, stack)
+        if shards is None:
+            shards = stack.enter_context(contextlib.closing(LocalShards(plan.checkpoint)))
+        work = _Run(plan, out, journal, progress, on_progress, encode, shards, delivery, stack)
         try:
             work.run(jobs)
-        except StreamquantError:
-            plan.checkpoint.check_unchanged()  # what looks like a bad weight may be a file that is being replaced
+            if delivery is not None:
+                delivery.finish()
+        except BaseException as error:
+            if delivery is not None:
+                delivery.stop()
+            if isinstance(error, StreamquantError):
+                shards.check_unchanged()  # what looks like a bad weight may be a file that is being replaced
             raise
-    plan.checkpoint.check_unchanged()
+        shards.check_unchanged()
     return work.written()
 
 
@@ -85,10 +97,13 @@ class _Run:
         progress: Progress,
         on_progress: Callable[[int], None],
         encode: Encode,
+        shards: Shards,
+        delivery: Delivery | None,
         stack: contextlib.ExitStack,
     ) -> None:
         self.plan, self.out, self.journal, self.on_progress = plan, out, journal, on_progress
         self._encode = encode
+        self.shards, self.delivery = shards, delivery
         self.known = progress.chunks
         self.resumed = 0
         self._lock = threading.Condition()
@@ -99,29 +114,40 @@ class _Run:
         self._error: BaseException | None = None
         self.finished = dict(progress.files)
         self.source_hashes = dict(progress.sources)
-        self.sources = {file.name: self._open_source(file, stack) for file in plan.checkpoint.files}
+        for file in plan.checkpoint.files:
+            if (sha256 := shards.sha256(file.name)) is not None:
+                self.source_hashes[file.name] = sha256
         self.outputs = [self._open_output(file, stack) for file in plan.files]
         self._make_hashes()
+        self._readers = self._count_readers()
+        wanted = {self._shard(number) for number in range(len(plan.chunks)) if number not in self.known}
+        shards.expect([f.name for f in plan.checkpoint.files if f.name in wanted or f.name not in self.source_hashes])
 
     # Opening
 
-    def _open_source(self, file: SourceFile, stack: contextlib.ExitStack) -> int:
-        path = self.plan.checkpoint.folder / file.name
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise StreamquantError("cannot read a shard", where=str(path), found=error.strerror) from error
-        stack.callback(os.close, descriptor)
-        return descriptor
+    def _shard(self, number: int) -> str:
+        """The source file of a chunk."""
+        return self.plan.matrices[self.plan.chunks[number].matrix].source.file
+
+    def _count_readers(self) -> dict[str, int]:
+        """Source file -> chunks, and a hash, that are still to read it."""
+        readers = {file.name: int(file.name not in self.source_hashes) for file in self.plan.checkpoint.files}
+        for number in range(len(self.plan.chunks)):
+            readers[self._shard(number)] += 1
+        return readers
 
     def _open_output(self, file: OutputFile, stack: contextlib.ExitStack) -> int | None:
         """A descriptor of the partial file with its literals in place; None if the file has its final name."""
         final = self.out / file.path
         partial = final.with_name(final.name + PARTIAL)
         if file.path in self.finished:
+            sha256 = self.finished[file.path]["sha256"]
             if not final.exists() and _has_size(partial, file.size):  # stopped between the journal and the rename
                 _rename(partial, final)
             if _has_size(final, file.size):
+                self._deliver(file, sha256)
+                return None
+            if not final.exists() and self.delivery is not None and self.delivery.has(file.path, file.size, sha256):
                 return None
             del self.finished[file.path]
         if final.exists():
@@ -143,7 +169,7 @@ class _Run:
     def _make_hashes(self) -> None:
         plan = self.plan
         file_extents: list[list[Extent]] = [[] for _ in plan.files]
-        source_extents: dict[str, list[Extent]] = {name: [] for name in self.sources}
+        source_extents: dict[str, list[Extent]] = {file.name: [] for file in plan.checkpoint.files}
         for number, chunk in enumerate(plan.chunks):
             for _, _, file, offset, nbytes in extents(plan, chunk):
                 file_extents[file].append(Extent(offset, offset + nbytes, number))
@@ -169,7 +195,7 @@ class _Run:
     def run(self, jobs: int) -> None:
         """Start the workers and wait for them."""
         with self._lock:
-            self._queue_hashes(range(len(self.plan.files)), self.sources)
+            self._queue_hashes(range(len(self.plan.files)), self.source_hash)
         threads = [threading.Thread(target=self._work, name=f"streamquant-{i}", daemon=True) for i in range(jobs)]
         for thread in threads:
             thread.start()
@@ -181,6 +207,7 @@ class _Run:
             with self._lock:
                 self._stop = True
                 self._lock.notify_all()
+            self.shards.stop()
             for thread in threads:
                 thread.join()
         if self._error is not None:
@@ -204,6 +231,7 @@ class _Run:
             self._error = self._error or error
             self._stop = True
             self._lock.notify_all()
+        self.shards.stop()
 
     def _next_task(self) -> Task | None:
         """Hashes first, while their bytes are in memory; then the next chunk; None when there is nothing left."""
@@ -233,6 +261,8 @@ class _Run:
         chunk = self.plan.chunks[number]
         matrix = self.plan.matrices[chunk.matrix]
         nbytes = (chunk.last - chunk.first) * ((matrix.source.stop - matrix.source.start) // matrix.rows)
+        if self.delivery is not None:
+            self.delivery.wait_for_room()
         if number in self.known and self._is_on_disk(number, scratch):
             self.resumed += 1
         else:
@@ -243,7 +273,16 @@ class _Run:
                 self.hashes[file].mark(number)
             self.source_hash[matrix.source.file].mark(number)
             self._queue_hashes(files, (matrix.source.file,))
+        self._has_read(matrix.source.file)
         self.on_progress(nbytes)
+
+    def _has_read(self, name: str) -> None:
+        """One reader less; without any the shard may go."""
+        with self._lock:
+            self._readers[name] -= 1
+            last = self._readers[name] == 0
+        if last:
+            self.shards.done(name)
 
     def _convert(self, number: int, scratch: Scratch) -> list[str]:
         """Encode and write a chunk; returns the hash of each run of bytes, "" for a file that was finished before."""
@@ -262,7 +301,7 @@ class _Run:
         chunk = self.plan.chunks[number]
         source = self.plan.matrices[chunk.matrix].source
         try:
-            for pieces in self._encode(self.plan, chunk, self.sources[source.file], wanted, scratch):
+            for pieces in self._encode(self.plan, chunk, self.shards.open(source.file), wanted, scratch):
                 if self._stop:
                     raise _Stopped
                 for piece in pieces:
@@ -314,12 +353,13 @@ class _Run:
         def task(_scratch: Scratch) -> None:
             file_hash = self.source_hash[name]
             try:
-                file_hash.hash(self.sources[name], stop)
+                file_hash.hash(self.shards.open(name), stop)
             except EOFError as error:
                 raise self._shrank(name) from error
             if file_hash.complete:
                 self.source_hashes[name] = file_hash.sha256()
                 self.journal.source(name, self.source_hashes[name])
+                self._has_read(name)
             with self._lock:
                 file_hash.busy = False
                 self._queue_hashes((), (name,))
@@ -330,18 +370,23 @@ class _Run:
         """All bytes are written and hashed: sync, record, rename, unless the source changed meanwhile."""
         path = self.plan.files[index].path
         os.fsync(descriptor)
-        self.plan.checkpoint.check_unchanged()
+        self.shards.check_unchanged()
         hashes = self.hashes[index].tensor_hashes()
-        record = {"sha256": self.hashes[index].sha256(), "tensors": hashes}
+        record: dict[str, Any] = {"sha256": self.hashes[index].sha256(), "tensors": hashes}
         self.journal.file(path, self.hashes[index].sha256(), hashes)
         final = self.out / path
         _rename(final.with_name(final.name + PARTIAL), final)
         self.finished[path] = record
+        self._deliver(self.plan.files[index], record["sha256"])
+
+    def _deliver(self, file: OutputFile, sha256: str) -> None:
+        if self.delivery is not None:
+            self.delivery.take(file.path, self.out / file.path, file.size, sha256)
 
     def _shrank(self, name: str) -> StreamquantError:
         return StreamquantError(
             "a source file became shorter while it was being read",
-            where=str(self.plan.checkpoint.folder / name),
+            where=self.plan.checkpoint.where(name),
             hint="fetch it again, remove the output folder, and convert again",
         )
 

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub as a source: headers by range, shards through a bounded folder."""

@@ -1,0 +1,258 @@
+"""A model repository of the Hugging Face Hub at one commit: its files, parts of them by range requests, whole ones.
+
+Everything goes through huggingface_hub's client: HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean
+there, shards come by xet where the Hub offers it. The token is sent to the endpoint's own host alone: the client and
+httpx drop it when they follow a redirect to another.
+"""
+
+import hashlib
+import logging
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quant.errors import StreamquantError, UsageError
+
+READ_BYTES = 4 * 1024 * 1024
+_SPEC = re.compile(r"(?P<name>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[^\s@]{1,200}))?", re.ASCII)
+MAIN = "main"
+OnBytes = Callable[[int], None]
+OnWait = Callable[[str, float], None]
+"""What failed, in words, and the seconds until it is tried again."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: somebody else failed first, or the user stopped the run
+    """The run ends; a download was given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file as the Hub lists it."""
+
+    path: str
+    size: int
+    sha256: str | None
+    """None for small files, which are in git itself."""
+    git_sha1: str | None
+    """The hash of git: of the file itself if there is no sha256, of a pointer otherwise."""
+
+    @property
+    def etag(self) -> str | None:
+        """The hash of the file's bytes: SHA-256, or git's where there is none."""
+        return self.sha256 or self.git_sha1
+
+
+@dataclass(frozen=True, slots=True)
+class HubRepo:
+    """A repository at one commit."""
+
+    name: str
+    """ORG/NAME as the Hub spells it."""
+    revision: str
+    """As it was asked for: a branch, a tag or a commit."""
+    commit: str
+    files: Mapping[str, HubFile]
+    endpoint: str
+    """The address of the Hub."""
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.commit[:12]}"
+
+    def file(self, path: str) -> HubFile:
+        """A file by its path. Raises StreamquantError if the repository does not have it."""
+        if path not in self.files:
+            raise StreamquantError("no such file in the repository", where=f"{self}/{path}")
+        return self.files[path]
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file, fewer if it ends before. Raises StreamquantError."""
+        from convert.hub.errors import ask
+
+        stop = min(stop, self.file(path).size)
+        return ask(lambda: self._range(path, start, stop), repo=str(self), what=f"reading the beginning of {path}")
+
+    def _range(self, path: str, start: int, stop: int) -> bytes:
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._http import get_session, hf_raise_for_status
+
+        from convert.hub.errors import DamagedBody
+
+        if start >= stop:
+            return b""
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+        url = hf_hub_url(self.name, path, revision=self.commit, endpoint=self.endpoint)
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+            hf_raise_for_status(response)
+            skip = 0 if response.status_code == 206 else start
+            data = bytearray()
+            for part in response.iter_bytes():
+                data += part
+                if len(data) >= skip + stop - start:
+                    break
+        if len(data) < skip + stop - start:
+            raise DamagedBody(f"{len(data)} bytes of {path} in place of {skip + stop - start}")
+        return bytes(data[skip : skip + stop - start])
+
+    def cached(self, path: str) -> Path | None:
+        """The file in the local cache of the Hub's client, if it is there."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.name, path, revision=self.commit)
+        return Path(found) if isinstance(found, str) else None
+
+    def download(self, path: str, folder: Path, on_bytes: OnBytes, stop: threading.Event) -> Path:
+        """Fetch a file into a folder with the Hub's client, once: (folder / path). Its bytes are not checked.
+
+        Raises what the client raises, and Stopped soon after `stop` is set.
+        """
+        from huggingface_hub import hf_hub_download
+
+        return Path(
+            hf_hub_download(
+                self.name,
+                path,
+                revision=self.commit,
+                local_dir=folder,
+                tqdm_class=_meter(on_bytes, stop),
+                endpoint=self.endpoint,
+            )
+        )
+
+    def check(self, path: str, local: Path, stop: threading.Event) -> None:
+        """Compare a local file with what the Hub says of it: size, and SHA-256 or git's hash.
+
+        Raises DamagedBody if it differs, Stopped soon after `stop` is set, OSError.
+        """
+        from convert.hub.errors import DamagedBody
+
+        file = self.file(path)
+        size = local.stat().st_size
+        if size != file.size:
+            raise DamagedBody(f"{path}: {size} bytes in place of {file.size}")
+        expected = file.etag
+        if expected is None:
+            return
+        found = _hash(local, file, stop)
+        if found != expected:
+            raise DamagedBody(f"{path}: a hash of {found[:12]}... in place of {expected[:12]}...")
+
+
+def _hash(local: Path, file: HubFile, stop: threading.Event) -> str:
+    """The SHA-256 of a file, or git's SHA-1 of it as a blob."""
+    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+    buffer = bytearray(READ_BYTES)
+    with local.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            if stop.is_set():
+                raise Stopped
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def _meter(on_bytes: OnBytes, stop: threading.Event) -> Any:
+    """A class in place of tqdm's, as the client wants it: counts bytes, and ends a download."""
+    from huggingface_hub.utils.tqdm import silent_tqdm
+
+    class Meter(silent_tqdm):
+        def update(self, n: float | None = 1) -> None:
+            if stop.is_set():
+                raise Stopped
+            on_bytes(int(n or 0))
+
+        def close(self) -> None:
+            pass
+
+        def set_description(self, *_arguments: object, **_more: object) -> None:
+            pass
+
+        set_description_str = set_postfix_str = refresh = set_description
+
+    return Meter
+
+
+def parse_spec(text: str) -> tuple[str, str] | None:
+    """ORG/NAME[@REVISION] -> (ORG/NAME, REVISION); None for what is something else.
+
+    >>> parse_spec("NousResearch/Hermes-4-14B"), parse_spec("NousResearch/Hermes-4-14B@refs/pr/1")
+    (('NousResearch/Hermes-4-14B', 'main'), ('NousResearch/Hermes-4-14B', 'refs/pr/1'))
+    >>> parse_spec("./Hermes-4-14B"), parse_spec("models/Hermes/4")
+    (None, None)
+    """
+    match = _SPEC.fullmatch(text)
+    if match is None or any(part.strip(".") == "" for part in match["name"].split("/")):
+        return None
+    return match["name"], match["revision"] or MAIN
+
+
+def open_repo(name: str, revision: str = MAIN, commit: str | None = None) -> HubRepo:
+    """Resolve a revision to its commit, once, and list the files there; in offline mode by the local cache.
+
+    `commit` is what the revision is known to have stood for.
+
+    Raises UsageError for a name that cannot be one, StreamquantError for everything that the Hub or the network says.
+    """
+    from huggingface_hub import HfApi, constants
+
+    from convert.hub.errors import ask
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what is tried again is told by us
+    if constants.is_offline_mode():
+        return _cached_repo(name, revision, commit)
+    api = HfApi(library_name="streamquant")
+    info = ask(
+        lambda: api.model_info(name, revision=commit or revision, files_metadata=True),
+        repo=f"{name}@{revision}",
+        what="listing the files",
+    )
+    if info.sha is None or re.fullmatch("[0-9a-f]{40}", info.sha) is None:
+        raise StreamquantError("the Hub names no commit", where=f"{name}@{revision}", found=repr(info.sha)[:100])
+    files = {}
+    for entry in info.siblings or []:
+        lfs = entry.lfs
+        if entry.size is None:
+            raise StreamquantError("the Hub lists a file without its size", where=f"{name}/{entry.rfilename!r}")
+        files[entry.rfilename] = HubFile(
+            entry.rfilename, entry.size, _hex(lfs.sha256 if lfs else None, 64), _hex(entry.blob_id, 40)
+        )
+    return HubRepo(info.id, revision, info.sha, files, api.endpoint)
+
+
+def _hex(text: object, length: int) -> str | None:
+    return text if isinstance(text, str) and len(text) == length and re.fullmatch("[0-9a-f]*", text) else None
+
+
+def _cached_repo(name: str, revision: str, commit: str | None) -> HubRepo:
+    """What the client's cache holds of a repository: the snapshot that a revision stood for when it was fetched."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=commit or revision)
+    if not isinstance(config, str):
+        raise StreamquantError(
+            "not in the local cache, and the Hub is switched off",
+            where=f"{name}@{revision}",
+            found="HF_HUB_OFFLINE=1",
+            hint="unset HF_HUB_OFFLINE, or fetch it first: hf download " + name,
+        )
+    snapshot = Path(config).parent
+    files = {}
+    for path in sorted(snapshot.rglob("*")):
+        if path.is_file():
+            blob = path.resolve().name  # in the cache a file is a link to a blob, which is named by its hash
+            relative = path.relative_to(snapshot).as_posix()
+            files[relative] = HubFile(relative, path.stat().st_size, _hex(blob, 64), _hex(blob, 40))
+    return HubRepo(name, revision, snapshot.name, files, constants.ENDPOINT)
+
+
+def check_spec(text: str) -> tuple[str, str]:
+    """parse_spec. Raises UsageError for what is not ORG/NAME[@REVISION]."""
+    found = parse_spec(text)
+    if found is None:
+        raise UsageError(
+            "not a model", where=text, required="the folder of a checkpoint, or ORG/NAME[@REVISION] on the Hub"
+        )
+    return found

@@ -1,0 +1,206 @@
+"""A checkpoint of the Hub: planned from the headers of its shards, a few MB, and from its small files."""
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from convert.checkpoint import (
+    CONFIG,
+    INDEX,
+    SIDE_FOLDERS,
+    SINGLE_FILE,
+    Checkpoint,
+    SourceFile,
+    collect_tensors,
+    may_be_side_file,
+    open_checkpoint,
+    read_config,
+    read_weight_map,
+)
+from convert.hub.repo import HubFile, HubRepo, check_spec, open_repo, parse_spec
+from convert.journal import WORK_FOLDER
+from convert.safetensors_file import StoredTensor, header_length, parse_header
+from quant.errors import StreamquantError
+
+FIRST_BYTES = 8 * 1024
+"""Bytes of a shard that are read at first: most headers are shorter. (191 shards of Hermes 4 405B: 1.6 MB.)"""
+REQUESTS = 16
+"""Headers that are read at once."""
+PLANNED = frozenset((".json", ".jinja", ".model", ".txt", ".md"))
+"""Suffixes of files that planning may read: config, tokenizer, templates, model card."""
+PIN = "source.json"
+
+
+def open_source(model: str, *, out: Path | None = None) -> Checkpoint:
+    """A checkpoint by what the user calls it: a folder, or ORG/NAME[@REVISION] on the Hub if there is no such folder.
+
+    An unfinished run in `out` has its commit pinned: the same revision is the same commit again. Raises UsageError and
+    StreamquantError.
+    """
+    folder = Path(model)
+    if folder.exists() or parse_spec(model) is None:
+        return open_checkpoint(folder)
+    name, revision = check_spec(model)
+    commit = pinned_commit(out, name, revision) if out is not None else None
+    return open_hub_checkpoint(open_repo(name, revision, commit))
+
+
+def open_hub_checkpoint(repo: HubRepo) -> Checkpoint:
+    """Read the config, the index and the headers of all shards of a repository; no weight.
+
+    Raises StreamquantError for everything in it that is missing or broken.
+    """
+    folder = side_folder(repo)
+    side, ignored = _other_files(repo)
+    planned = [name for name in (CONFIG, INDEX, *side) if name in repo.files and PurePosixPath(name).suffix in PLANNED]
+    _fetch(repo, planned, folder)
+    if CONFIG not in repo.files:
+        raise StreamquantError(
+            "not a Hugging Face checkpoint", where=str(repo), found="no config.json", required="config.json"
+        )
+    config = read_config(folder)
+    names, weight_map = _shards(repo, folder)
+    with ThreadPoolExecutor(REQUESTS, thread_name_prefix="headers") as pool:
+        headers = dict(zip(names, pool.map(lambda name: _read_header(repo, name), names), strict=True))
+    files = []
+    stored: dict[str, list[StoredTensor]] = {}
+    for name, data in headers.items():
+        file = repo.file(name)
+        stored[name] = list(parse_header(data, file.size, f"{repo}/{name}")[0].values())
+        files.append(SourceFile(name, file.size, 0, hashlib.sha256(data).hexdigest(), file.etag))
+    tensors = collect_tensors(stored, weight_map, str(repo))
+    return Checkpoint(folder, config, tuple(files), tensors, side, ignored, repo, remote=True)
+
+
+def fetch_side_files(checkpoint: Checkpoint) -> None:
+    """Fetch those side files that planning had no use for. Raises StreamquantError."""
+    if checkpoint.hub is not None and checkpoint.remote:
+        _fetch(checkpoint.hub, checkpoint.side_files, checkpoint.folder)
+
+
+def side_folder(repo: HubRepo) -> Path:
+    """Where the small files of a repository are kept: in the user's cache, in a folder with the model's name."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    organization, name = repo.name.split("/")
+    folder = base / "streamquant" / "hub" / f"{organization}--{name}" / repo.commit / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StreamquantError(
+            "cannot write to the cache", where=str(folder), found=error.strerror, hint="set XDG_CACHE_HOME"
+        ) from error
+    return folder
+
+
+def _fetch(repo: HubRepo, names: Sequence[str], folder: Path) -> None:
+    """Fetch files into the folder unless they are there already as the Hub lists them."""
+    with ThreadPoolExecutor(REQUESTS, thread_name_prefix="files") as pool:
+        list(pool.map(lambda name: _fetch_one(repo, name, folder), names))
+
+
+def _fetch_one(repo: HubRepo, name: str, folder: Path) -> None:
+    from convert.hub.errors import DamagedBody, ask
+
+    never = threading.Event()
+    local = folder / name
+
+    def fetch() -> None:
+        with contextlib.suppress(FileNotFoundError, DamagedBody):
+            repo.check(name, local, never)
+            return
+        local.unlink(missing_ok=True)  # the client would take its own word for a file that is there
+        repo.download(name, folder, lambda _nbytes: None, never)
+        repo.check(name, local, never)
+
+    ask(fetch, repo=str(repo), what=f"fetching {name}")
+
+
+def _shards(repo: HubRepo, folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The shards, in their order, and the index; all of them are in the repository."""
+    if INDEX not in repo.files:
+        if SINGLE_FILE not in repo.files:
+            weights = sorted(name for name in repo.files if name.endswith((".safetensors", ".bin", ".gguf")))
+            raise StreamquantError(
+                "no weights to convert",
+                where=str(repo),
+                found=", ".join(weights[:3]) or "no safetensors",
+                required=f"{SINGLE_FILE} or {INDEX}",
+                hint="streamquant starts from the unquantized checkpoint, in safetensors",
+            )
+        return [SINGLE_FILE], None
+    weight_map = read_weight_map(folder)
+    names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if name not in repo.files]:
+        raise StreamquantError(
+            "missing shard",
+            where=f"{repo}/{missing[0]}",
+            found=f"{len(missing)} of {len(names)} shards of the index are not in the repository",
+        )
+    return names, weight_map
+
+
+def _read_header(repo: HubRepo, name: str) -> bytes:
+    """The header of a shard with its length prefix, by one or two range requests."""
+    file, where = repo.file(name), f"{repo}/{name}"
+    data = repo.read_range(name, 0, FIRST_BYTES)
+    stop = 8 + header_length(data[:8], file.size, where)
+    return data[:stop] if stop <= len(data) else data + repo.read_range(name, len(data), stop)
+
+
+def _other_files(repo: HubRepo) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """As of a folder: (side files that come along, files and folders that do not)."""
+    side: list[str] = []
+    ignored: set[str] = set()
+    for name, file in sorted(repo.files.items()):
+        top, _, rest = name.partition("/")
+        if name in (CONFIG, INDEX) or top.startswith(".") or name.endswith(".safetensors"):
+            continue
+        if _is_side_file(file, top, rest):
+            side.append(name)
+        else:
+            ignored.add(f"{top}/" if rest else name)
+    return tuple(side), tuple(sorted(ignored))
+
+
+def _is_side_file(file: HubFile, top: str, rest: str) -> bool:
+    plain = top not in ("", ".", "..") and file.path.isprintable() and "\\" not in file.path
+    if rest:
+        plain = plain and top in SIDE_FOLDERS and "/" not in rest and rest not in ("", ".", "..")
+    return plain and may_be_side_file(rest or top, file.size)
+
+
+# The commit of an unfinished run
+
+
+def pin(out: Path, repo: HubRepo) -> None:
+    """Remember in the work folder of a run which commit it converts. Raises OSError."""
+    record = {"repo": repo.name, "revision": repo.revision, "commit": repo.commit}
+    path = out / WORK_FOLDER / PIN
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record))
+    partial.replace(path)
+
+
+def unpin(out: Path) -> None:
+    """The run is complete: forget its commit."""
+    (out / WORK_FOLDER / PIN).unlink(missing_ok=True)
+
+
+def pinned_commit(out: Path, name: str, revision: str) -> str | None:
+    """The commit that the unfinished run in `out` began with, if it is of the same repository and revision."""
+    folder = out / WORK_FOLDER
+    if not (folder / "journal.jsonl").is_file():
+        return None
+    try:
+        record = json.loads((folder / PIN).read_bytes())
+    except (OSError, ValueError):
+        return None
+    match record:
+        case {"repo": str(repo), "revision": str(asked), "commit": str(commit)}:
+            return commit if (repo.lower(), asked) == (name.lower(), revision) else None
+    return None
