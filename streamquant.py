@@ -9,6 +9,7 @@ import json
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,7 +38,7 @@ from convert.imatrix import ImportanceMatrix, read_imatrix
 from convert.manifest import versions, write_atomically
 from convert.overrides import Overrides, parse_rule, parse_type, read_rules
 from convert.plan import Options, Plan, make_plan
-from convert.plan_report import human_bytes, plan_json, plan_view
+from convert.plan_report import Disk, human_bytes, plan_json, plan_view
 from convert.recipe import RECIPES, Recipe, parse_variants
 from convert.recipe_extract import extract_recipe
 from convert.recipe_file import read_recipe
@@ -50,6 +51,8 @@ from validate.verify import bytes_to_verify, verify
 from validate.verify_report import inspect_json, inspect_view, verify_json, verify_view
 
 if TYPE_CHECKING:
+    from publish.push import Pushed
+    from publish.streaming import EarlyPush
     from validate.forward import Setting
 
 app = typer.Typer(
@@ -170,6 +173,9 @@ def plan_command(
     leave_output_tensor: LeaveOutputTensor = False,
     guard_template: GuardTemplate = False,
     spool_gib: SpoolGib = None,
+    delete_after_upload: Annotated[
+        bool, typer.Option("--delete-after-upload", help="Give the disk that convert --push needs with this option.")
+    ] = False,
     device: Device = "auto",
     jobs: Jobs = None,
     as_json: AsJson = False,
@@ -198,11 +204,11 @@ def plan_command(
     )
     checkpoint = open_source(model, out=out)
     plan = with_notes(make_plan(checkpoint, recipes, options), choose_device(device))
-    disk = disk_of(plan, spool_gib)
+    jobs = jobs or default_jobs()
+    disk = _disk(plan, spool_gib, jobs, delete_after_upload)
     if out is not None:
         check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
-        check_disk(plan, out, disk.spool)
-    jobs = jobs or default_jobs()
+        check_disk(plan, out, disk)
     _print(plan_json(plan, jobs, disk) if as_json else plan_view(plan, jobs, disk, tensors=tensors))
 
 
@@ -228,6 +234,22 @@ def convert_command(
     leave_output_tensor: LeaveOutputTensor = False,
     guard_template: GuardTemplate = False,
     spool_gib: SpoolGib = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Upload each file as soon as it is finished, to ORG/NAME-GGUF and so on. Needs --private or "
+            "--without-report: there is no report yet.",
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: to private repositories.")] = False,
+    without_report: Annotated[
+        bool, typer.Option("--without-report", help="With --push: publish what nobody has measured; the card says so.")
+    ] = False,
+    push_revision: Annotated[str | None, typer.Option(help="With --push: the branch. Default: main.")] = None,
+    delete_after_upload: Annotated[
+        bool, typer.Option("--delete-after-upload", help="With --push: delete each file when the Hub holds it.")
+    ] = False,
     device: Device = "auto",
     jobs: Jobs = None,
 ) -> None:
@@ -242,6 +264,9 @@ def convert_command(
     `streamquant convert Hermes-4-14B --to fp8-dynamic --to gguf:BF16,Q8_0,Q4_0 --split-max-size 40G --out variants`
 
     `streamquant convert NousResearch/Hermes-4-405B@main --to gguf:Q4_K_M --spool-gib 60 --out variants`
+
+    `streamquant convert NousResearch/Hermes-4-405B --to fp8-dynamic --out variants --push ORG/Hermes-4-405B --private
+    --delete-after-upload`
     """
     recipes = _recipes(to, recipe)
     overrides = _overrides(
@@ -254,33 +279,38 @@ def convert_command(
         overrides=overrides,
         guard_template=guard_template,
     )
-    chosen = choose_device(device)
+    where = _early_push(push, private, without_report, push_revision, delete_after_upload)
+    chosen, workers = choose_device(device), jobs or default_jobs()
     checkpoint = open_source(model, out=out)
     with _progress("converting") as bar:
 
         def start(plan: Plan) -> None:
             bar.total(sum(m.source.stop - m.source.start for m in plan.matrices))
             if error_console.is_terminal:
-                view = plan_view(with_notes(plan, chosen), jobs or default_jobs(), disk_of(plan, spool_gib))
-                error_console.print(view)
+                disk = _disk(plan, spool_gib, workers, delete_after_upload)
+                error_console.print(plan_view(with_notes(plan, chosen), workers, disk))
 
-        done = convert(
-            checkpoint,
-            recipes,
-            out,
-            options,
-            jobs=jobs or default_jobs(),
-            device=chosen,
-            fetching=Fetching(spool_gib, bar.fetched, _say_waiting),
-            on_start=start,
-            on_progress=bar.advance,
-        )
+        how: Any = {
+            "jobs": workers,
+            "device": chosen,
+            "fetching": Fetching(spool_gib, bar.fetched, _say_waiting),
+            "on_start": start,
+            "on_progress": bar.advance,
+        }
+        pushed: Sequence[Pushed] = ()
+        if where is None:
+            done = convert(checkpoint, recipes, out, options, **how)
+        else:
+            from publish.streaming import convert_and_push
+
+            done, pushed = convert_and_push(checkpoint, recipes, out, options, where, on_upload=bar.uploaded, **how)
     for variant in done.plan.variants:
         state = "was done already" if variant.recipe.spec in done.already_done else "done"
         size = human_bytes(done.plan.variant_bytes(variant))
         out_console.print(f"{variant.recipe.spec}: {state}, {size} in {out / variant.folder}", highlight=False)
     if done.resumed_chunks:
         out_console.print(f"resumed: {done.resumed_chunks} of {len(done.plan.chunks)} chunks were written before")
+    _say_pushed(pushed)
 
 
 @app.command("inspect")
@@ -528,7 +558,7 @@ def push_command(
     `streamquant push variants --repo ORG/Hermes-4-14B`
     """
     from publish.push import Wish, push
-    from publish.push_report import push_view, summary
+    from publish.push_report import push_view
 
     wish = Wish(private, revision, create_pr, without_report, commit_message)
     with _progress("uploading") as bar:
@@ -539,10 +569,7 @@ def push_command(
     if dry_run:
         _print(push_view(pushed))
         return
-    for one in pushed:
-        for note in one.notes:
-            error_console.print(f"note: {note}", markup=False, highlight=False)
-        out_console.print(summary(one), markup=False, highlight=False)
+    _say_pushed(pushed)
 
 
 @app.command("card")
@@ -706,6 +733,35 @@ def _size(option: str, text: str | None) -> int | None:
     return int(match[1]) * int(1000**exponent)
 
 
+def _early_push(
+    repo: str | None, private: bool, without_report: bool, revision: str | None, delete: bool
+) -> "EarlyPush | None":
+    """What --push and its options ask for."""
+    if repo is None and not (private or without_report or revision or delete):
+        return None
+    from publish.streaming import early_push
+
+    return early_push(repo, private=private, without_report=without_report, revision=revision, delete=delete)
+
+
+def _disk(plan: Plan, spool_gib: float | None, jobs: int, delete_after_upload: bool) -> Disk:
+    if not delete_after_upload:
+        return disk_of(plan, spool_gib)
+    from publish.streaming import disk_with_delivery
+
+    return disk_with_delivery(plan, spool_gib, jobs, delete=True)
+
+
+def _say_pushed(pushed: "Sequence[Pushed]") -> None:
+    """A line for each repository, and what there is to know."""
+    for one in pushed:
+        from publish.push_report import summary
+
+        for note in one.notes:
+            error_console.print(f"note: {note}", markup=False, highlight=False)
+        out_console.print(summary(one), markup=False, highlight=False)
+
+
 def _say_waiting(what: str, seconds: float) -> None:
     error_console.print(f"{what}; again in {seconds:.0f} s", markup=False, highlight=False)
 
@@ -723,7 +779,8 @@ class _Bar:
     def __init__(self, progress: Progress, what: str) -> None:
         self._progress = progress
         self._task = progress.add_task(what, total=None)
-        self._fetching: TaskID | None = None
+        self._others: dict[str, TaskID] = {}
+        self._lock = threading.Lock()
 
     def total(self, nbytes: int) -> None:
         self._progress.update(self._task, total=nbytes)
@@ -733,9 +790,17 @@ class _Bar:
 
     def fetched(self, nbytes: int) -> None:
         """Bytes from the Hub: a bar of its own, as soon as there are some."""
-        if self._fetching is None:
-            self._fetching = self._progress.add_task("fetching", total=None)
-        self._progress.advance(self._fetching, nbytes)
+        self._more("fetching", nbytes)
+
+    def uploaded(self, nbytes: int) -> None:
+        """Bytes to the Hub, the same."""
+        self._more("uploading", nbytes)
+
+    def _more(self, what: str, nbytes: int) -> None:
+        with self._lock:
+            if what not in self._others:
+                self._others[what] = self._progress.add_task(what, total=None)
+        self._progress.advance(self._others[what], nbytes)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class _Job:
     encode: Encode
     fetching: Fetching
     delivery: Delivery | None
-    delivered_disk: int | None
+    disk: Disk | None
     on_start: Callable[[Plan], None]
     on_progress: Callable[[int], None]
 
@@ -83,19 +83,19 @@ def convert(
     device: str = "cpu",
     fetching: Fetching | None = None,
     delivery: Delivery | None = None,
-    delivered_disk: int | None = None,
+    disk: Disk | None = None,
     on_start: Callable[[Plan], None] = lambda _plan: None,
     on_progress: Callable[[int], None] = lambda _nbytes: None,
 ) -> Conversion:
     """Make every variant below `out` from one read of the checkpoint.
 
     `device` is one of `convert.device.DEVICES`; the bytes are the same on each. `fetching` says how shards of the Hub
-    come. `delivery` takes finished files away; if it deletes them, `delivered_disk` is how many bytes of disk are
-    needed at most. `on_start` gets the plan of what is left to do, `on_progress` the number of source bytes just done,
-    from worker threads. Raises UsageError or StreamquantError; a repeated call goes on where this one stopped.
+    come. `delivery` takes finished files away; `disk` is what is needed then, if it is not all files and the spool.
+    `on_start` gets the plan of what is left to do, `on_progress` the number of source bytes just done, from worker
+    threads. Raises UsageError or StreamquantError; a repeated call goes on where this one stopped.
     """
     encode = inner_loop(choose_device(device))
-    job = _Job(jobs, encode, fetching or Fetching(), delivery, delivered_disk, on_start, on_progress)
+    job = _Job(jobs, encode, fetching or Fetching(), delivery, disk, on_start, on_progress)
     plan = make_plan(checkpoint, recipes, options)
     check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
     try:
@@ -125,16 +125,16 @@ def check_output_folder(checkpoint: Checkpoint, out: Path, folders: Iterable[str
             )
 
 
-def check_disk(plan: Plan, out: Path, spool: int = 0, delivered_disk: int | None = None) -> None:
+def check_disk(plan: Plan, out: Path, disk: Disk | None = None) -> None:
     """Raise StreamquantError if the disk of `out` cannot hold the plan. Looks at the nearest folder that exists.
 
-    `spool` bytes of shards lie beside the files; `delivered_disk` replaces the sum of both where files do not stay.
+    `disk` is what the run takes at most (default: all files), of which what is there already is not needed again.
     """
     existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     present = sum(_allocated(out / file.path) for file in plan.files)
     present += sum(path.stat().st_blocks * 512 for path in (out / SPOOL).glob("*") if path.is_file())
     free = shutil.disk_usage(existing).free
-    needed = (plan.nbytes + spool if delivered_disk is None else delivered_disk) - present + DISK_RESERVE
+    needed = (disk or Disk(plan.nbytes)).peak - present + DISK_RESERVE
     if free < needed:
         raise StreamquantError(
             "not enough disk space",
@@ -185,7 +185,7 @@ def _convert(plan: Plan, out: Path, journal: Journal, job: _Job) -> int:
     if journal.head() is None:
         _check_folders_are_ours(plan, out)
     spool = _make_spool(plan, out, job.fetching)
-    check_disk(plan, out, spool.limit if spool is not None else 0, job.delivered_disk)
+    check_disk(plan, out, job.disk or disk_of(plan, job.fetching.spool_gib))
     schemes = [variant.recipe.scheme for variant in plan.variants if variant.recipe.scheme is not None]
     if schemes:
         fetch_side_files(plan.checkpoint)
