@@ -52,17 +52,21 @@ class RecipeFile:
 
 def read_recipe(path: Path) -> RecipeFile:
     """Read a recipe file. Raises UsageError if it cannot be read or breaks a rule."""
+    return parse_recipe(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> object:
+    """What a YAML file of bounded size holds, without repeated keys, anchors and tags. Raises UsageError."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise UsageError("file too large", where=str(path), required=f"at most {MAX_BYTES:,} bytes")
-        record = yaml.load(content.decode(), _Loader)
+        return yaml.load(content.decode(), _Loader)
     except OSError as error:
         raise UsageError("cannot read a file", where=str(path), found=error.strerror) from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UsageError("broken YAML", where=str(path), found=f"{error}"[:500] or "nested too deeply") from error
-    return parse_recipe(record, str(path))
 
 
 def parse_recipe(record: object, where: str) -> RecipeFile:

@@ -272,6 +272,12 @@ def _verify_source(
         for file in plan.files:
             # the folder may have been renamed since
             path = result.folder / file.path.removeprefix(f"{plan.variants[0].folder}/")
+            if path.stat().st_size != file.size:  # then all addresses are others
+                result.problems.append(
+                    f"{file.path}: {path.stat().st_size:,} bytes, of {source.folder} it would be {file.size:,}: the "
+                    f"header is another (model card, tokenizer, config, or the folder's name, which is the model's)"
+                )
+                return
             opened = stack.enter_context(path.open("rb"))
             outputs.append(opened.fileno())
             for offset, data in file.literals:

@@ -192,6 +192,14 @@ def test_source_of_another_model(out: Path, tmp_path: Path) -> None:
     assert "made of another source" in ran.out
 
 
+def test_source_of_another_name(made: tuple[Path, Path], out: Path, tmp_path: Path) -> None:
+    """The folder's name is in the header: with a longer one every address is another."""
+    renamed = shutil.copytree(made[0], tmp_path / ("Odd-" + "x" * 60))
+    ran = run("verify", out / FOLDER, "--source", renamed)
+    assert ran.code == 1
+    assert "the header is another" in ran.out
+
+
 def test_forged_manifest_is_found_with_the_source(made: tuple[Path, Path], out: Path) -> None:
     """Damage with matching hashes: only the source can tell."""
     import hashlib
