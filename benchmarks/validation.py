@@ -57,17 +57,25 @@ def validation(setting: Setting) -> Section:
     return section
 
 
-def measure(setting: Setting, job: str, **arguments: object) -> dict[str, list[float]]:
-    """Seconds of each contender of a job, by round."""
+Times = dict[str, list[list[float]]]
+
+
+def measure(setting: Setting, job: str, **arguments: object) -> Times:
+    """[seconds, CPU seconds] of each contender of a job, by round."""
     result = setting.work / f"{job}.json"
     command = [sys.executable, "-m", "benchmarks.validation", job, json.dumps({**arguments, "result": str(result)})]
     sample = run(Contender(job, command, [], {"PYTHONPATH": str(ROOT)}), setting.log)
     print(f"  {job}: {sample.wall:.0f} s (others took {sample.others:.0%} of the cores)", flush=True)
-    found: dict[str, list[float]] = json.loads(result.read_text())
+    found: Times = json.loads(result.read_text())
     return found
 
 
-def add_times(section: Section, times: Mapping[str, Mapping[str, list[float]]], chunks: int) -> None:
+def ratio_of(times: Times, name: str, base: str, unit: int) -> float:
+    """The median over the rounds of a contender's seconds (unit 0) or CPU seconds (1) over the other's."""
+    return median(a[unit] / b[unit] for a, b in zip(times[name], times[base], strict=True))
+
+
+def add_times(section: Section, times: Mapping[str, Times], chunks: int) -> None:
     """The three ratios."""
     tokens = chunks * CONTEXT
     pairs = (
@@ -77,18 +85,20 @@ def add_times(section: Section, times: Mapping[str, Mapping[str, list[float]]], 
     )
     rows = []
     for job, name, base, limit, what in pairs:
-        ratio = median(a / b for a, b in zip(times[job][name], times[job][base], strict=True))
-        section.targets.append(Target(what, f"<= {limit}x", f"{ratio:.2f}x", ratio <= limit))
-        for contender, seconds in times[job].items():
-            best = min(seconds)
-            rows.append([contender, f"{best:.1f}", f"{max(seconds):.1f}", f"{tokens / best:,.0f}"])
+        ratio, of_cpu = (ratio_of(times[job], name, base, unit) for unit in (0, 1))
+        found = f"{ratio:.2f}x; CPU seconds {of_cpu:.2f}x"
+        section.targets.append(Target(what, f"<= {limit}x", found, ratio <= limit))
+        for contender, rounds in times[job].items():
+            seconds = [wall for wall, _ in rounds]
+            best, cpu = min(seconds), min(cpu for _, cpu in rounds)
+            rows.append([contender, f"{best:.1f}", f"{max(seconds):.1f}", f"{cpu:.1f}", f"{tokens / best:,.0f}"])
     section.blocks += [
         f"SmolLM2-135M, {chunks} chunks of {CONTEXT} tokens of wikitext-2, {BATCH} chunks at a time, float32, all "
         "cores. Streamed times include reading and decoding every weight; the resident model is loaded before. Both "
         "make the logits of all tokens. The comparison makes those of the scored half, and all statistics; its "
         f"variants are {', '.join(VARIANTS)} with quantized activations emulated, and the error of every tensor. "
         "Ratios are the medians of the rounds.",
-        table(["contender", "best s", "longest s", "tokens/s"], rows),
+        table(["contender", "best s", "longest s", "least CPU s", "tokens/s"], rows),
     ]
 
 
@@ -116,15 +126,15 @@ def add_memory(section: Section, setting: Setting) -> None:
 # In a process of its own
 
 
-def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, A B A B ..., after one call of each on little that is not timed."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[list[float]]]:
+    """[seconds, CPU seconds] of each by round, A B A B ..., after one call of each on little that is not timed."""
+    found: dict[str, list[list[float]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             contender()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            found[name].append([time.perf_counter() - start, time.process_time() - cpu])
+    return found
 
 
 def main(job: str, arguments: dict[str, Any]) -> None:
