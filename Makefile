@@ -26,9 +26,10 @@ REPORT ?= report
 IMATRIX ?= imatrix.gguf
 MADE = $(wildcard $(OUT)/*-FP8-* $(OUT)/*-GGUF/*.gguf $(OUT)/*-GGUF/*/*-00001-of-*.gguf)
 need_text = $(if $(TEXT),,$(error TEXT= is missing: make $@ MODEL=path/to/checkpoint TEXT=path/to/text))
+need_repo = $(if $(REPO),,$(error REPO= is missing: make $@ OUT=folder REPO=ORG/MODEL))
 need_model = $(if $(MODEL),,$(error MODEL= is missing: make $@ MODEL=path/to/checkpoint OUT=folder))
 
-.PHONY: help setup llama-cpp demo test test-long check lint types fix plan convert fp8 gguf inspect verify validate imatrix report bench clean distclean
+.PHONY: help setup llama-cpp demo test test-long check lint types fix plan convert fp8 gguf inspect verify validate imatrix report card upload release bench clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -106,6 +107,15 @@ imatrix: $(READY) ## importance matrix of a model: MODEL= TEXT= [IMATRIX=]
 
 report: $(READY) ## render a report again from its report.json: [REPORT=]
 	$(BIN)/streamquant report $(REPORT)
+
+card: $(READY) ## model cards for the variants in OUT: OUT= [REPORT=] [REPO=ORG/MODEL] [BASE=ORG/MODEL] [MODEL=]
+	$(BIN)/streamquant card $(OUT) $(if $(wildcard $(REPORT)/report.json),--report $(REPORT)) $(if $(REPO),--repo $(REPO)) $(if $(BASE),--base-model $(BASE)) $(if $(wildcard $(MODEL)/config.json),--source $(MODEL))
+
+upload: $(READY) ## publish OUT on the Hub: OUT= REPO=ORG/MODEL [REPORT=] [PRIVATE=1] [PUSH_FLAGS=--dry-run]
+	$(need_repo)$(BIN)/streamquant push $(OUT) --repo $(REPO) $(if $(wildcard $(REPORT)/report.json),--report $(REPORT)) $(if $(PRIVATE),--private) $(PUSH_FLAGS)
+
+release: $(READY) ## the whole road in one file: RECIPE=release.yaml [RUN_FLAGS=--dry-run]
+	$(if $(RECIPE),,$(error RECIPE= is missing: make release RECIPE=examples/hermes-4-14b.yaml))$(BIN)/streamquant run $(RECIPE) $(RUN_FLAGS)
 
 bench: setup ## side by side with the peers, in one run; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks.run

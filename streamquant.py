@@ -33,6 +33,7 @@ from rich.progress import (
 from convert.checkpoint import open_checkpoint
 from convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
 from convert.device import choose_device, with_notes
+from convert.hub.repo import parse_spec
 from convert.hub.source import open_source
 from convert.imatrix import ImportanceMatrix, read_imatrix
 from convert.manifest import versions, write_atomically
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from publish.push import Pushed
     from publish.streaming import EarlyPush
     from validate.forward import Setting
+    from validate.variant import Variant
 
 app = typer.Typer(
     name="streamquant",
@@ -134,7 +136,11 @@ Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Worker th
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Tensors = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
 Original = Annotated[
-    Path, typer.Argument(help="The reference: folder of the BF16 checkpoint, or any variant taken as the reference.")
+    str,
+    typer.Argument(
+        help="The reference: folder of the BF16 checkpoint, ORG/NAME[@REVISION] on the Hub (fetched whole into the "
+        "local cache), or any variant taken as the reference."
+    ),
 ]
 Variants = Annotated[
     list[Path], typer.Argument(help="GGUF files (of a split, any file) and compressed-tensors folders, of any maker.")
@@ -333,7 +339,10 @@ def verify_command(
         Path, typer.Argument(help="A folder that convert wrote, or the --out folder that holds several.")
     ],
     source: Annotated[
-        Path | None, typer.Option(help="Also encode the source again and compare; prints the error (SQNR).")
+        str | None,
+        typer.Option(
+            help="Also encode the source again and compare; prints the error (SQNR). A folder, or ORG/NAME[@REVISION]."
+        ),
     ] = None,
     imatrix: Annotated[
         Path | None, typer.Option(help="The importance matrix that the variants were made with; --source needs it.")
@@ -344,7 +353,7 @@ def verify_command(
 
     Exit code 1 if anything differs. Example: `streamquant verify variants --source Hermes-4-14B`
     """
-    checkpoint = open_checkpoint(source) if source is not None else None
+    checkpoint = open_checkpoint(_weights(source)) if source is not None else None
     matrix = read_imatrix(imatrix) if imatrix is not None else None
     with _progress("verifying") as bar:
         bar.total(bytes_to_verify(folder, with_source=source is not None))
@@ -444,7 +453,7 @@ def validate_command(
         command=("streamquant", *sys.argv[1:]),
     )
     with _steps() as step:
-        report = validate(original, variants, job, step)
+        report = validate(_weights(original, step), variants, job, step)
         step("report", 0, 1)
         write_report(report, out)
         write_pages(report, out)
@@ -461,7 +470,9 @@ def validate_command(
 
 @app.command("imatrix")
 def imatrix_command(
-    model: Annotated[Path, typer.Argument(help="Folder of the checkpoint, or any variant of it.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of the checkpoint, ORG/NAME[@REVISION] on the Hub, or any variant of it.")
+    ],
     text: Texts,
     out: Annotated[
         Path, typer.Option(help="File to write, in llama.cpp's GGUF format; one that is there is continued.")
@@ -487,9 +498,9 @@ def imatrix_command(
     from validate.importance import write_importance
     from validate.variant import open_variant
 
-    variant = open_variant(model)
-    corpus = read_corpus(text, tokenizer or variant.path, context, chunks)
     with _steps() as step:
+        variant = open_variant(_weights(model, step))
+        corpus = read_corpus(text, tokenizer or variant.path, context, chunks)
         done = write_importance(
             variant,
             corpus,
@@ -513,7 +524,7 @@ def chat_check_command(original: Original, variants: Variants, as_json: AsJson =
     from validate.validation import chat_check
 
     with _steps() as step:
-        found = chat_check(original, variants, step)
+        found = chat_check(_without_weights(original), variants, step)
     _print(chat_json(*found) if as_json else chat_view(*found))
     if any(variant.errors for variant in found[0]):
         raise typer.Exit(GATE_FAILED)
@@ -647,6 +658,24 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print version
     if version:
         _print(versions())
         raise typer.Exit
+
+
+def _weights(model: str, step: Callable[[str, int, int], None] = lambda _what, _done, _total: None) -> Path:
+    """A local path of a model with all its weights; one on the Hub is fetched into the cache of the Hub's client."""
+    if Path(model).exists() or parse_spec(model) is None:
+        return Path(model)
+    from convert.hub.snapshot import fetch_snapshot
+
+    return fetch_snapshot(open_source(model), step, lambda text: error_console.print(text, markup=False))
+
+
+def _without_weights(model: str) -> "Variant":
+    """A model of which no weight will be read: of one on the Hub only small files and headers are fetched."""
+    from validate.variant import CheckpointVariant, open_variant
+
+    if Path(model).exists() or parse_spec(model) is None:
+        return open_variant(Path(model))
+    return CheckpointVariant(open_source(model))
 
 
 def _options(

@@ -105,6 +105,8 @@ def convert(
             resumed = _convert(rest, out, journal, job) if rest else 0
             if rest is not None or _is_finished(plan, journal):
                 journal.remove()
+                shutil.rmtree(out / SPOOL, ignore_errors=True)
+                unpin(out)
     except OSError as error:
         raise explain(error, out) from error
     return Conversion(plan, done, resumed)
@@ -184,6 +186,8 @@ def _is_finished(plan: Plan, journal: Journal) -> bool:
 def _convert(plan: Plan, out: Path, journal: Journal, job: _Job) -> int:
     if journal.head() is None:
         _check_folders_are_ours(plan, out)
+        if plan.checkpoint.remote and plan.checkpoint.hub is not None:
+            pin(out, plan.checkpoint.hub)  # for as long as this run is unfinished
     spool = _make_spool(plan, out, job.fetching)
     check_disk(plan, out, job.disk or disk_of(plan, job.fetching.spool_gib))
     schemes = [variant.recipe.scheme for variant in plan.variants if variant.recipe.scheme is not None]
@@ -210,17 +214,15 @@ def _convert(plan: Plan, out: Path, journal: Journal, job: _Job) -> int:
     write_manifests(out, plan, written)
     if spool is not None:
         spool.remove()
-        unpin(out)
     return written.resumed_chunks
 
 
 def _make_spool(plan: Plan, out: Path, fetching: Fetching) -> Spool | None:
-    """The way of the shards of the Hub, with the commit pinned for as long as this run is unfinished."""
+    """The way of the shards of the Hub; None for those of a folder."""
     checkpoint = plan.checkpoint
     if not checkpoint.remote or checkpoint.hub is None:
         return None
     limit = spool_limit(checkpoint, fetching.spool_gib)
-    pin(out, checkpoint.hub)
     return Spool(checkpoint, out / SPOOL, limit, on_bytes=fetching.on_bytes, on_wait=fetching.on_wait)
 
 

@@ -203,6 +203,9 @@ class _Run:
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.2)
+        except BaseException:
+            self._stop_delivery()
+            raise
         finally:
             with self._lock:
                 self._stop = True
@@ -232,6 +235,12 @@ class _Run:
             self._stop = True
             self._lock.notify_all()
         self.shards.stop()
+        self._stop_delivery()
+
+    def _stop_delivery(self) -> None:
+        """Workers that wait for room end as well."""
+        if self.delivery is not None:
+            self.delivery.stop()
 
     def _next_task(self) -> Task | None:
         """Hashes first, while their bytes are in memory; then the next chunk; None when there is nothing left."""

@@ -13,15 +13,17 @@ from convert.architectures.base import TensorKind
 from convert.checkpoint import CONFIG, INDEX, Checkpoint
 from convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
 from convert.device import choose_device
+from convert.hub.snapshot import cache_folder, check_cache, missing_bytes
 from convert.imatrix import ImportanceMatrix, read_imatrix
 from convert.manifest import MANIFEST, is_complete, read_manifest, write_atomically
 from convert.plan import Plan, VariantPlan
-from convert.plan_report import human_bytes
+from convert.plan_report import Disk, human_bytes
 from convert.stream import explain
 from publish.release_file import ImatrixStage
 from publish.release_state import sha256_of
 from publish.results import CARD, REPORT_FOLDER, read_folder
 from publish.road import Outcome, Road, Work
+from quant.errors import StreamquantError
 
 
 class PlanWork(Work):
@@ -32,20 +34,48 @@ class PlanWork(Work):
     def outcome(self) -> Outcome:
         """Always done; nothing is written."""
         plan, out = self.road.plan(imatrix_for_planning(self.road)), self.file.out
-        disk = disk_of(plan, self.file.spool_gib)
         check_output_folder(plan.checkpoint, out, [variant.folder for variant in plan.variants])
         notes = list(plan.notes)
         if self.file.push is not None:
             notes += self._check_push(plan)
         if not all(is_complete(out, plan, variant) for variant in plan.variants):
-            check_disk(plan, out, disk)
             self._check_texts()
+            notes += self._check_disk(plan)
         for note in notes:
             self.watch.on_note(note)
         sizes = ", ".join(f"{v.recipe.spec} {human_bytes(plan.variant_bytes(v))}" for v in plan.variants)
         memory = human_bytes(plan.memory_bytes(self.file.jobs or default_jobs()))
+        room = self._room_for_source(plan)
+        disk = human_bytes(plan.nbytes + room) + (f" ({human_bytes(room)} of it for the source)" if room else "")
         text = f"{sizes}; disk {disk}; memory about {memory}"
         return Outcome(self.name, "done", text)
+
+    def _room_for_source(self, plan: Plan) -> int:
+        """Bytes of a source of the Hub that lie on the disk: some shards, or all where a stage reads it as a whole."""
+        spool = disk_of(plan, self.file.spool_gib).spool
+        return max(spool, missing_bytes(plan.checkpoint)) if self._reads_all(plan) else spool
+
+    def _reads_all(self, plan: Plan) -> bool:
+        file = self.file
+        matrix = file.imatrix is not None and file.imatrix.file is None
+        verify = file.verify is not None and file.verify.source
+        return plan.checkpoint.remote and (matrix or verify or file.validate is not None)
+
+    def _check_disk(self, plan: Plan) -> Sequence[str]:
+        """Raise StreamquantError if a disk is too small; in a dry run say so."""
+        out = self.file.out
+        existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        try:
+            if self._reads_all(plan) and cache_folder().stat().st_dev != existing.stat().st_dev:
+                check_cache(plan.checkpoint)
+                check_disk(plan, out, disk_of(plan, self.file.spool_gib))
+            else:
+                check_disk(plan, out, Disk(plan.nbytes + self._room_for_source(plan)))
+        except StreamquantError as error:
+            if not self.road.dry_run:
+                raise
+            return [" ".join(str(error).split())]
+        return ()
 
     def _check_push(self, plan: Plan) -> Sequence[str]:
         """Hours before the push: is every file small enough, and is there a token? Returns remarks."""

@@ -10,9 +10,11 @@ from convert.hub.repo import OnBytes
 from convert.plan import Options, Plan, make_plan
 from convert.plan_report import Disk
 from convert.recipe import Recipe
+from publish.card import CardOptions, write_cards
 from publish.delivery import ROOM, check_early_push, deliver, peak_disk, plan_repositories
 from publish.limits import check_plan
-from publish.push import Pushed, Wish, push
+from publish.push import Pushed, Wish, card_is_stale, push
+from publish.results import read_folder
 from quant.errors import UsageError
 
 
@@ -100,9 +102,9 @@ def convert_and_push(
         on_progress=on_progress,
     )
     wish = Wish(where.private, where.revision, without_report=True)  # check_early_push has had its say
-    pushed = [
-        one
-        for folder, name in plan_repositories(plan, where.repo).items()
-        for one in push(out / folder, name, wish, on_bytes=on_upload, on_wait=fetching.on_wait)
-    ]
+    pushed: list[Pushed] = []
+    for folder, name in plan_repositories(plan, where.repo).items():
+        if card_is_stale(read_folder(out / folder), name):  # while the source is at hand, for what only it says
+            write_cards(out / folder, CardOptions(repo=name, source=checkpoint.folder))
+        pushed += push(out / folder, name, wish, on_bytes=on_upload, on_wait=fetching.on_wait)
     return done, tuple(pushed)

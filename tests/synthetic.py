@@ -302,20 +302,24 @@ def split(weights: list[Weight], shards: int) -> list[list[Weight]]:
 
 
 def write_shard(path: Path, weights: list[Weight], dtype: str, seed: int) -> None:
-    """Write one safetensors file, streaming: u64 header length, JSON header padded to 8 bytes, data without gaps."""
-    ordered = sorted(weights, key=lambda weight: weight.name)
+    """Write one safetensors file, streaming: its header, then the tensors in the order of their names, without gaps."""
+    with path.open("wb") as file:
+        file.write(shard_header(weights, dtype))
+        for weight in sorted(weights, key=lambda weight: weight.name):
+            write_values(file, weight, dtype, seed)
+
+
+def shard_header(weights: list[Weight], dtype: str) -> bytes:
+    """The header of a safetensors file: u64 length, JSON padded to 8 bytes; tensors in the order of their names."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for weight in ordered:
+    for weight in sorted(weights, key=lambda weight: weight.name):
         end = offset + weight.count * ITEM_BYTES[dtype]
         header[weight.name] = {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for weight in ordered:
-            write_values(file, weight, dtype, seed)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_values(file: BinaryIO, weight: Weight, dtype: str, seed: int) -> None:

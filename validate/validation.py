@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from quant.errors import StreamquantError, UsageError
 from validate.behaviour import BehaviourReport, compare_behaviour
-from validate.chat import ChatReport, compare_chat
+from validate.chat import ChatReport, compare_chat, folder_templates
 from validate.comparison import Comparison, NoiseKind, VariantResult, compare
 from validate.corpus import encode_plain, read_corpus, read_text, read_tokenizer
 from validate.engines.agreement import LENGTHS, EngineAgreement, engine_agreement, prompts_from
@@ -24,6 +24,7 @@ from validate.engines.engine import EngineFacts, Generation, Rendered, TemplateR
 from validate.engines.process import EngineProcess
 from validate.forward import Head, Lane, Setting, free_memory, run_layers
 from validate.gates import Gates, Measured, judge
+from validate.measured_files import MeasuredFile, measured_files, weight_files
 from validate.report.data import SCHEMA, NotRun, Report, VariantReport, this_machine
 from validate.sections import ANSWER_TOKENS, SKIPPABLE, Section
 from validate.template_lints import Lint, lint_checkpoint, lint_gguf
@@ -82,6 +83,7 @@ class _Subject:
 
     path: Path
     label: str
+    files: tuple[MeasuredFile, ...]
     variant: Variant | None = None
     problems: list[Problem] = field(default_factory=list)
     tokens: TokenReport | None = None
@@ -159,14 +161,13 @@ STAGES = {"layers": "layers", "head": "logits and divergence"}
 
 
 def chat_check(
-    original: Path, variants: Sequence[Path], on_progress: Progress = lambda _what, _done, _total: None
+    original: Variant, variants: Sequence[Path], on_progress: Progress = lambda _what, _done, _total: None
 ) -> tuple[tuple[VariantReport, ...], tuple[Lint, ...], tuple[NotRun, ...]]:
     """Tokens, chat templates and lints alone, of torture strings: no weight is read.
 
     Returns the variants, the original's lints, and what did not run. Raises what `validate` raises.
     """
-    base = open_variant(original)
-    state = _State(base, _open(variants), Job((), Setting()), on_progress)
+    state = _State(original, _open(variants), Job((), Setting()), on_progress)
     _check_tokenizers(state, {})
     return tuple(map(_variant_report, state.subjects)), state.original_lints or (), tuple(state.not_run)
 
@@ -202,12 +203,13 @@ def _open(paths: Sequence[Path]) -> list[_Subject]:
             raise UsageError("no such variant", where=str(path), required="a .gguf file or a checkpoint folder")
         try:
             variant = open_variant(path)
-            subjects.append(_Subject(path, variant.label, variant, list(variant.problems)))
+            measured = measured_files(variant.files)
+            subjects.append(_Subject(path, variant.label, measured, variant, list(variant.problems)))
         except UsageError:
             raise
         except StreamquantError as error:
             label = path.stem if path.suffix == ".gguf" else path.resolve().name
-            subjects.append(_Subject(path, label))
+            subjects.append(_Subject(path, label, measured_files(weight_files(path))))
             subjects[-1].unreadable(error)
     files = Counter(subject.file.resolve() for subject in subjects)
     if twice := [path for path, count in files.items() if count > 1]:
@@ -267,6 +269,9 @@ def _check_tokenizers(state: _State, texts: dict[str, list[str]]) -> None:
         for section in wanted:
             state.skip(section, "the original is a GGUF file: a checkpoint folder has the tokenizer to compare with")
         return
+    if "chat" in wanted and not folder_templates(state.original.path):
+        state.skip("chat", "the original has no chat template")
+        wanted = tuple(section for section in wanted if section != "chat")
     total, done = len(state.subjects) + 1, 0
     state.progress("tokens and chat templates", done, total)
     with ExitStack() as stack:
@@ -535,8 +540,8 @@ class _Remembering:
 
 def _variant_report(subject: _Subject) -> VariantReport:
     return VariantReport(
-        subject.label, str(subject.file), tuple(subject.problems), subject.tokens, subject.chat, subject.lints,
-        subject.engine, subject.behaviour,
+        subject.label, str(subject.file), subject.files, tuple(subject.problems), subject.tokens, subject.chat,
+        subject.lints, subject.engine, subject.behaviour,
     )  # fmt: skip
 
 
@@ -556,6 +561,7 @@ def _report(state: _State, comparison: Comparison) -> Report:
         versions=_versions(state, comparison),
         machine=this_machine(),
         comparison=comparison,
+        original_files=measured_files(state.original.files),
         variants=variants,
         original_lints=state.original_lints,
         not_run=tuple(state.not_run),

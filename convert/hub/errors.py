@@ -20,6 +20,7 @@ from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     DisabledRepoError,
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -376,6 +377,13 @@ def _explain_network(error: BaseException, chain: list[BaseException], where: st
             where=where,
             found="an answer that is not JSON",
             hint="run the same command again later",
+        )
+    if found := next((cause for cause in chain if isinstance(cause, FileMetadataError)), None):
+        return StreamquantError(
+            "what answers is not a Hub",
+            where=f"{where}, {scrub(constants.ENDPOINT)}",
+            found=scrub(str(found).partition(". ")[0]),
+            hint="check the network, proxy and HF_ENDPOINT",
         )
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in chain):
         return StreamquantError(

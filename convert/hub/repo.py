@@ -7,9 +7,10 @@ httpx drop it when they follow a redirect to another.
 
 import hashlib
 import logging
+import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ class HubRepo:
     files: Mapping[str, HubFile]
     endpoint: str
     """The address of the Hub."""
+    asked: str = ""
+    """ORG/NAME as it was asked for: another one if the repository was renamed."""
 
     def __str__(self) -> str:
         return f"{self.name}@{self.commit[:12]}"
@@ -72,6 +75,8 @@ class HubRepo:
         from convert.hub.errors import ask
 
         stop = min(stop, self.file(path).size)
+        if (local := self.cached(path)) is not None:
+            return self._read_cached(path, local, start, stop)
         return ask(lambda: self._range(path, start, stop), repo=str(self), what=f"reading the beginning of {path}")
 
     def _range(self, path: str, start: int, stop: int) -> bytes:
@@ -105,12 +110,44 @@ class HubRepo:
         found = try_to_load_from_cache(self.name, path, revision=self.commit)
         return Path(found) if isinstance(found, str) else None
 
+    def _read_cached(self, path: str, local: Path, start: int, stop: int) -> bytes:
+        size = self.file(path).size
+        try:
+            with local.open("rb") as file:
+                if (found := os.fstat(file.fileno()).st_size) != size:
+                    raise _damaged(local, f"{found} bytes in place of {size}")
+                file.seek(start)
+                return file.read(stop - start)
+        except OSError as error:
+            raise StreamquantError("cannot read a file", where=str(local), found=error.strerror) from error
+
+    def check_cached(self, path: str, local: Path, stop: threading.Event) -> None:
+        """As `check`, of a file in the client's cache. Raises StreamquantError if it differs: the cache is not ours."""
+        from convert.hub.errors import DamagedBody
+
+        try:
+            self.check(path, local, stop)
+        except DamagedBody as error:
+            raise _damaged(local, str(error)) from None
+
     def download(self, path: str, folder: Path, on_bytes: OnBytes, stop: threading.Event) -> Path:
         """Fetch a file into a folder with the Hub's client, once: (folder / path). Its bytes are not checked.
 
-        Raises what the client raises, and Stopped soon after `stop` is set.
+        Raises what the client raises, Stopped soon after `stop` is set, and DamagedBody for a file that does not end
+        where it should: nobody fills the disk.
         """
         from huggingface_hub import hf_hub_download
+
+        from convert.hub.errors import DamagedBody
+
+        size, arrived = self.file(path).size, 0
+
+        def count(nbytes: int) -> None:
+            nonlocal arrived
+            arrived += nbytes
+            if arrived > size:
+                raise DamagedBody(f"{path}: more than {size} bytes")
+            on_bytes(nbytes)
 
         return Path(
             hf_hub_download(
@@ -118,7 +155,7 @@ class HubRepo:
                 path,
                 revision=self.commit,
                 local_dir=folder,
-                tqdm_class=_meter(on_bytes, stop),
+                tqdm_class=_meter(count, stop),
                 endpoint=self.endpoint,
             )
         )
@@ -140,6 +177,15 @@ class HubRepo:
         found = _hash(local, file, stop)
         if found != expected:
             raise DamagedBody(f"{path}: a hash of {found[:12]}... in place of {expected[:12]}...")
+
+
+def _damaged(local: Path, found: str) -> StreamquantError:
+    return StreamquantError(
+        "a file in the Hub client's cache is damaged",
+        where=str(local),
+        found=found,
+        hint="delete it; then it is fetched again",
+    )
 
 
 def _hash(local: Path, file: HubFile, stop: threading.Event) -> str:
@@ -209,17 +255,30 @@ def open_repo(name: str, revision: str = MAIN, commit: str | None = None) -> Hub
         repo=f"{name}@{revision}",
         what="listing the files",
     )
-    if info.sha is None or re.fullmatch("[0-9a-f]{40}", info.sha) is None:
+    if not isinstance(info.sha, str) or re.fullmatch("[0-9a-f]{40}", info.sha) is None:
         raise StreamquantError("the Hub names no commit", where=f"{name}@{revision}", found=repr(info.sha)[:100])
-    files = {}
-    for entry in info.siblings or []:
-        lfs = entry.lfs
-        if entry.size is None:
-            raise StreamquantError("the Hub lists a file without its size", where=f"{name}/{entry.rfilename!r}")
-        files[entry.rfilename] = HubFile(
-            entry.rfilename, entry.size, _hex(lfs.sha256 if lfs else None, 64), _hex(entry.blob_id, 40)
+    if not isinstance(info.id, str) or parse_spec(info.id) != (info.id, MAIN):
+        raise StreamquantError(
+            "the Hub calls the repository by a name that cannot be one", where=name, found=repr(info.id)[:100]
         )
-    return HubRepo(info.id, revision, info.sha, files, api.endpoint)
+    return HubRepo(info.id, revision, info.sha, _files(name, info.siblings or []), api.endpoint, name)
+
+
+def _files(name: str, siblings: Iterable[Any]) -> dict[str, HubFile]:
+    """The files that the Hub lists (huggingface_hub.hf_api.RepoSibling), by path. It may say anything."""
+    files: dict[str, HubFile] = {}
+    for entry in siblings:
+        path, size = entry.rfilename, entry.size
+        where = f"{name}/{path!r:.200}"
+        if not isinstance(path, str) or path in files:
+            raise StreamquantError("the Hub's list of files is broken", where=where, found="not a name, or twice")
+        if type(size) is not int or size < 0:
+            raise StreamquantError(
+                "the Hub's list of files is broken", where=where, found=f"a size of {size!r:.100}", required="bytes"
+            )
+        sha256 = _hex(entry.lfs.sha256 if entry.lfs else None, 64)
+        files[path] = HubFile(path, size, sha256, _hex(entry.blob_id, 40))
+    return files
 
 
 def _hex(text: object, length: int) -> str | None:
@@ -245,7 +304,7 @@ def _cached_repo(name: str, revision: str, commit: str | None) -> HubRepo:
             blob = path.resolve().name  # in the cache a file is a link to a blob, which is named by its hash
             relative = path.relative_to(snapshot).as_posix()
             files[relative] = HubFile(relative, path.stat().st_size, _hex(blob, 64), _hex(blob, 40))
-    return HubRepo(name, revision, snapshot.name, files, constants.ENDPOINT)
+    return HubRepo(name, revision, snapshot.name, files, constants.ENDPOINT, name)
 
 
 def check_spec(text: str) -> tuple[str, str]:

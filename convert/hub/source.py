@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from convert.checkpoint import (
     CONFIG,
     INDEX,
+    MAX_CONFIG,
     SIDE_FOLDERS,
     SINGLE_FILE,
     Checkpoint,
@@ -24,7 +26,9 @@ from convert.checkpoint import (
 )
 from convert.hub.repo import HubFile, HubRepo, check_spec, open_repo, parse_spec
 from convert.journal import WORK_FOLDER
+from convert.manifest import write_atomically
 from convert.safetensors_file import StoredTensor, header_length, parse_header
+from convert.strict_json import MAX_BYTES
 from quant.errors import StreamquantError
 
 FIRST_BYTES = 8 * 1024
@@ -57,6 +61,11 @@ def open_hub_checkpoint(repo: HubRepo) -> Checkpoint:
     """
     folder = side_folder(repo)
     side, ignored = _other_files(repo)
+    for name, most in ((CONFIG, MAX_CONFIG), (INDEX, MAX_BYTES)):
+        if name in repo.files and repo.files[name].size > most:
+            raise StreamquantError(
+                "JSON file too large", where=f"{repo}/{name}", found=f"{repo.files[name].size:,} bytes", required=most
+            )
     planned = [name for name in (CONFIG, INDEX, *side) if name in repo.files and PurePosixPath(name).suffix in PLANNED]
     _fetch(repo, planned, folder)
     if CONFIG not in repo.files:
@@ -113,6 +122,11 @@ def _fetch_one(repo: HubRepo, name: str, folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError, DamagedBody):
             repo.check(name, local, never)
             return
+        if (cached := repo.cached(name)) is not None:
+            repo.check_cached(name, cached, never)
+            local.parent.mkdir(exist_ok=True)
+            shutil.copyfile(cached, local)
+            return
         local.unlink(missing_ok=True)  # the client would take its own word for a file that is there
         repo.download(name, folder, lambda _nbytes: None, never)
         repo.check(name, local, never)
@@ -133,13 +147,16 @@ def _shards(repo: HubRepo, folder: Path) -> tuple[list[str], dict[str, str] | No
                 hint="streamquant starts from the unquantized checkpoint, in safetensors",
             )
         return [SINGLE_FILE], None
+    from huggingface_hub import is_offline_mode
+
     weight_map = read_weight_map(folder)
     names = sorted(set(weight_map.values()))
     if missing := [name for name in names if name not in repo.files]:
         raise StreamquantError(
             "missing shard",
             where=f"{repo}/{missing[0]}",
-            found=f"{len(missing)} of {len(names)} shards of the index are not in the repository",
+            found=f"{len(missing)} of {len(names)} shards of the index are not in the repository"
+            + (", as far as it is in the local cache" if is_offline_mode() else ""),
         )
     return names, weight_map
 
@@ -178,12 +195,9 @@ def _is_side_file(file: HubFile, top: str, rest: str) -> bool:
 
 
 def pin(out: Path, repo: HubRepo) -> None:
-    """Remember in the work folder of a run which commit it converts. Raises OSError."""
-    record = {"repo": repo.name, "revision": repo.revision, "commit": repo.commit}
-    path = out / WORK_FOLDER / PIN
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record))
-    partial.replace(path)
+    """Remember in the work folder of a run that begins which commit it converts. Raises OSError."""
+    record = {"repo": repo.name, "asked": repo.asked, "revision": repo.revision, "commit": repo.commit}
+    write_atomically(out / WORK_FOLDER / PIN, json.dumps(record).encode())
 
 
 def unpin(out: Path) -> None:
@@ -201,6 +215,6 @@ def pinned_commit(out: Path, name: str, revision: str) -> str | None:
     except (OSError, ValueError):
         return None
     match record:
-        case {"repo": str(repo), "revision": str(asked), "commit": str(commit)}:
-            return commit if (repo.lower(), asked) == (name.lower(), revision) else None
+        case {"repo": str(repo), "asked": str(asked), "revision": str(of), "commit": str(commit)}:
+            return commit if name.lower() in (repo.lower(), asked.lower()) and of == revision else None
     return None

@@ -9,6 +9,7 @@ run left in the folder is checked and used; parts of shards are thrown away.
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 import threading
@@ -20,21 +21,28 @@ from typing import Literal
 
 from convert.checkpoint import Checkpoint
 from convert.hub.repo import HubRepo, OnBytes, OnWait, Stopped
+from convert.safetensors_file import read_header
 from quant.errors import StreamquantError, UsageError
 
 FETCHERS = 2
 DEFAULT_SHARDS = 4
 """Shards that the default limit holds: one in work, one ready, two on their way."""
+CLOSE_SECONDS = 5.0
+"""How long `close` waits for a download to notice: on a slow line the client looks up once in 10 MB."""
 GIB = 2**30
 
 
 def spool_limit(checkpoint: Checkpoint, gib: float | None) -> int:
     """Bytes that the spool of a checkpoint may hold: what was asked for, or some shards; never more than all of them.
 
-    Raises UsageError if the largest shard does not fit.
+    Shards in the cache of the Hub's client need no room. Raises UsageError if the largest of the others does not fit.
     """
-    largest = max(checkpoint.files, key=lambda file: file.size)
-    total = sum(file.size for file in checkpoint.files)
+    assert checkpoint.hub is not None, "only a checkpoint of the Hub has a spool"
+    fetched = [file for file in checkpoint.files if checkpoint.hub.cached(file.name) is None]
+    if not fetched:
+        return 0
+    largest = max(fetched, key=lambda file: file.size)
+    total = sum(file.size for file in fetched)
     if gib is None:
         return min(total, DEFAULT_SHARDS * largest.size)
     limit = int(gib * GIB)
@@ -60,6 +68,8 @@ class _Shard:
     reserved: int = 0
     """Bytes of the limit that it takes; 0 for one in the client's cache."""
     descriptor: int | None = None
+    unwanted: bool = False
+    """`done` while it was being fetched: to be deleted when it is there."""
 
 
 class Spool:
@@ -75,7 +85,7 @@ class Spool:
         on_wait: OnWait = lambda _what, _seconds: None,
         fetchers: int = FETCHERS,
     ) -> None:
-        """`limit` bytes, at least the largest shard. `on_bytes` gets the bytes just fetched, `on_wait` what failed and
+        """`limit` bytes: see `spool_limit`. `on_bytes` gets the bytes just fetched, `on_wait` what failed and
         is tried again; both from other threads. Raises OSError if the folder cannot be made."""
         assert checkpoint.hub is not None, "only a checkpoint of the Hub has a spool"
         self.repo: HubRepo = checkpoint.hub
@@ -83,7 +93,7 @@ class Spool:
         self.most = 0
         """The most bytes that were reserved at any time."""
         self._on_bytes, self._on_wait = on_bytes, on_wait
-        self._sizes = {file.name: file.size for file in checkpoint.files}
+        self._files = {file.name: file for file in checkpoint.files}
         self._shards: dict[str, _Shard] = {}
         self._queue: deque[_Shard] = deque()
         self._used = 0
@@ -110,6 +120,7 @@ class Spool:
         """See Shards.open."""
         with self._changed:
             shard = self._shards.get(name) or self._add(name, urgent=True)
+            shard.unwanted = False
             self._changed.notify_all()
             while shard.state != "ready":
                 if self._error is not None:
@@ -117,7 +128,6 @@ class Spool:
                 if self._stopping.is_set():
                     raise Stopped
                 self._changed.wait()
-                shard = self._shards.get(name) or self._add(name, urgent=True)
             if shard.descriptor is None:
                 assert shard.path is not None, "a ready shard has a path"
                 shard.descriptor = os.open(shard.path, os.O_RDONLY)
@@ -126,11 +136,16 @@ class Spool:
     def done(self, name: str) -> None:
         """See Shards.done."""
         with self._changed:
-            shard = self._shards.pop(name, None)
-            if shard is not None and shard.state != "fetching":  # then its thread lets go
-                if shard in self._queue:
-                    self._queue.remove(shard)
-                self._let_go(shard)
+            shard = self._shards.get(name)
+            if shard is None:
+                return
+            if shard.state == "fetching":
+                shard.unwanted = True
+                return
+            if shard.state == "queued":
+                self._queue.remove(shard)
+            del self._shards[name]
+            self._let_go(shard)
 
     def sha256(self, name: str) -> str | None:
         """See Shards.sha256: what the Hub says, which `open` has checked."""
@@ -150,7 +165,7 @@ class Spool:
         self.stop()
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(timeout=30)
+                thread.join(CLOSE_SECONDS)
         with self._changed:
             for shard in self._shards.values():
                 if shard.descriptor is not None:
@@ -169,7 +184,7 @@ class Spool:
         kept, expected = 0, set(names)
         for path in sorted(self.folder.iterdir()):
             if path.name in expected and path.is_file() and not path.is_symlink():
-                size = self._sizes[path.name]
+                size = self._files[path.name].size
                 if path.stat().st_size == size and kept + size <= self.limit:
                     kept += size
                     continue
@@ -180,7 +195,7 @@ class Spool:
 
     def _add(self, name: str, *, urgent: bool = False) -> _Shard:
         """Queue a shard; the caller holds the lock. One that a killed run left has its room already."""
-        shard = self._shards[name] = _Shard(name, self._sizes[name])
+        shard = self._shards[name] = _Shard(name, self._files[name].size)
         if not urgent and (self.folder / name).is_file():
             self._reserve(shard)
         if urgent:
@@ -208,21 +223,22 @@ class Spool:
     # Fetching
 
     def _fetch_all(self) -> None:
-        while (shard := self._next()) is not None:
-            try:
+        try:
+            while (shard := self._next()) is not None:
                 self._fetch(shard)
-            except Stopped:
-                return
-            except BaseException as error:  # handed to those who wait for the shard, whatever it is
                 with self._changed:
-                    self._error = self._error or error
-                    self._stopping.set()
+                    shard.state = "ready"
+                    if shard.unwanted:
+                        del self._shards[shard.name]
+                        self._let_go(shard)
                     self._changed.notify_all()
-                return
+        except Stopped:
+            return
+        except BaseException as error:  # handed to those who wait for the shard, whatever it is
             with self._changed:
-                shard.state = "ready"
-                if self._shards.get(shard.name) is not shard:  # nobody wants it any more
-                    self._let_go(shard)
+                if not self._stopping.is_set():
+                    self._error = error
+                self._stopping.set()
                 self._changed.notify_all()
 
     def _next(self) -> _Shard | None:
@@ -242,19 +258,33 @@ class Spool:
         shard.path = cached or self.folder / shard.name
         if cached is not None or shard.reserved:
             return True
-        if self._has_room(shard):
+        if shard.size > self.limit:
+            raise StreamquantError(
+                "a shard is not in the Hub client's cache any more, and has no room in the spool",
+                where=f"{self.repo}/{shard.name}",
+                found=f"{shard.size:,} bytes",
+                required=f"at most {self.limit:,}",
+                hint="run the same command again",
+            )
+        if self._make_room(shard):
             self._reserve(shard)
             return True
         return False
 
-    def _has_room(self, shard: _Shard) -> bool:
-        """Whether a shard fits; shards that were fetched for later make room for one that is wanted before them."""
-        later = [other for other in self._queue if other is not shard and other.reserved]
-        later += [other for other in self._shards.values() if other.state == "ready" and other.descriptor is None]
-        later = [other for other in later if other.reserved and other.name > shard.name]
-        while self._used + shard.size > self.limit and later:
+    def _make_room(self, shard: _Shard) -> bool:
+        """Whether a shard fits; shards that were fetched for later are given back for one that is wanted before."""
+        later = [
+            other
+            for other in self._shards.values()
+            if other.reserved and other.state != "fetching" and other.descriptor is None and other.name > shard.name
+        ]
+        later.sort(key=lambda other: other.name)
+        missing = self._used + shard.size - self.limit
+        if missing > sum(other.size for other in later):
+            return False
+        while self._used + shard.size > self.limit:
             self._give_back(later.pop())
-        return self._used + shard.size <= self.limit
+        return True
 
     def _give_back(self, shard: _Shard) -> None:
         """Delete a shard that nobody reads yet, to fetch it again later; the caller holds the lock."""
@@ -271,15 +301,8 @@ class Spool:
         local = shard.path
         assert local is not None, "its place was chosen"
         if not shard.reserved:
-            try:
-                self.repo.check(shard.name, local, self._stopping)
-            except DamagedBody as error:
-                raise StreamquantError(
-                    "a file in the Hub client's cache is damaged",
-                    where=str(local),
-                    found=str(error),
-                    hint="delete it; then it is fetched again",
-                ) from None
+            self.repo.check_cached(shard.name, local, self._stopping)
+            self._check_header(shard.name, local)
             return
 
         def fetch() -> None:
@@ -292,3 +315,13 @@ class Spool:
 
         what = f"fetching {shard.name}"
         ask(fetch, repo=str(self.repo), what=what, on_wait=self._on_wait, stop=self._stopping)
+        self._check_header(shard.name, local)
+
+    def _check_header(self, name: str, local: Path) -> None:
+        """The hash was made of the whole file; the plan was made of a header that came alone."""
+        if hashlib.sha256(read_header(local)[2]).hexdigest() != self._files[name].header_sha256:
+            raise StreamquantError(
+                "a shard's header is not the one that the plan was made from",
+                where=f"{self.repo}/{name}",
+                hint="something between here and the Hub changes the bytes; remove the output folder and start again",
+            )

@@ -32,6 +32,7 @@ from validate.report.console import report_view
 from validate.report.data import Report, VariantReport
 from validate.report.render import render_html, render_markdown
 from validate.validation import chat_check, validate
+from validate.variant import open_variant
 
 Rows = NDArray[np.uint8]
 
@@ -236,7 +237,7 @@ def test_a_fault_of_weights_is_found_and_named(name: str, good: Path, tiny: Path
 @requires_llama_cpp
 @pytest.mark.long
 def test_good_tokens_and_chats_have_no_problem(hermes_llama: Model) -> None:
-    (variant,), _, not_run = chat_check(hermes_llama.source, [hermes_llama.gguf])
+    (variant,), _, not_run = chat_check(open_variant(hermes_llama.source), [hermes_llama.gguf])
     assert variant.errors == 0
     assert not_run == ()
 
@@ -247,6 +248,6 @@ def test_good_tokens_and_chats_have_no_problem(hermes_llama: Model) -> None:
 )
 def test_a_fault_of_tokens_or_chat_is_found_and_named(name: str, hermes_llama: Model, tmp_path: Path) -> None:
     broken = PLANT[name](hermes_llama, tmp_path)
-    (variant,), _, not_run = chat_check(hermes_llama.source, [broken])
+    (variant,), _, not_run = chat_check(open_variant(hermes_llama.source), [broken])
     assert caught(variant, FAULTS[name]), variant.problems
     assert not_run == ()

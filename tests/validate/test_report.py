@@ -124,7 +124,7 @@ def broken(change: Callable[[dict[str, Any]], object], report: Report, folder: P
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda r: r.update(schema=SCHEMA + 1), "schema 2"),
+        (lambda r: r.update(schema=SCHEMA + 1), f"schema {SCHEMA + 1}"),
         (lambda r: r.pop("schema"), "schema None"),
         (lambda r: r.pop("gates"), "no field 'gates'"),
         (lambda r: r.update(extra=1), "unknown field 'extra'"),
@@ -152,7 +152,7 @@ def test_another_shape_is_refused_by_name(
 def test_no_report(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no report"):
         read_report(tmp_path)
-    (tmp_path / REPORT).write_text('{"schema": 1, "created": NaN}')
+    (tmp_path / REPORT).write_text(f'{{"schema": {SCHEMA}, "created": NaN}}')
     with pytest.raises(StreamquantError, match="broken JSON"):
         read_report(tmp_path)
 

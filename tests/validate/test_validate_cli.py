@@ -14,9 +14,13 @@ import pytest
 from numpy.typing import NDArray
 
 import streamquant
+from convert.checkpoint import open_checkpoint
+from convert.conversion import convert
 from convert.gguf_file import read_header
 from convert.imatrix import read_imatrix
+from convert.recipe import parse_variants
 from quant.errors import StreamquantError, UsageError
+from tests.attacks.harness import write_model
 from tests.peers import requires_llama_cpp
 from tests.validate.engine_fixtures import Model
 from tests.validate.models import edit_gguf
@@ -294,6 +298,17 @@ def test_chat_check(run: Run, hermes_llama: Model, tmp_path: Path) -> None:
     assert found["variants"][0]["chat"]["cases"] == len(list(chat_cases()))
     assert found["variants"][0]["problems"][0]["check"] == "chat"
     assert run("chat-check", hermes_llama.source, tmp_path / "missing.gguf").code == 2
+
+
+@requires_llama_cpp
+def test_a_model_without_a_chat_template(run: Run, tmp_path: Path) -> None:
+    """A base model is none the worse for it: there is nothing to compare."""
+    model = write_model(tmp_path / "Base")
+    convert(open_checkpoint(model), parse_variants(["gguf:Q8_0"]), tmp_path / "out", jobs=1)
+    done = run("chat-check", model, tmp_path / "out" / "Base-GGUF" / "Base-Q8_0.gguf", "--json")
+    assert done.code == 0, done.out
+    reason = "the original has no chat template"
+    assert {"section": "chat", "variant": None, "reason": reason} in json.loads(done.out)["not_run"]
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------

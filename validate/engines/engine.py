@@ -9,7 +9,8 @@ from quant.errors import UsageError
 
 Message: TypeAlias = Mapping[str, Any]
 """A message as OpenAI's API spells it: role, content, tool_calls."""
-Kind: TypeAlias = Literal["llama.cpp", "transformers", "vllm"]
+Kind: TypeAlias = Literal["llama.cpp", "transformers", "vllm", "jinja"]
+"""`jinja` renders chat templates and does nothing else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,23 +70,8 @@ class HuggingFaceTokenizer:
         self, template: str, requests: list[dict[str, Any]], special: dict[str, str] | None
     ) -> list[dict[str, Any]]:
         """EngineProcess.render."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         known = {name: str(text) for name, text in self._tokenizer.special_tokens_map.items()}
-        results = []
-        for request in requests:
-            try:
-                texts, _ = render_jinja_template(
-                    conversations=[request["messages"]],
-                    tools=request["tools"] or None,
-                    chat_template=template,
-                    add_generation_prompt=request["add_generation_prompt"],
-                    **{**(known if special is None else special), **request["variables"]},
-                )
-                results.append({"text": texts[0], "ids": [], "error": None})
-            except Exception as error:
-                results.append({"text": "", "ids": [], "error": f"{type(error).__name__}: {error}"})
-        return results
+        return _render(template, requests, known if special is None else special)
 
     def special_tokens(self) -> list[tuple[int, str, bool]]:
         """EngineProcess.special_tokens."""
@@ -102,6 +87,47 @@ class HuggingFaceTokenizer:
         return [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
 
 
+class Jinja:
+    """Chat templates alone, as transformers renders them: for files that have no tokenizer that it could load."""
+
+    def load(self, path: str, **_: object) -> dict[str, Any]:
+        """Nothing is loaded; the fields of EngineFacts."""
+        import transformers
+
+        _limit_memory()
+        version = f"transformers {transformers.__version__}"
+        facts = {"kind": "jinja", "version": version, "model": path, "bos": None, "eos": None}
+        return {**facts, "adds_bos": False, "vocabulary": 0}
+
+    def render(self, template: str, requests: list[dict[str, Any]], special: dict[str, str]) -> list[dict[str, Any]]:
+        """EngineProcess.render."""
+        return _render(template, requests, special)
+
+
+def _render(template: str, requests: list[dict[str, Any]], special: dict[str, str]) -> list[dict[str, Any]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    results = []
+    for request in requests:
+        try:
+            texts, _ = render_jinja_template(
+                conversations=[request["messages"]],
+                tools=request["tools"] or None,
+                chat_template=template,
+                add_generation_prompt=request["add_generation_prompt"],
+                **{**special, **request["variables"]},
+            )
+            results.append({"text": texts[0], "ids": [], "error": None})
+        except Exception as error:  # a template may fail in any way
+            results.append({"text": "", "ids": [], "error": f"{type(error).__name__}: {error}"})
+    return results
+
+
+def _limit_memory() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (TEMPLATE_MEMORY, hard))
+
+
 class Transformers(HuggingFaceTokenizer):
     """The adapter; methods are those of Engine, with plain JSON in and out."""
 
@@ -111,8 +137,7 @@ class Transformers(HuggingFaceTokenizer):
         """Load tokenizer and model; the fields of EngineFacts. Other options are not needed here."""
         facts = self.load_tokenizer(path)
         if tokenizer_only:
-            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-            resource.setrlimit(resource.RLIMIT_DATA, (TEMPLATE_MEMORY, hard))
+            _limit_memory()
             return facts
         import torch
         import transformers

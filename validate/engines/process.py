@@ -117,9 +117,9 @@ class EngineProcess:
     def render(
         self, template: str, requests: Sequence[TemplateRequest], special: Mapping[str, str] | None = None
     ) -> list[Rendered]:
-        """Render with another template in this engine; transformers only. ids are empty.
+        """Render with another template in this engine; transformers and jinja only. ids are empty.
 
-        special  bos_token, eos_token ... as the template sees them; by default the tokenizer's own
+        special  bos_token, eos_token ... as the template sees them; by default the tokenizer's own (jinja has none)
         """
         asked = [asdict(request) for request in requests]
         found = self.call("render", template=template, requests=asked, special=special and dict(special))

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Protocol
 ADAPTERS = {
     "llama.cpp": ("validate.engines.llama_cpp", "LlamaCpp", "xllamacpp"),
     "transformers": ("validate.engines.hugging_face", "Transformers", "transformers"),
+    "jinja": ("validate.engines.hugging_face", "Jinja", "transformers"),
     "vllm": ("validate.engines.vllm_offline", "Vllm", "vllm"),
 }
 """Kind of engine -> module and class of its adapter, and the package that it needs."""

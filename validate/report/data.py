@@ -16,13 +16,14 @@ from validate.chat import ChatReport
 from validate.comparison import Comparison, VariantResult
 from validate.engines.agreement import EngineAgreement
 from validate.gates import GateResult, Gates
+from validate.measured_files import MeasuredFile
 from validate.report.records import from_json, to_json
 from validate.sections import Section
 from validate.template_lints import Lint
 from validate.tokens import TokenReport
 from validate.variant import Problem
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of report.json. It goes up with every change of a field: the loader takes this version alone."""
 REPORT = "report.json"
 MAX_BYTES = 1 << 30
@@ -44,6 +45,8 @@ class VariantReport:
     label: str
     path: str
     """As opened: of a split set the first file. The key to `Report.measured`."""
+    files: tuple[MeasuredFile, ...]
+    """With its weights: what tells the variant that was measured from a later one of the same name."""
     problems: tuple[Problem, ...]
     """Of all sections, those of the comparison included."""
     tokens: TokenReport | None
@@ -84,6 +87,7 @@ class Report:
     machine: Machine
     comparison: Comparison
     """Its variants are those that could be read."""
+    original_files: tuple[MeasuredFile, ...]
     variants: tuple[VariantReport, ...]
     """All, in the order of the command."""
     original_lints: tuple[Lint, ...] | None
@@ -119,14 +123,20 @@ def this_machine() -> Machine:
 
 def write_report(report: Report, folder: Path) -> Path:
     """Write report.json into a folder, which is made. Raises StreamquantError if that fails."""
-    text = json.dumps(to_json(report), ensure_ascii=False, allow_nan=False, indent=1)
+    data = report_bytes(report)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # a lone surrogate, which a hostile template can put into a text, is no UTF-8
-        write_atomically(folder / REPORT, f"{text}\n".encode(errors="replace"))
+        write_atomically(folder / REPORT, data)
     except OSError as error:
         raise explain(error, folder) from error
     return folder / REPORT
+
+
+def report_bytes(report: Report) -> bytes:
+    """The text of report.json."""
+    text = json.dumps(to_json(report), ensure_ascii=False, allow_nan=False, indent=1)
+    # a lone surrogate, which a hostile template can put into a text, is no UTF-8
+    return f"{text}\n".encode(errors="replace")
 
 
 def read_report(path: Path) -> Report:

@@ -18,14 +18,7 @@ PLOTS = "plots"
 
 def write_pages(report: Report, folder: Path) -> list[Path]:
     """Write report.md, report.html and plots/*.svg, *.png; return their paths. Raises StreamquantError if it fails."""
-    view = make_view(report)
-    plots = make_plots(report, [row.name for row in view.rows])
-    files = {
-        "report.md": render_markdown(report, plots).encode(errors="replace"),
-        "report.html": render_html(report, plots).encode(errors="replace"),
-    }
-    for plot in plots:
-        files[f"{PLOTS}/{plot.name}.svg"], files[f"{PLOTS}/{plot.name}.png"] = plot.file_svg, plot.png
+    files = make_pages(report)
     try:
         (folder / PLOTS).mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
@@ -33,6 +26,19 @@ def write_pages(report: Report, folder: Path) -> list[Path]:
     except OSError as error:
         raise explain(error, folder) from error
     return [folder / name for name in files]
+
+
+def make_pages(report: Report, plots: Sequence[Plot] | None = None) -> dict[str, bytes]:
+    """The same, as contents by name within the folder; `plots` if they are drawn already."""
+    if plots is None:
+        plots = make_plots(report, [row.name for row in make_view(report).rows])
+    files = {
+        "report.md": render_markdown(report, plots).encode(errors="replace"),
+        "report.html": render_html(report, plots).encode(errors="replace"),
+    }
+    for plot in plots:
+        files[f"{PLOTS}/{plot.name}.svg"], files[f"{PLOTS}/{plot.name}.png"] = plot.file_svg, plot.png
+    return files
 
 
 def render_markdown(report: Report, plots: Sequence[Plot]) -> str:

@@ -1,0 +1,82 @@
+"""The Hub's client in process, set up for a Hub on loopback, and variant folders that are small."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+from huggingface_hub.utils._http import close_session, default_client_factory, set_client_factory
+
+from convert.checkpoint import open_checkpoint
+from convert.conversion import convert
+from convert.hub import errors
+from convert.plan import Options
+from convert.recipe import parse_variants
+from publish import push, target
+from publish.results import VariantFolder
+from tests.conftest import TINY_PRE, Shelf
+from tests.hub import WRITE_TOKEN, Hub
+from tests.hub.protocol import KIND, REPO, Answer, Call, json_answer, route
+from tests.hub.reading import find_repo
+from tests.hub.writing import describe_pull
+
+SPECS = ("fp8-dynamic", "gguf:Q8_0,Q4_0")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub in this process that the client talks to as alice, who may write to ORG; waits are short."""
+    with Hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        monkeypatch.delenv("HF_OIDC_RESOURCE", raising=False)
+        monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _seconds: None))
+        monkeypatch.setattr(push, "refresh_card", _plain_card)
+        target._set_up_client.cache_clear()
+        yield hub
+        close_session()
+    set_client_factory(default_client_factory)
+    target._set_up_client.cache_clear()
+
+
+def _plain_card(folder: VariantFolder, _repo: str, _report: Path | None = None) -> bool:
+    """In place of a model card, which other tests look at."""
+    (folder.path / "README.md").write_text(f"---\nlicense: mit\n---\n# {folder.path.name}\n")
+    return True
+
+
+@pytest.fixture(scope="session")
+def small_variants(shelf: Shelf, tiny: Path) -> Path:
+    """The --out folder of FP8-dynamic, Q8_0 and Q4_0 of `tiny`. Must not be written to: copy it."""
+    options = Options(pre=TINY_PRE)
+    return shelf.get(
+        "publish-variants", lambda out: convert(open_checkpoint(tiny), parse_variants(SPECS), out, options, jobs=2)
+    )
+
+
+@pytest.fixture
+def out(small_variants: Path, tmp_path: Path) -> Path:
+    """A copy of it, with its times."""
+    return Path(shutil.copytree(small_variants, tmp_path / "out"))
+
+
+def without_own_commit(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of a repository without the one that the Hub makes itself."""
+    return {path: data for path, data in files.items() if path != ".gitattributes"}
+
+
+@route("GET", rf"/api/{KIND}/{REPO}/discussions")
+def discussions(call: Call) -> Answer:
+    """The pull requests of a repository, by author, on one page: what HfApi.get_repo_discussions asks for."""
+    repo = find_repo(call)
+    author = call.query.get("author", [None])[0]
+    found = [describe_pull(call, repo, pull) for pull in repo.pulls.values() if author in (None, pull.user)]
+    page = found if call.query.get("p", ["0"])[0] == "0" else []
+    return json_answer({"count": len(found), "start": 0, "discussions": page})
