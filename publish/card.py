@@ -20,7 +20,7 @@ from convert.manifest import MANIFEST, write_atomically
 from convert.stream import explain
 from publish.base_card import BaseCard
 from publish.card_view import HELPERS, HUB, make_card_view, whole
-from publish.origin import BASE_CARD, MARK, Origin, base_card_of, card_before, find_origin, is_ours
+from publish.origin import BASE_CARD, MARK, Origin, card_before, find_origin, is_ours
 from publish.prompts import PromptFormat, prompt_format
 from publish.public_report import PublicReport, make_public, refuse_old_report, write_report_files
 from publish.results import CARD, REPORT_FOLDER, VariantFolder, read_folders
@@ -162,7 +162,7 @@ def _body(
     template = environment.get_template("gguf.md.j2" if folder.container == "gguf" else "fp8.md.j2")
     text = template.render(
         view=view, folder=folder, base=options.base_model, origin=origin, prompts=prompts, public=public,
-        kept=folder.container == "safetensors" and base_card_of(folder.path) is not None, **HELPERS,
+        **HELPERS,
     )  # fmt: skip
     return f"\n{MARK}\n\n{_tidy(text)}\n"
 
