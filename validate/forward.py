@@ -125,10 +125,13 @@ def run_layers(
             for number, model in enumerate(models)
             if layer < model.layers
         ]
+        last_of_layer = dict(steps)
         for (layer, number), weights in _ahead(steps, lambda step: models[step[1]].read(step[0])):
             models[number].step(layer, weights)
             del weights
-            release_memory()
+            # Once a layer: the next model takes what one leaves. Mapping the same pages again was a tenth of the time.
+            if number == last_of_layer[layer]:
+                release_memory()
             on_layer(layer, number, lanes[number])
 
 
