@@ -329,9 +329,14 @@ def _about(variant: PublishedVariant, report: Report) -> VariantReport | None:
 
 
 def _stale(variant: PublishedVariant, report: Report) -> bool:
-    """Whether a report is about files of the same names, but not these."""
+    """Whether a report is about files of the same names, but not these; of shards, which all folders name alike, about
+    those of a folder of this kind."""
     ours = {PurePosixPath(file.path).name for file in variant.files}
-    return any({file.name for file in about.files} == ours for about in report.variants)
+    return any(
+        {file.name for file in about.files} == ours
+        and (about.path.endswith(".gguf") or about.path.rstrip("/").lower().endswith(variant.label.lower()))
+        for about in report.variants
+    )
 
 
 def _is_source(files: Sequence[MeasuredFile], source: Source) -> bool:

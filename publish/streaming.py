@@ -53,7 +53,8 @@ def disk_with_delivery(plan: Plan, spool_gib: float | None, jobs: int, *, delete
     disk = disk_of(plan, spool_gib)
     if not delete:
         return disk
-    return Disk(peak_disk(plan, room, disk.spool, delete=True, jobs=jobs), disk.spool, delivered=True)
+    peak = min(disk.peak, peak_disk(plan, room, disk.spool, delete=True, jobs=jobs))
+    return Disk(peak, disk.spool, delivered=True)
 
 
 def convert_and_push(

@@ -299,6 +299,16 @@ def create_discussion(call: Call) -> Answer:
     return json_answer(describe_pull(call, repo, pull))
 
 
+@route("GET", rf"/api/{KIND}/{REPO}/discussions")
+def discussions(call: Call) -> Answer:
+    """The pull requests of a repository, by author, on one page: what HfApi.get_repo_discussions asks for."""
+    repo = find_repo(call)
+    author = call.query.get("author", [None])[0]
+    found = [describe_pull(call, repo, pull) for pull in repo.pulls.values() if author in (None, pull.user)]
+    page = found if call.query.get("p", ["0"])[0] == "0" else []
+    return json_answer({"count": len(found), "start": 0, "discussions": page})
+
+
 def find_pull(call: Call, repo: Repo) -> Pull:
     """The pull request of a request. Raises HubError 404."""
     pull = repo.pulls.get(int(call.groups["number"]))

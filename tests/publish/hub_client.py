@@ -19,9 +19,6 @@ from publish import push, target
 from publish.results import VariantFolder
 from tests.conftest import TINY_PRE, Shelf
 from tests.hub import WRITE_TOKEN, Hub
-from tests.hub.protocol import KIND, REPO, Answer, Call, json_answer, route
-from tests.hub.reading import find_repo
-from tests.hub.writing import describe_pull
 
 SPECS = ("fp8-dynamic", "gguf:Q8_0,Q4_0")
 
@@ -70,13 +67,3 @@ def out(small_variants: Path, tmp_path: Path) -> Path:
 def without_own_commit(files: dict[str, bytes]) -> dict[str, bytes]:
     """The files of a repository without the one that the Hub makes itself."""
     return {path: data for path, data in files.items() if path != ".gitattributes"}
-
-
-@route("GET", rf"/api/{KIND}/{REPO}/discussions")
-def discussions(call: Call) -> Answer:
-    """The pull requests of a repository, by author, on one page: what HfApi.get_repo_discussions asks for."""
-    repo = find_repo(call)
-    author = call.query.get("author", [None])[0]
-    found = [describe_pull(call, repo, pull) for pull in repo.pulls.values() if author in (None, pull.user)]
-    page = found if call.query.get("p", ["0"])[0] == "0" else []
-    return json_answer({"count": len(found), "start": 0, "discussions": page})
