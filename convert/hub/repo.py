@@ -18,6 +18,9 @@ from typing import Any
 from quant.errors import StreamquantError, UsageError
 
 READ_BYTES = 4 * 1024 * 1024
+CHUNK_BYTES = 256 * 1024
+"""What the client gathers from a connection before it writes it. Its own 10 MiB are fresh pages each time, which cost
+more CPU seconds than all else in a download, and it looks up only between two of them."""
 _SPEC = re.compile(r"(?P<name>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[^\s@]{1,200}))?", re.ASCII)
 MAIN = "main"
 OnBytes = Callable[[int], None]
@@ -201,14 +204,24 @@ def _hash(local: Path, file: HubFile, stop: threading.Event) -> str:
 
 
 def _meter(on_bytes: OnBytes, stop: threading.Event) -> Any:
-    """A class in place of tqdm's, as the client wants it: counts bytes, and ends a download."""
+    """A class in place of tqdm's, as the client wants it: counts bytes, and ends a download of this thread.
+
+    hf_xet calls it from a thread of its own and would print what it raises there; such a download runs on.
+    """
     from huggingface_hub.utils.tqdm import silent_tqdm
+
+    downloading = threading.get_ident()
 
     class Meter(silent_tqdm):
         def update(self, n: float | None = 1) -> None:
-            if stop.is_set():
+            own = threading.get_ident() == downloading
+            if stop.is_set() and own:
                 raise Stopped
-            on_bytes(int(n or 0))
+            try:
+                on_bytes(int(n or 0))
+            except Exception:
+                if own:
+                    raise
 
         def close(self) -> None:
             pass
@@ -217,6 +230,8 @@ def _meter(on_bytes: OnBytes, stop: threading.Event) -> Any:
             pass
 
         set_description_str = set_postfix_str = refresh = set_description
+        # with these xet has one bar for what arrives and for what is on the disk, and `update` gets the latter
+        update_transfer = set_transfer_postfix_str = set_description
 
     return Meter
 
@@ -247,6 +262,7 @@ def open_repo(name: str, revision: str = MAIN, commit: str | None = None) -> Hub
     from convert.hub.errors import ask
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what is tried again is told by us
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
     if constants.is_offline_mode():
         return _cached_repo(name, revision, commit)
     api = HfApi(library_name="streamquant")

@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ from quant.errors import StreamquantError, UsageError
 FETCHERS = 2
 DEFAULT_SHARDS = 4
 """Shards that the default limit holds: one in work, one ready, two on their way."""
-CLOSE_SECONDS = 5.0
-"""How long `close` waits for a download to notice: on a slow line the client looks up once in 10 MB."""
+CLOSE_SECONDS = 2.0
+"""How long `close` waits for a download to notice: on a slow line the client looks up seldom."""
 GIB = 2**30
 
 
@@ -163,9 +164,14 @@ class Spool:
     def close(self) -> None:
         """See Shards.close. Whole shards stay in the folder, for the run that goes on."""
         self.stop()
+        deadline = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(CLOSE_SECONDS)
+                thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            from huggingface_hub.utils._xet import abort_xet_session
+
+            abort_xet_session()  # type: ignore[no-untyped-call]  # the only way to end its downloads
         with self._changed:
             for shard in self._shards.values():
                 if shard.descriptor is not None:

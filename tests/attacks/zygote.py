@@ -32,6 +32,11 @@ def fault_set(values: dict[str, Any]) -> None:
         setattr(sys.modules[module], attribute, value)
 
 
+def fault_environ(values: dict[str, str]) -> None:
+    """Set variables of the environment."""
+    os.environ.update(values)
+
+
 def fault_slow(seconds: float) -> None:
     """Every pwrite takes its time."""
     _wrap("pwrite", lambda _count, *_arguments: time.sleep(seconds))
@@ -70,6 +75,26 @@ def fault_die_in_pwrite(number: int) -> None:
             time.sleep(60)
 
     _wrap("pwrite", die)
+
+
+def fault_die_around(where: list[str]) -> None:
+    """["before" or "after", "convert.journal.Journal.remove"]: kill -9 before or after the first call of a function."""
+    when, path = where
+    owner, _, name = path.rpartition(".")
+    try:
+        holder: Any = importlib.import_module(owner)
+    except ModuleNotFoundError:
+        module, _, class_name = owner.rpartition(".")
+        holder = getattr(importlib.import_module(module), class_name)
+    original = getattr(holder, name)
+
+    def wrapped(*arguments: Any, **keywords: Any) -> None:
+        if when == "after":
+            original(*arguments, **keywords)
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    setattr(holder, name, wrapped)
 
 
 def fault_count_changes(path: str) -> None:
@@ -162,6 +187,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:  # load kernels and late imports once, not in every child
         model = write_model(Path(folder) / "Warm")
         run("convert", model, *TO, "--out", Path(folder) / "out", "--jobs", 1).done()
+    for name in ("convert.hub.errors", "huggingface_hub.hf_api", "huggingface_hub.file_download"):
+        importlib.import_module(name)
     gc.freeze()
     answers = os.dup(1)
     for line in sys.stdin:

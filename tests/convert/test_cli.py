@@ -158,6 +158,7 @@ class PlanJson(Strict):
     architecture: str
     source: Source
     disk_bytes: int
+    spool_bytes: int
     memory_bytes: int
     jobs: int
     chunks: int
