@@ -269,7 +269,7 @@ def open_repo(name: str, revision: str = MAIN, commit: str | None = None) -> Hub
     info = ask(
         lambda: api.model_info(name, revision=commit or revision, files_metadata=True),
         repo=f"{name}@{revision}",
-        what="listing the files",
+        what="no such folder here; listing the files",
     )
     if not isinstance(info.sha, str) or re.fullmatch("[0-9a-f]{40}", info.sha) is None:
         raise StreamquantError("the Hub names no commit", where=f"{name}@{revision}", found=repr(info.sha)[:100])

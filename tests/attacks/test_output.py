@@ -294,7 +294,7 @@ def test_model_that_is_none(command: str, model: Path, tmp_path: Path) -> None:
     more = ("--out", tmp_path / "out") if command == "convert" else ()
     run(command, tmp_path / "missing", *TO, *more).refused(2, "no such model folder", "missing", "hf download")
     run(command, model / "model.safetensors", *TO, *more).refused(2, "no such model folder", "model.safetensors")
-    run(command, "org/model", *TO, *more).refused(2, "no such model folder", "org/model")
+    run(command, "org/model/x", *TO, *more).refused(2, "no such model folder", "org/model/x")
     assert not (tmp_path / "out").exists()
 
 

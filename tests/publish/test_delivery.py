@@ -220,6 +220,7 @@ def test_a_stop_ends_uploads_soon(
     check_published(hub, out, whole)
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_reaches_workers_that_wait_for_room(
     hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -503,6 +503,7 @@ def test_a_redirect_to_another_host_gets_no_token(hub: Hub, out: Path) -> None:
     assert hub.leaked_tokens() == []
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_ends_an_upload(hub: Hub, out: Path) -> None:
     hub.arm(Fault(method="PUT", trickle=100_000, times=None))
     target = Target(connect(), GGUF)
