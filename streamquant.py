@@ -180,7 +180,8 @@ def plan_command(
     guard_template: GuardTemplate = False,
     spool_gib: SpoolGib = None,
     delete_after_upload: Annotated[
-        bool, typer.Option("--delete-after-upload", help="Give the disk that convert --push needs with this option.")
+        bool,
+        typer.Option("--delete-after-upload", help="As of convert --push: what it needs then, and the Hub's limits."),
     ] = False,
     device: Device = "auto",
     jobs: Jobs = None,
@@ -210,6 +211,10 @@ def plan_command(
     )
     checkpoint = open_source(model, out=out)
     plan = with_notes(make_plan(checkpoint, recipes, options), choose_device(device))
+    if delete_after_upload:
+        from publish.limits import check_plan
+
+        plan = replace(plan, notes=(*plan.notes, *check_plan(plan)))
     jobs = jobs or default_jobs()
     disk = _disk(plan, spool_gib, jobs, delete_after_upload)
     if out is not None:

@@ -1,0 +1,73 @@
+"""convert --push through the command line, and what is refused before anything is read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert.checkpoint import open_checkpoint
+from convert.plan import Options, make_plan
+from convert.recipe import parse_variants
+from publish import limits
+from publish.streaming import disk_with_delivery, early_push
+from quant.errors import UsageError
+from tests.attacks.harness import run
+from tests.conftest import TINY_PRE
+from tests.hub import Hub
+
+TO = ("--to", "fp8-dynamic", "--to", "gguf:Q8_0,Q4_0", "--pre", TINY_PRE)
+WEIGHTS = (".gguf", ".safetensors")
+
+
+def weights_of(out: Path) -> list[str]:
+    return sorted(path.name for path in out.rglob("*") if path.suffix in WEIGHTS)
+
+
+def test_options_without_a_push() -> None:
+    nothing: dict[str, Any] = {"private": False, "without_report": False, "revision": None, "delete": False}
+    assert early_push(None, **nothing) is None
+    for option, value in (("private", True), ("without_report", True), ("revision", "v2"), ("delete", True)):
+        with pytest.raises(UsageError, match="without an upload"):
+            early_push(None, **{**nothing, option: value})
+    with pytest.raises(UsageError, match="there is no report yet"):
+        early_push("ORG/Tiny", **nothing)
+    found = early_push("ORG/Tiny", private=True, without_report=False, revision="v2", delete=True)
+    assert found is not None
+    assert (found.repo, found.private, found.revision, found.delete) == ("ORG/Tiny", True, "v2", True)
+
+
+def test_uploads_never_need_more_disk(tiny: Path) -> None:
+    plan = make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), Options(pre=TINY_PRE))
+    kept, gone = (disk_with_delivery(plan, None, 2, delete=delete) for delete in (False, True))
+    assert not kept.delivered
+    assert gone.delivered
+    assert kept.peak == plan.nbytes
+    assert gone.peak <= kept.peak
+
+
+def test_a_plan_says_what_the_hub_would_refuse(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("plan", tiny, "--to", "gguf:Q8_0", "--pre", TINY_PRE)
+    monkeypatch.setattr(limits, "CUSTOM", 1000)
+    assert "by custom" not in run(*command).done().out
+    assert "by custom" in run(*command, "--delete-after-upload").done().out
+    defaults = limits.check_plan.__kwdefaults__ or {}
+    monkeypatch.setitem(defaults, "limit", 200_000)
+    run(*command, "--delete-after-upload").refused(1, "larger than the Hub takes", "--split-max-size")
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own, of httpx
+def test_convert_and_push_twice(hub: Hub, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo("ORG/Tiny", tiny)
+    out = tmp_path / "out"
+    command = ("convert", tiny, *TO, "--out", out, "--push", "ORG/Tiny", "--private", "--delete-after-upload")
+    run(*command).done()
+    assert weights_of(out) == [], "deleted as they were uploaded"
+    held = {name: hub.repo(f"ORG/Tiny-{name}").files("main") for name in ("GGUF", "FP8-dynamic")}
+    assert {"Tiny-Q8_0.gguf", "Tiny-Q4_0.gguf", "README.md", "streamquant.json"} <= held["GGUF"].keys()
+    assert {"config.json", "README.md", "tokenizer.json"} <= held["FP8-dynamic"].keys()
+    sent, commits = hub.uploaded_bytes, len(list(hub.repo("ORG/Tiny-GGUF").history()))
+    again = run(*command).done()
+    assert "was done already" in again.out
+    assert hub.uploaded_bytes == sent
+    assert len(list(hub.repo("ORG/Tiny-GGUF").history())) == commits
+    assert hub.leaked_tokens() == []
