@@ -33,16 +33,17 @@ from rich.progress import (
 from convert.checkpoint import open_checkpoint
 from convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
 from convert.device import choose_device, with_notes
-from convert.hub.repo import parse_spec
+from convert.hub.repo import hub_spec
 from convert.hub.source import open_source
 from convert.imatrix import ImportanceMatrix, read_imatrix
 from convert.manifest import versions, write_atomically
 from convert.overrides import Overrides, parse_rule, parse_type, read_rules
 from convert.plan import Options, Plan, make_plan
-from convert.plan_report import Disk, human_bytes, plan_json, plan_view
+from convert.plan_report import Disk, plan_json, plan_view
 from convert.recipe import RECIPES, Recipe, parse_variants
 from convert.recipe_extract import extract_recipe
 from convert.recipe_file import read_recipe
+from convert.sizes import human_bytes, parse_size
 from convert.stream import explain
 from convert.strict_json import read_json_object
 from quant.errors import StreamquantError, UsageError
@@ -667,7 +668,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print version
 
 def _weights(model: str, step: Callable[[str, int, int], None] = lambda _what, _done, _total: None) -> Path:
     """A local path of a model with all its weights; one on the Hub is fetched into the cache of the Hub's client."""
-    if Path(model).exists() or parse_spec(model) is None:
+    if hub_spec(model) is None:
         return Path(model)
     from convert.hub.snapshot import fetch_snapshot
 
@@ -678,7 +679,7 @@ def _without_weights(model: str) -> "Variant":
     """A model of which no weight will be read: of one on the Hub only small files and headers are fetched."""
     from validate.variant import CheckpointVariant, open_variant
 
-    if Path(model).exists() or parse_spec(model) is None:
+    if hub_spec(model) is None:
         return open_variant(Path(model))
     return CheckpointVariant(open_source(model))
 
@@ -757,14 +758,7 @@ def _names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def _size(option: str, text: str | None) -> int | None:
-    """A size as llama.cpp writes it: 500M, 40G; decimal."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d*)([KMGT]?)B?", text.strip().upper())
-    if match is None:
-        raise UsageError("not a size", where=option, found=repr(text), required="a number with K, M, G or T, like 40G")
-    exponent = " KMGT".index(match[2] or " ")
-    return int(match[1]) * int(1000**exponent)
+    return None if text is None else parse_size(text, option)
 
 
 def _early_push(

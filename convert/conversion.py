@@ -15,6 +15,7 @@ from typing import Any
 from convert.checkpoint import CONFIG, INDEX, Checkpoint
 from convert.delivery import Delivery
 from convert.device import choose_device, inner_loop
+from convert.folders import nearest_folder
 from convert.guard_template import bos_text, guard_side_file
 from convert.hub.repo import OnBytes, OnWait
 from convert.hub.source import fetch_side_files, pin, unpin
@@ -132,10 +133,9 @@ def check_disk(plan: Plan, out: Path, disk: Disk | None = None) -> None:
 
     `disk` is what the run takes at most (default: all files), of which what is there already is not needed again.
     """
-    existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     present = sum(_allocated(out / file.path) for file in plan.files)
     present += sum(path.stat().st_blocks * 512 for path in (out / SPOOL).glob("*") if path.is_file())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_folder(out.resolve())).free
     needed = (disk or Disk(plan.nbytes)).peak - present + DISK_RESERVE
     if free < needed:
         raise StreamquantError(

@@ -8,20 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from convert.plan import OutputTensor, Plan, VariantPlan
+from convert.sizes import human_bytes
 from quant.formats import FORMATS
-
-
-def human_bytes(count: float) -> str:
-    """Bytes in decimal units, as disks and the Hub count them.
-
-    >>> human_bytes(431_234_567_890), human_bytes(999)
-    ('431.23 GB', '999 B')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from convert.folders import cache_folder
 from quant.errors import StreamquantError
 
 IGNORE = ("lm_head", "model.embed_tokens")
@@ -70,9 +71,8 @@ class QuantizationConfigs:
 
 
 def _cache_path(scheme: str) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     version = importlib.metadata.version("compressed-tensors")
-    return base / "streamquant" / f"quantization_config-{CACHE_VERSION}-{version}-{scheme}.json"
+    return cache_folder() / f"quantization_config-{CACHE_VERSION}-{version}-{scheme}.json"
 
 
 def _read_cache(scheme: str) -> dict[str, Any] | None:

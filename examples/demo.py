@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from convert.plan_report import human_bytes
+from convert.sizes import human_bytes
 from examples.smollm2_checkpoint import write_smollm2
 
 QUESTION = "What is the capital city of France? Answer in English."

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from huggingface_hub import constants
 
-from convert.plan_report import human_bytes
+from convert.sizes import human_bytes
 from publish import commands
 from publish.prompts import PromptFormat
 from publish.public_report import PublicReport

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from convert.plan import Plan, VariantPlan
-from convert.plan_report import human_bytes
+from convert.sizes import human_bytes
 from quant.errors import StreamquantError
 
 GB = 10**9

@@ -104,12 +104,14 @@ def push(
     wish: Wish | None = None,
     *,
     report: Path | None = None,
+    source: Path | None = None,
     dry_run: bool = False,
     on_start: Callable[[int], None] = lambda _nbytes: None,
     on_bytes: OnBytes = lambda _count: None,
     on_wait: OnWait = lambda _message, _seconds: None,
 ) -> tuple[Pushed, ...]:
-    """Publish a variant folder, or all of an --out folder. `report` is the folder of the report, if not beside them.
+    """Publish a variant folder, or all of an --out folder. `report` is the folder of the report, if not beside them,
+    `source` that of the original, for what only it can tell a card.
 
     Model cards are written where they are missing or older than manifest and report, unless they are somebody's own.
     `on_start` gets the bytes to send, `on_bytes` the number just sent, `on_wait` what is tried again after how many
@@ -129,7 +131,7 @@ def push(
     api = connect(to_write=not dry_run)
     if not dry_run:
         for found in folders:
-            refresh_card(found, names[found.path.name], report)
+            refresh_card(found, names[found.path.name], report, source)
     stop = threading.Event()
     jobs = []
     for found in folders:
@@ -179,13 +181,13 @@ def why_refused(variant: PublishedVariant) -> str:
     return "it could not be measured"
 
 
-def refresh_card(folder: VariantFolder, repo: str, report: Path | None = None) -> bool:
+def refresh_card(folder: VariantFolder, repo: str, report: Path | None = None, source: Path | None = None) -> bool:
     """Write the model card and the public report of a folder if `card_is_stale`; returns whether it was done."""
     from publish.card import CardOptions, write_cards
 
     if not card_is_stale(folder, repo):
         return False
-    write_cards(folder.path, CardOptions(repo=repo), report)
+    write_cards(folder.path, CardOptions(repo=repo, source=source), report)
     return True
 
 

@@ -13,11 +13,13 @@ from convert.architectures.base import TensorKind
 from convert.checkpoint import CONFIG, INDEX, Checkpoint
 from convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
 from convert.device import choose_device
-from convert.hub.snapshot import cache_folder, check_cache, missing_bytes
+from convert.folders import nearest_folder
+from convert.hub.snapshot import check_cache, client_cache, missing_bytes
 from convert.imatrix import ImportanceMatrix, read_imatrix
 from convert.manifest import MANIFEST, is_complete, read_manifest, write_atomically
 from convert.plan import Plan, VariantPlan
-from convert.plan_report import Disk, human_bytes
+from convert.plan_report import Disk
+from convert.sizes import human_bytes
 from convert.stream import explain
 from publish.release_file import ImatrixStage
 from publish.release_state import sha256_of
@@ -64,9 +66,8 @@ class PlanWork(Work):
     def _check_disk(self, plan: Plan) -> Sequence[str]:
         """Raise StreamquantError if a disk is too small; in a dry run say so."""
         out = self.file.out
-        existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         try:
-            if self._reads_all(plan) and cache_folder().stat().st_dev != existing.stat().st_dev:
+            if self._reads_all(plan) and client_cache().stat().st_dev != nearest_folder(out).stat().st_dev:
                 check_cache(plan.checkpoint)
                 check_disk(plan, out, disk_of(plan, self.file.spool_gib))
             else:

@@ -10,11 +10,9 @@ from convert.hub.repo import OnBytes
 from convert.plan import Options, Plan, make_plan
 from convert.plan_report import Disk
 from convert.recipe import Recipe
-from publish.card import CardOptions, write_cards
 from publish.delivery import ROOM, check_early_push, deliver, peak_disk, plan_repositories
 from publish.limits import check_plan
-from publish.push import Pushed, Wish, card_is_stale, push
-from publish.results import read_folder
+from publish.push import Pushed, Wish, push
 from quant.errors import UsageError
 
 
@@ -105,7 +103,5 @@ def convert_and_push(
     wish = Wish(where.private, where.revision, without_report=True)  # check_early_push has had its say
     pushed: list[Pushed] = []
     for folder, name in plan_repositories(plan, where.repo).items():
-        if card_is_stale(read_folder(out / folder), name):  # while the source is at hand, for what only it says
-            write_cards(out / folder, CardOptions(repo=name, source=checkpoint.folder))
-        pushed += push(out / folder, name, wish, on_bytes=on_upload, on_wait=fetching.on_wait)
+        pushed += push(out / folder, name, wish, source=checkpoint.folder, on_bytes=on_upload, on_wait=fetching.on_wait)
     return done, tuple(pushed)

@@ -12,7 +12,7 @@ from typing import cast
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.hub.repo import HubRepo
 from convert.hub.spool import spool_limit
-from convert.plan_report import human_bytes
+from convert.sizes import human_bytes
 from publish.release_file import ReleaseFile, read_release
 from publish.release_state import State
 from publish.road import Road, Watch

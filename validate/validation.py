@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convert.folders import cache_folder
 from quant.errors import StreamquantError, UsageError
 from validate.behaviour import BehaviourReport, compare_behaviour
 from validate.chat import ChatReport, compare_chat, folder_templates
@@ -174,8 +175,7 @@ def chat_check(
 
 def default_cache() -> Path:
     """The folder for hidden states of originals in the user's cache."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "streamquant" / "hidden-states"
+    return cache_folder() / "hidden-states"
 
 
 def prune_cache(folder: Path, keep_bytes: int = CACHE_BYTES) -> None:

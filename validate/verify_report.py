@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from convert.plan_report import human_bytes
+from convert.sizes import human_bytes
 from validate.inspect import StoredFile
 from validate.verify import VerifiedVariant
 

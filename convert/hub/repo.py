@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.errors import StreamquantError, UsageError
+from quant.errors import StreamquantError
 
 READ_BYTES = 4 * 1024 * 1024
 CHUNK_BYTES = 256 * 1024
@@ -250,6 +250,11 @@ def parse_spec(text: str) -> tuple[str, str] | None:
     return match["name"], match["revision"] or MAIN
 
 
+def hub_spec(model: str) -> tuple[str, str] | None:
+    """`parse_spec` of what a user calls a model; None if there is such a path, which goes before the Hub."""
+    return None if Path(model).exists() else parse_spec(model)
+
+
 def open_repo(name: str, revision: str = MAIN, commit: str | None = None) -> HubRepo:
     """Resolve a revision to its commit, once, and list the files there; in offline mode by the local cache.
 
@@ -321,13 +326,3 @@ def _cached_repo(name: str, revision: str, commit: str | None) -> HubRepo:
             relative = path.relative_to(snapshot).as_posix()
             files[relative] = HubFile(relative, path.stat().st_size, _hex(blob, 64), _hex(blob, 40))
     return HubRepo(name, revision, snapshot.name, files, constants.ENDPOINT, name)
-
-
-def check_spec(text: str) -> tuple[str, str]:
-    """parse_spec. Raises UsageError for what is not ORG/NAME[@REVISION]."""
-    found = parse_spec(text)
-    if found is None:
-        raise UsageError(
-            "not a model", where=text, required="the folder of a checkpoint, or ORG/NAME[@REVISION] on the Hub"
-        )
-    return found

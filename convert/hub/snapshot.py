@@ -1,14 +1,15 @@
 """A whole checkpoint of the Hub on the local disk, for what reads every weight more than once: validation, imatrix."""
 
-import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from convert.checkpoint import CONFIG, INDEX, Checkpoint
+from convert.folders import nearest_folder
 from convert.hub.repo import HubRepo
-from convert.plan_report import human_bytes
+from convert.hub.source import model_folder
+from convert.sizes import human_bytes
 from convert.stream import explain
 from quant.errors import StreamquantError
 
@@ -32,7 +33,7 @@ def fetch_snapshot(
     if missing:
         check_cache(checkpoint)
         on_note(
-            f"{human_bytes(total)} of {repo} are fetched into the local cache, {cache_folder()}: they are read whole"
+            f"{human_bytes(total)} of {repo} are fetched into the local cache, {client_cache()}: they are read whole"
         )
     done = 0
     for name in missing:
@@ -52,22 +53,21 @@ def missing_bytes(checkpoint: Checkpoint) -> int:
     return sum(_repo(checkpoint).files[name].size for name in missing_files(checkpoint))
 
 
-def cache_folder() -> Path:
+def client_cache() -> Path:
     """The cache of the Hub's client, or the nearest folder above that exists."""
     from huggingface_hub import constants
 
-    cache = Path(constants.HF_HUB_CACHE)
-    return next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    return nearest_folder(Path(constants.HF_HUB_CACHE))
 
 
 def check_cache(checkpoint: Checkpoint) -> None:
     """Raise StreamquantError if the disk of the cache cannot hold what is missing."""
     required = missing_bytes(checkpoint) + DISK_RESERVE
-    free = shutil.disk_usage(cache_folder()).free
+    free = shutil.disk_usage(client_cache()).free
     if free < required:
         raise StreamquantError(
             "not enough disk space for the whole source",
-            where=str(cache_folder()),
+            where=str(client_cache()),
             found=f"{free:,} bytes free",
             required=f"{required:,} bytes: importance matrices and validation read {checkpoint.hub} as a whole",
             hint="set HF_HOME to a larger disk, or leave `imatrix` and `validate` out and convert alone",
@@ -85,9 +85,7 @@ def _names(checkpoint: Checkpoint) -> list[str]:
 
 
 def _linked(repo: HubRepo, names: Sequence[str]) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    organization, name = repo.name.split("/")
-    folder = base / "streamquant" / "snapshots" / f"{organization}--{name}" / repo.commit / name
+    folder = model_folder(repo, "snapshots")
     try:
         for file in names:
             cached, link = repo.cached(file), folder / file

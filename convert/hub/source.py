@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Sequence
@@ -24,7 +23,8 @@ from convert.checkpoint import (
     read_config,
     read_weight_map,
 )
-from convert.hub.repo import HubFile, HubRepo, check_spec, open_repo, parse_spec
+from convert.folders import cache_folder
+from convert.hub.repo import HubFile, HubRepo, hub_spec, open_repo
 from convert.journal import WORK_FOLDER
 from convert.manifest import write_atomically
 from convert.safetensors_file import StoredTensor, header_length, parse_header
@@ -46,10 +46,10 @@ def open_source(model: str, *, out: Path | None = None) -> Checkpoint:
     An unfinished run in `out` has its commit pinned: the same revision is the same commit again. Raises UsageError and
     StreamquantError.
     """
-    folder = Path(model)
-    if folder.exists() or parse_spec(model) is None:
-        return open_checkpoint(folder)
-    name, revision = check_spec(model)
+    on_hub = hub_spec(model)
+    if on_hub is None:
+        return open_checkpoint(Path(model))
+    name, revision = on_hub
     commit = pinned_commit(out, name, revision) if out is not None else None
     return open_hub_checkpoint(open_repo(name, revision, commit))
 
@@ -92,11 +92,15 @@ def fetch_side_files(checkpoint: Checkpoint) -> None:
         _fetch(checkpoint.hub, checkpoint.side_files, checkpoint.folder)
 
 
-def side_folder(repo: HubRepo) -> Path:
-    """Where the small files of a repository are kept: in the user's cache, in a folder with the model's name."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def model_folder(repo: HubRepo, kind: str) -> Path:
+    """A folder in the user's cache for a commit. Its last part is the model's name, which goes into file names."""
     organization, name = repo.name.split("/")
-    folder = base / "streamquant" / "hub" / f"{organization}--{name}" / repo.commit / name
+    return cache_folder() / kind / f"{organization}--{name}" / repo.commit / name
+
+
+def side_folder(repo: HubRepo) -> Path:
+    """Where the small files of a repository are kept. Raises StreamquantError if it cannot be made."""
+    folder = model_folder(repo, "hub")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

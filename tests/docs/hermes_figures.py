@@ -14,7 +14,7 @@ from convert.architectures.base import TensorKind
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.hub.spool import GIB
 from convert.plan import Plan
-from convert.plan_report import human_bytes
+from convert.sizes import human_bytes
 from publish.delivery import ROOM, peak_disk
 from publish.release_file import read_release
 from publish.release_state import State

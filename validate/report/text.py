@@ -4,7 +4,7 @@ import math
 import re
 import unicodedata
 
-from convert.plan_report import human_bytes
+from convert.sizes import human_bytes
 from validate.divergence import Estimate
 
 __all__ = ["code", "error_digits", "estimate", "human_bytes", "markdown", "number", "percent", "visible"]
