@@ -1,0 +1,14 @@
+"""Folders that several rooms need: the user's cache, and the part of a path that is there."""
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where streamquant keeps what it can make again: $XDG_CACHE_HOME/streamquant, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamquant"
+
+
+def nearest_folder(path: Path) -> Path:
+    """A path, or the nearest folder above it that exists: whose disk it would be on."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
