@@ -4,8 +4,9 @@ import importlib
 import json
 import os
 import shutil
+import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,16 @@ from typing import Any
 import pytest
 
 from convert.hub.spool import GIB
+from convert.plan import make_plan
+from convert.plan_report import plan_json
+from convert.recipe import parse_variants
+from tests.attacks.harness import TO, Ran, run
 from tests.hub import Commit, Hub, Repo, Request
 
 REPO = "ORG/Tiny"
 SHARD = "*.safetensors"
+SECONDS = 20
+"""How long a test waits for what should happen at once."""
 
 
 def settings(hub: Hub, home: Path) -> dict[str, Any]:
@@ -100,3 +107,51 @@ def without_origin(out: Path) -> dict[str, Any]:
             del variant["fingerprint"]
         found[str(path.relative_to(out))] = manifest
     return found
+
+
+def files(model: Path, **changes: bytes | None) -> dict[str, bytes]:
+    """The files of a folder by name, some changed: `__` stands for `.`; None removes one."""
+    content = {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()}
+    for name, data in changes.items():
+        content.pop(name.replace("__", "."), None)
+        if data is not None:
+            content[name.replace("__", ".")] = data
+    return content
+
+
+def plan(spec: str, *more: object) -> Ran:
+    """`streamquant plan`."""
+    return run("plan", spec, *TO, *more)
+
+
+def plan_of(checkpoint: Any) -> dict[str, Any]:
+    """A plan as JSON, without what differs between a folder and the Hub."""
+    recipes = parse_variants(["fp8-dynamic", "gguf:BF16,Q8_0,Q4_0"])
+    found = plan_json(make_plan(checkpoint, recipes), 1)
+    for name in ("repo", "revision", "commit"):
+        found["source"].pop(name, None)
+    return {key: value for key, value in found.items() if key not in ("fingerprint", "disk_bytes", "spool_bytes")}
+
+
+class Later:
+    """A call in a thread of its own."""
+
+    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self._call, self._arguments = call, arguments
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._call(*self._arguments)
+        except BaseException as error:  # looked at by the test
+            self.error = error
+
+    def wait(self) -> Any:
+        self.thread.join(SECONDS)
+        assert not self.thread.is_alive(), "it waits for ever"
+        if self.error is not None:
+            raise self.error
+        return self.result

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.publish.card_fixtures import cards, plain
 from tests.publish.hub_client import hub, out, small_variants
 from tests.validate.engine_fixtures import hermes_14b
 from tests.validate.report_fixtures import four_variants, report
 
-__all__ = ["four_variants", "hermes_14b", "hub", "interrupts", "out", "report", "small_variants"]
+__all__ = ["cards", "four_variants", "hermes_14b", "hub", "interrupts", "out", "plain", "report", "small_variants"]
 
 
 @pytest.fixture

@@ -16,10 +16,14 @@ from convert.hub import errors
 from convert.plan import Options
 from convert.recipe import parse_variants
 from publish import push, target
+from publish.push import Wish
 from publish.results import VariantFolder
 from tests.conftest import TINY_PRE, Shelf
 from tests.hub import WRITE_TOKEN, Hub
 
+ANYWAY = Wish(without_report=True)
+GGUF = "ORG/Tiny-GGUF"
+FP8 = "ORG/Tiny-FP8-dynamic"
 SPECS = ("fp8-dynamic", "gguf:Q8_0,Q4_0")
 
 
@@ -67,3 +71,31 @@ def out(small_variants: Path, tmp_path: Path) -> Path:
 def without_own_commit(files: dict[str, bytes]) -> dict[str, bytes]:
     """The files of a repository without the one that the Hub makes itself."""
     return {path: data for path, data in files.items() if path != ".gitattributes"}
+
+
+def expected(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder that convert wrote, by path."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def published(hub: Hub, repo: str, revision: str = "main") -> dict[str, bytes]:
+    files = dict(hub.repo(repo).files(revision))
+    del files[".gitattributes"]
+    return files
+
+
+def titles(hub: Hub, repo: str) -> list[str]:
+    """Of the commits after the Hub's own first one."""
+    return [commit.title for commit in hub.repo(repo).history()][:-1]
+
+
+def head(hub: Hub, repo: str) -> str:
+    return hub.repo(repo).branches["main"]
+
+
+def puts(hub: Hub) -> list[str]:
+    return sorted(request.path for request in hub.select(method="PUT") if request.status == 200)

@@ -1,78 +1,50 @@
 """Model cards: they say what manifest and report say, in YAML that the Hub takes, whatever things are called."""
 
 import dataclasses
-import html.parser
-import json
-import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import huggingface_hub.repocard
-import markdown_it
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils._http import get_session
-from markdown_it.token import Token
 from typer.testing import CliRunner
 
-import publish.prompts
 import streamquant
 from convert.checkpoint import open_checkpoint
 from convert.conversion import convert
 from convert.manifest import MANIFEST
 from convert.plan import Options
 from convert.recipe import parse_variants
-from publish.base_card import BaseCard, read_base_card
 from publish.card import CardOptions, write_cards
 from publish.commands import made_by
-from publish.origin import BASE_CARD, MARK, Template
-from publish.prompts import prompt_format
+from publish.origin import BASE_CARD, MARK
 from publish.public_report import public_report
 from publish.results import CARD, VariantFolder, read_folder
-from quant.errors import StreamquantError, UsageError
+from quant.errors import UsageError
 from tests.conftest import TINY_PRE, Shelf
 from tests.hub import Hub
+from tests.publish.card_fixtures import (
+    BASE,
+    OPTIONS,
+    PROGRAMS,
+    blocks,
+    edit,
+    fill,
+    front,
+    table,
+    tokens,
+)
 from tests.validate.engine_fixtures import Model
 from validate.report.data import Report, read_report, report_bytes, write_report
 from validate.report.view import make_view, remark
 from validate.variant import Problem
-
-BASE = """---
-license: llama3
-license_link: LICENSE
-language:
-- en
-- no
-tags:
-- function calling
-- reasoning
-- fp8
-pipeline_tag: text-generation
----
-# The original
-"""
-SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
-OPTIONS = CardOptions(base_model="NousResearch/Tiny", repo="ORG/Tiny", prompts=False)
-HOSTILE = "<script>alert(1)</script>\"'|`[x](javascript:y) $\\frac$ \u202egnp.\x1b[31m {{7*7}} &lt; ![i](//e)\n---\n- a"
-PROGRAMS = {"hf", "llama-cli", "llama-server", "llama-gguf-split", "lms", "ollama", "vllm", "python", "streamquant"}
-
-
-def fill(out: Path, four_variants: list[Path], report: Report) -> None:
-    """An --out folder with its report, as convert and validate leave it for an original with a card."""
-    shutil.copytree(four_variants[0].parent, out)
-    fp8 = out / "Tiny-FP8-dynamic"
-    before = (fp8 / MANIFEST).stat()
-    (fp8 / CARD).write_text(BASE)
-    (fp8 / "LICENSE").write_text("Be good.")
-    (fp8 / "generation_config.json").write_text(json.dumps(SAMPLING))
-    os.utime(fp8 / CARD, ns=(before.st_mtime_ns, before.st_mtime_ns))
-    write_report(report, out / "report")
 
 
 @pytest.fixture
@@ -80,62 +52,6 @@ def out(four_variants: list[Path], report: Report, tmp_path: Path) -> Path:
     """An --out folder whose FP8 variant came with the original's card."""
     fill(tmp_path / "out", four_variants, report)
     return tmp_path / "out"
-
-
-@pytest.fixture(scope="session")
-def cards(shelf: Shelf, four_variants: list[Path], report: Report) -> Path:
-    """The same with cards, prompts and all. Must not be written to."""
-
-    def make(folder: Path) -> None:
-        fill(folder / "out", four_variants, report)
-        write_cards(folder / "out", dataclasses.replace(OPTIONS, prompts=True))
-
-    return shelf.get("publish-cards", make) / "out"
-
-
-@pytest.fixture
-def plain(out: Path) -> Path:
-    """An --out folder without a report: cards of it are made in no time."""
-    shutil.rmtree(out / "report")
-    return out
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    record = json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
-
-
-def front(card: Path) -> dict[str, Any]:
-    found = re.match(r"---\n(.*?)\n---\n", card.read_text(), re.DOTALL)
-    assert found is not None
-    return dict(yaml.safe_load(found[1]))
-
-
-def tokens(card: Path) -> list[Token]:
-    """The body as Markdown, with what is inside of paragraphs and cells."""
-    body = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(), flags=re.DOTALL)
-    flat = []
-    for token in markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(body):
-        flat += [token, *(token.children or ())]
-    return flat
-
-
-def blocks(card: Path, language: str) -> list[str]:
-    return [token.content for token in tokens(card) if token.type == "fence" and token.info == language]
-
-
-def table(card: Path, heading: str) -> list[list[str]]:
-    """Rows of the first table with this in its head, as Markdown."""
-    rows = [line for line in card.read_text().splitlines() if line.startswith("|")]
-    first = next(number for number, line in enumerate(rows) if heading in line)
-    found = []
-    for line in rows[first + 2 :]:
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if len(cells) != len(re.split(r"(?<!\\)\|", rows[first])) - 2 or set(cells[0]) == {"-"}:
-            break
-        found.append(cells)
-    return found
 
 
 # The metadata
@@ -532,187 +448,6 @@ def test_the_originals_own_text_may_be_replaced_at_any_age(plain: Path, tmp_path
         write_cards(card.parent, options)
     write_cards(card.parent, dataclasses.replace(options, source=source))
     assert MARK in card.read_text()
-
-
-# Hostile input
-
-
-def write_base(folder: Path, front_matter: str) -> Path:
-    path = folder / "base.md"
-    path.write_text(f"---\n{front_matter}\n---\n# x\n")
-    return path
-
-
-@pytest.mark.parametrize(
-    ("text", "card"),
-    [
-        ("license: mit", BaseCard(license=("mit",))),
-        ("license: [mit, apache-2.0]", BaseCard(license=("mit", "apache-2.0"))),
-        ("language: no", BaseCard(language=("no",))),
-        ("language: [no, en, 'x y', '<b>']", BaseCard(language=("no", "en"))),
-        ('license: "mit\\n---\\nevil: 1"', BaseCard()),
-        ("license: |\n  mit\n  ---\n  evil: 1", BaseCard()),
-        ("license: '<script>'", BaseCard()),
-        ("license: {a: b}", BaseCard()),
-        ("license_name: a|b", BaseCard()),
-        ("license_link: javascript:alert(1)", BaseCard()),
-        ("license_link: ../../etc/passwd", BaseCard()),
-        ("license_link: a/../../etc/passwd", BaseCard()),
-        ("license_link: https://example.org/a", BaseCard(license_link="https://example.org/a")),
-        ("license_link: https://example.org/<b>", BaseCard()),
-        ("tags: [a, a, b c, 'd\u202e', '![x](//e)', {e: f}, 3]", BaseCard(tags=("a", "b c", "3"))),
-        (f"tags: [{'x' * 200}]", BaseCard()),
-        (f"tags: [{', '.join(f't{n}' for n in range(500))}]", BaseCard(tags=tuple(f"t{n}" for n in range(64)))),
-        ("", BaseCard()),
-        ("# nothing", BaseCard()),
-    ],
-)
-def test_only_values_of_their_shape_come_out_of_a_base_card(text: str, card: BaseCard, tmp_path: Path) -> None:
-    assert read_base_card(write_base(tmp_path, text)) == card
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        'license: !!python/object/apply:os.system ["touch /tmp/x"]',
-        "license: !!str mit",
-        "a: &a [x]\nlicense: *a",
-        "a: &a [x]",
-        "license: [",
-        "- a\n- b",
-        "just text",
-        "a: " + "[" * 5000,
-        "license: mit\n\tb: c",
-        "a: \x00",
-    ],
-)
-def test_tricks_of_yaml_are_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(StreamquantError, match="broken model card") as caught:
-        read_base_card(write_base(tmp_path, text))
-    assert "base.md" in str(caught.value)
-
-
-def test_front_matter_without_an_end_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "base.md"
-    path.write_text("---\n" + "a: b\n" * 100_000 + "---\n")
-    with pytest.raises(StreamquantError, match="broken model card"):
-        read_base_card(path)
-    path.write_text("# no front matter\n---\na: b\n---\n")
-    assert read_base_card(path) == BaseCard()
-    path.write_bytes(b"---\r\nlicense: mit\r\n---\r\n\xff")
-    assert read_base_card(path).license == ("mit",)
-
-
-class Page(html.parser.HTMLParser):
-    """Tags of a page, and where its links go."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.links: list[str] = []
-        self.cells: list[int] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.links += [value or "" for name, value in attrs if name in ("href", "src")]
-        if tag == "tr":
-            self.cells.append(0)
-        if tag in ("td", "th"):
-            self.cells[-1] += 1
-
-
-def test_names_and_texts_of_strangers_come_out_as_text(out: Path, report: Report) -> None:
-    def hostile(record: dict[str, Any]) -> None:
-        record["model"] = record["source"]["name"] = record["source"]["architecture"] = HOSTILE
-        entry = record["variants"]["gguf:Q8_0"]
-        entry["description"] = HOSTILE
-        entry["recipe"] = {"label": HOSTILE, "note": HOSTILE}
-        entry["versions"] = {HOSTILE: HOSTILE}
-        entry["options"] |= {"name": HOSTILE, "pre": HOSTILE, "metadata": {HOSTILE: HOSTILE}}
-        entry["options"]["overrides"] = {"tensor-type": [HOSTILE]}
-        entry["options"]["imatrix"] = {"file": HOSTILE, "sha256": HOSTILE, "datasets": [HOSTILE], "chunks": HOSTILE}
-        entry["tensors"][0]["format"] = HOSTILE
-        record["variants"][f"gguf:{HOSTILE}"] = record["variants"].pop("gguf:Q4_K_M")
-
-    edit(out / "Tiny-GGUF" / MANIFEST, hostile)
-    comparison = dataclasses.replace(report.comparison, files=tuple(
-        dataclasses.replace(file, path=Path(HOSTILE)) for file in report.comparison.files
-    ))  # fmt: skip
-    write_report(dataclasses.replace(report, comparison=comparison, command=(HOSTILE,)), out / "report")
-    options = dataclasses.replace(OPTIONS, repo=None, quantized_by="<b>: |`x` # y", base_model=None)
-    (card,) = write_cards(out / "Tiny-GGUF", options)
-    assert front(card)["quantized_by"] == "<b>: |`x` # y"
-    text = card.read_text()
-    assert not {letter for letter in text if letter in "\u202e\x1b"}
-    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
-    page = Page(markdown_it.MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(body))
-    assert page.tags <= {
-        *("h1", "h2", "p", "a", "ul", "li", "strong", "em", "code", "pre", "blockquote", "br", "img", "details"),
-        *("summary", "table", "thead", "tbody", "tr", "th", "td"),
-    }
-    allowed = re.compile(r"#measurements|report/[\w./-]+|Tiny-[\w.-]+\.gguf")
-    assert [link for link in page.links if not allowed.fullmatch(link)] == []
-    assert set(page.cells) == {8, 7, 2}
-    assert all(shlex.split(block)[0] in PROGRAMS for block in blocks(card, "bash"))
-
-
-@pytest.mark.parametrize("option", ["base_model", "repo"])
-@pytest.mark.parametrize("name", ["x", "a/b/c", "../b", "a/b\nc", "a/<b>", "a/" + "b" * 100, "-a/b", "a/b--c"])
-def test_names_of_repositories_are_checked(plain: Path, option: str, name: str) -> None:
-    settings: dict[str, Any] = {option: name}
-    with pytest.raises(UsageError):
-        write_cards(plain / "Tiny-GGUF", dataclasses.replace(OPTIONS, **settings))
-    assert not (plain / "Tiny-GGUF" / CARD).exists()
-
-
-def test_a_makers_name_is_a_line(plain: Path) -> None:
-    for name in ("", " ", "a\nb", "a\u202eb", "x" * 101):
-        with pytest.raises(UsageError, match="not a name"):
-            write_cards(plain, dataclasses.replace(OPTIONS, quantized_by=name))
-
-
-# Templates
-
-
-def render(text: str, path: Path) -> publish.prompts.PromptFormat:
-    return prompt_format(Template(path, text, {"bos_token": "<s>"}))
-
-
-def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
-    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ bos_token.__init__.__globals__ }}"
-    found = render(escape, tmp_path)
-    assert found.prompts == ()
-    assert len(found.faults) == 2
-    assert all("SecurityError" in fault or "unsafe" in fault for fault in found.faults)
-    assert found.thinking is None
-
-
-def test_a_template_that_does_not_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish.prompts, "SECONDS", 2.0)
-    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(StreamquantError, match="the chat template cannot be shown") as caught:
-        render(endless, tmp_path)
-    assert "--no-prompts" in str(caught.value)
-
-
-def test_what_a_template_writes_stays_in_its_block(plain: Path, tmp_path: Path) -> None:
-    text = "````\n</details><script>x</script>\n~~~\n\u202e\x1b|{{ messages[-1]['content'] }}"
-    folder = plain / "Tiny-FP8-dynamic"
-    edit(folder / "tokenizer_config.json", lambda r: r.update(chat_template=text))
-    (card,) = write_cards(folder, dataclasses.replace(OPTIONS, repo="ORG/T", prompts=True))
-    assert "\u202e" not in card.read_text()
-    blocks_of_text = blocks(card, "text")
-    assert blocks_of_text[0] == "````\n</details><script>x</script>\n~~~\n\\u202e\\x1b|{prompt}\n"
-    assert "script" not in "".join(token.content for token in tokens(card) if token.type == "html_block")
-
-
-def test_long_and_broken_renderings_are_told(tmp_path: Path) -> None:
-    long = "{% if messages | length > 1 %}{{ raise_exception('no system | role') }}{% endif %}{{ 'x' * 30000 }}"
-    found = render(long, tmp_path)
-    assert found.prompts == ()
-    assert any("no system | role" in fault for fault in found.faults)
-    assert any("too long to show" in fault for fault in found.faults)
 
 
 # The command line

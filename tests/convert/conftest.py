@@ -1,0 +1,17 @@
+"""What the tests of convert share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub import Hub
+from tests.hub_source import use
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub in this process, which the client talks to without a token."""
+    with Hub() as hub:
+        use(hub, tmp_path / "home", monkeypatch)
+        yield hub

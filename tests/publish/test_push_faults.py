@@ -1,0 +1,173 @@
+"""Push where something goes wrong on the way: nothing is lost, nothing is sent twice, and the message says it."""
+
+import dataclasses
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from convert.hub import errors
+from convert.hub.repo import Stopped
+from publish import push as push_module
+from publish.push import push
+from publish.results import read_folders
+from publish.selection import select
+from publish.target import Target, _Meter, _MeteredFile, connect, in_background
+from quant.errors import StreamquantError
+from tests.hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub, lost_commit, rate_limit, refuse_token
+from tests.publish.hub_client import ANYWAY, GGUF, expected, published, puts, titles
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+# Faults on the way
+
+
+FAULTS = {
+    "a PUT fails": [Fault(method="PUT", status=500, times=8)],
+    "a PUT is cut": [Fault(method="PUT", cut_after=1000, times=3)],
+    "a PUT is reset": [Fault(method="PUT", reset_after=1000, times=3)],
+    "the answer to a commit is lost": [lost_commit()],
+    "a commit fails, and its answer is lost": [Fault(path="*/commit/*", status=502), lost_commit()],
+    "a commit comes at the same time": [Fault(path="*/commit/*", status=412, message="A commit has happened since")],
+    "too many requests": [rate_limit(0), Fault(path="*/tree/*", status=429, headers={"Retry-After": "0"})],
+    "the Hub hangs up": [Fault(path="*/api/*", hang_up=True, times=3)],
+    "the repository's making is lost": [Fault(path="*/repos/create", status=504, applied=True)],
+    "a proxy answers with a page": [Fault(path="*/validate-yaml", status=503, message="<html>", times=2)],
+    "verification fails": [Fault(path="*/verify", status=503, times=2)],
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_on_the_way(hub: Hub, out: Path, name: str) -> None:
+    faults = [hub.arm(dataclasses.replace(fault)) for fault in FAULTS[name]]
+    push(out / "Tiny-GGUF", GGUF, ANYWAY)
+    assert all(fault.fired for fault in faults)
+    assert published(hub, GGUF) == expected(out / "Tiny-GGUF")
+    assert len(titles(hub, GGUF)) == 1
+    assert len(puts(hub)) == 2
+    assert hub.leaked_tokens() == []
+
+
+def test_a_fault_that_stays_is_told_and_the_push_goes_on_later(
+    hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "ATTEMPTS", 2)
+    waits: list[str] = []
+    hub.arm(Fault(path="*/commit/*", status=503, times=None))
+    with pytest.raises(StreamquantError, match="the Hub has a fault"):
+        push(out / "Tiny-GGUF", GGUF, ANYWAY, on_wait=lambda message, _seconds: waits.append(message))
+    assert waits
+    assert "503" in waits[0]
+    assert len(puts(hub)) == 2
+    hub.faults.clear()
+    push(out / "Tiny-GGUF", GGUF, ANYWAY)
+    assert len(puts(hub)) == 2
+    assert published(hub, GGUF) == expected(out / "Tiny-GGUF")
+
+
+def test_a_token_that_is_refused_midway(hub: Hub, out: Path) -> None:
+    hub.arm(dataclasses.replace(refuse_token(), path="*/commit/*"))
+    with pytest.raises(StreamquantError, match="the token was refused") as raised:
+        push(out / "Tiny-GGUF", GGUF, ANYWAY)
+    assert WRITE_TOKEN not in str(raised.value)
+
+
+def test_a_read_only_token(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    with pytest.raises(StreamquantError, match="the token may not do this") as raised:
+        push(out / "Tiny-GGUF", GGUF, ANYWAY)
+    assert READ_TOKEN not in str(raised.value)
+
+
+def test_no_token(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(StreamquantError, match="no token for the Hub"):
+        push(out / "Tiny-GGUF", GGUF, ANYWAY)
+    assert hub.requests == []
+
+
+def test_offline(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(StreamquantError, match="switched off"):
+        push(out / "Tiny-GGUF", GGUF, ANYWAY)
+
+
+def test_a_foreign_namespace(hub: Hub, out: Path) -> None:
+    with pytest.raises(StreamquantError, match="the token may not do this"):
+        push(out / "Tiny-GGUF", "SOMEBODY/Tiny-GGUF", ANYWAY)
+
+
+def test_a_full_account(hub: Hub, out: Path) -> None:
+    hub.arm(Fault(path="*/lfs/objects/batch", status=403, times=None, message="Storage limit reached for ORG"))
+    with pytest.raises(StreamquantError, match="storage on the Hub is used up"):
+        push(out / "Tiny-GGUF", GGUF, ANYWAY)
+
+
+def test_a_name_that_is_taken(hub: Hub, out: Path) -> None:
+    hub.arm(Fault(path="*/repos/create", status=409, times=None, message="the name is taken by a collection"))
+    with pytest.raises(StreamquantError, match="the name is taken"):
+        push(out / "Tiny-GGUF", GGUF, ANYWAY)
+
+
+def test_a_gitignore_that_hides_files_is_noticed(hub: Hub, out: Path) -> None:
+    hub.add_repo(GGUF, {".gitignore": b"*.gguf\n", ".gitattributes": b"*.gguf filter=lfs diff=lfs merge=lfs -text\n"})
+    with pytest.raises(StreamquantError, match="did not arrive"):
+        push(out / "Tiny-GGUF", GGUF, ANYWAY)
+
+
+def test_a_card_that_the_hub_refuses_is_known_before_anything_is_sent(
+    hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push_module, "refresh_card", lambda *_arguments: False)
+    (out / "Tiny-GGUF" / "README.md").write_text("---\nlicense: [unclosed\n---\n# Mine\n")
+    with pytest.raises(StreamquantError, match="does not accept the model card"):
+        push(out / "Tiny-GGUF", GGUF, ANYWAY)
+    assert hub.select(method="PUT") == []
+
+
+def test_a_redirect_to_another_host_gets_no_token(hub: Hub, out: Path) -> None:
+    hub.arm(Fault(path="*/repos/create", redirect="stranger", times=None))
+    with pytest.raises(StreamquantError):
+        push(out / "Tiny-GGUF", GGUF, ANYWAY)
+    assert hub.select(host="stranger")
+    assert hub.leaked_tokens() == []
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_an_interrupt_ends_an_upload(hub: Hub, out: Path) -> None:
+    hub.arm(Fault(method="PUT", trickle=100_000, times=None))
+    target = Target(connect(), GGUF)
+    target.open(private=False)
+    files = select(read_folders(out / "Tiny-GGUF")[0]).files
+    before = time.monotonic()
+    timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        in_background(lambda: target.send(files, "x"), target.stop)
+    assert time.monotonic() - before < 8  # 2 MB at this speed are 20 s
+
+
+def test_a_stop_ends_the_reading_of_a_file(out: Path) -> None:
+    """What the buffers of a socket swallow at once is not enough to see it in an upload."""
+    path, stop = out / "Tiny-GGUF" / "Tiny-Q8_0.gguf", threading.Event()
+    seen: list[int] = []
+    meter = _Meter(path.stat().st_size, seen.append, stop)
+    with _MeteredFile(path, meter) as file:
+        file.read(1000)
+        stop.set()
+        with pytest.raises(Stopped):
+            file.read(1000)
+    assert seen == [1000]
+
+
+def test_progress_counts_every_byte_once(hub: Hub, out: Path) -> None:
+    hub.arm(Fault(method="PUT", cut_after=300_000, times=2))
+    sent: list[int] = []
+    totals: list[int] = []
+    push(out / "Tiny-GGUF", GGUF, ANYWAY, on_start=totals.append, on_bytes=sent.append)
+    assert min(sent) >= 0
+    assert sum(sent) == totals[0] == sum(len(data) for data in expected(out / "Tiny-GGUF").values())
