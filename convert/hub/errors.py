@@ -115,9 +115,11 @@ def is_transient(error: BaseException) -> bool:
         if isinstance(cause, OSError) and "Consistency check failed" in str(cause):
             return True  # huggingface_hub/file_download.py, http_get: the body was shorter than its header said
         if type(cause) is RuntimeError and re.search(
-            r"(?i)timed? ?out|connection|reset by peer|\b50[0234]\b", str(cause)
+            r"(?i)timed? ?out|connection|reset by peer|\b50[0234]\b|client has been closed", str(cause)
         ):
-            return True  # hf_xet speaks of its network in RuntimeErrors
+            # hf_xet speaks of its network in RuntimeErrors. And a refused connection of one thread makes
+            # huggingface_hub close the client of them all (utils/_http.py, _http_backoff_base).
+            return True
     return False
 
 

@@ -51,6 +51,15 @@ def wrapped(error: Exception, around: Exception) -> Exception:
         return outer
 
 
+def used_closed() -> Exception:
+    """Of a request on a client that another thread has closed."""
+    client = httpx.Client()
+    client.close()
+    with pytest.raises(RuntimeError) as raised:
+        client.get(URL)
+    return raised.value
+
+
 CONNECT = httpx.ConnectError("[Errno 111] Connection refused")
 CERTIFICATE = httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
 
@@ -179,6 +188,7 @@ def test_statuses_that_do_not(status: int) -> None:
         (wrapped(answered(503), RuntimeError("Error while uploading 'x' to the Hub.")), True),
         (wrapped(answered(403), RuntimeError("Error while uploading 'x' to the Hub.")), False),
         (RuntimeError("CAS: connection reset by peer"), True),
+        (wrapped(used_closed(), RuntimeError("Error while uploading 'x' to the Hub.")), True),
         (CERTIFICATE, False),
         (OfflineModeIsEnabled("offline"), False),
         (httpx.UnsupportedProtocol("ftp"), False),

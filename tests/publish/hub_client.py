@@ -1,6 +1,7 @@
 """The Hub's client in process, set up for a Hub on loopback, and variant folders that are small."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
-from huggingface_hub.utils._http import close_session, default_client_factory, set_client_factory
+from huggingface_hub.utils._http import default_client_factory, set_client_factory
 
 from convert.checkpoint import open_checkpoint
 from convert.conversion import convert
@@ -24,6 +25,8 @@ from tests.hub import WRITE_TOKEN, Hub
 ANYWAY = Wish(without_report=True)
 GGUF = "ORG/Tiny-GGUF"
 FP8 = "ORG/Tiny-FP8-dynamic"
+SECONDS = 20
+"""How long an upload may take to notice that its Hub is gone."""
 SPECS = ("fp8-dynamic", "gguf:Q8_0,Q4_0")
 
 
@@ -42,9 +45,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(push, "refresh_card", _plain_card)
         target._set_up_client.cache_clear()
         yield hub
-        close_session()
+    _end_uploads()  # which the end of their Hub ends, while they do not sleep between attempts
     set_client_factory(default_client_factory)
     target._set_up_client.cache_clear()
+
+
+def _end_uploads() -> None:
+    """Wait for uploads that a test stopped: a lost connection would close the client of the tests after it."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("upload"):
+            thread.join(SECONDS)
+            assert not thread.is_alive(), "an upload goes on without its Hub"
 
 
 def _plain_card(folder: VariantFolder, *_more: object) -> bool:

@@ -5,13 +5,17 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils._http import close_session
 
 from convert.hub import errors
 from convert.hub.repo import Stopped
 from publish import push as push_module
+from publish import target as target_module
 from publish.push import push
 from publish.results import read_folders
 from publish.selection import select
@@ -162,6 +166,23 @@ def test_a_stop_ends_the_reading_of_a_file(out: Path) -> None:
         with pytest.raises(Stopped):
             file.read(1000)
     assert seen == [1000]
+
+
+def test_another_thread_closes_the_client(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub does so when a connection is refused: one client serves all threads."""
+    closed: list[str] = []
+
+    class Shared(httpx.Client):
+        def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+            if request.method == "PUT" and len(closed) < 3:
+                closed.append(request.url.path)
+                close_session()
+            return super().send(request, **options)
+
+    monkeypatch.setattr(target_module, "default_client_factory", Shared)
+    push(out / "Tiny-GGUF", GGUF, ANYWAY)
+    assert len(closed) == 3
+    assert published(hub, GGUF) == expected(out / "Tiny-GGUF")
 
 
 def test_progress_counts_every_byte_once(hub: Hub, out: Path) -> None:
