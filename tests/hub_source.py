@@ -19,6 +19,7 @@ from convert.plan_report import plan_json
 from convert.recipe import parse_variants
 from tests.attacks.harness import TO, Ran, run
 from tests.hub import Commit, Hub, Repo, Request
+from tests.hub.client import keep_client
 
 REPO = "ORG/Tiny"
 SHARD = "*.safetensors"
@@ -66,6 +67,7 @@ def use(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch, *, token: str | N
     monkeypatch.delenv("HF_TOKEN", raising=False)
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
+    keep_client(monkeypatch)
     for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
         monkeypatch.setattr(importlib.import_module(module), "time", SimpleNamespace(sleep=lambda _seconds: None))
 

@@ -25,6 +25,7 @@ from tests.attacks.harness import Ran, run, write_model
 from tests.conftest import Shelf
 from tests.docs.pages import ROOT, Command
 from tests.hub import WRITE_TOKEN, Hub
+from tests.hub.client import keep_client
 from validate.report import render
 
 LOCAL = ("Hermes-4-14B", "Hermes-4-405B")
@@ -136,6 +137,8 @@ def open_workshop(folder: Path, shelf: Shelf, *, whole: bool = False) -> Iterato
         patch.setattr(constants, "HF_TOKEN_PATH", str(folder / ".home" / "token"))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(errors, "FIRST_WAIT", 0.01)
+        close_session()  # that of other tests, with another factory
+        keep_client(patch)
         patch.setattr(card, "prompt_format", _remembered(prompt_format))
         if not whole:
             patch.setattr(render, "write_pages", lambda _report, _folder: [])

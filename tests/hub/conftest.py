@@ -12,6 +12,7 @@ from huggingface_hub.utils._http import close_session
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from tests.hub import WRITE_TOKEN, Hub
+from tests.hub.client import keep_client
 
 # The client hands open files to httpx in a way that httpx has deprecated.
 UPLOADS = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -37,6 +38,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    keep_client(monkeypatch)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
-from huggingface_hub.utils._http import default_client_factory, set_client_factory
+from huggingface_hub.utils._http import close_session, default_client_factory, set_client_factory
 
 from convert.checkpoint import open_checkpoint
 from convert.conversion import convert
@@ -21,6 +21,7 @@ from publish.push import Wish
 from publish.results import VariantFolder
 from tests.conftest import TINY_PRE, Shelf
 from tests.hub import WRITE_TOKEN, Hub
+from tests.hub.client import keep_client
 
 ANYWAY = Wish(without_report=True)
 GGUF = "ORG/Tiny-GGUF"
@@ -33,6 +34,8 @@ SPECS = ("fp8-dynamic", "gguf:Q8_0,Q4_0")
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub in this process that the client talks to as alice, who may write to ORG; waits are short."""
+    close_session()  # that of other tests, with another factory
+    keep_client(monkeypatch)
     with Hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -46,12 +49,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         target._set_up_client.cache_clear()
         yield hub
     _end_uploads()  # which the end of their Hub ends, while they do not sleep between attempts
+    close_session()
     set_client_factory(default_client_factory)
     target._set_up_client.cache_clear()
 
 
 def _end_uploads() -> None:
-    """Wait for uploads that a test stopped: a lost connection would close the client of the tests after it."""
+    """Wait for uploads that a test stopped: they would go on in the tests after it."""
     for thread in threading.enumerate():
         if thread.name.startswith("upload"):
             thread.join(SECONDS)

@@ -180,6 +180,7 @@ def test_another_thread_closes_the_client(hub: Hub, out: Path, monkeypatch: pyte
             return super().send(request, **options)
 
     monkeypatch.setattr(target_module, "default_client_factory", Shared)
+    monkeypatch.setattr(target_module, "THREADS", 1)  # a connection that is made meanwhile would never be closed
     push(out / "Tiny-GGUF", GGUF, ANYWAY)
     assert len(closed) == 3
     assert published(hub, GGUF) == expected(out / "Tiny-GGUF")
