@@ -1,14 +1,17 @@
 """convert --push through the command line, and what is refused before anything is read."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from convert.checkpoint import open_checkpoint
 from convert.plan import Options, make_plan
 from convert.recipe import parse_variants
 from publish import limits
+from publish import push as push_module
 from publish.streaming import disk_with_delivery, early_push
 from quant.errors import UsageError
 from tests.attacks.harness import run
@@ -16,6 +19,7 @@ from tests.conftest import TINY_PRE
 from tests.hub import Hub
 
 TO = ("--to", "fp8-dynamic", "--to", "gguf:Q8_0,Q4_0", "--pre", TINY_PRE)
+REFRESH_CARD = push_module.refresh_card  # which the fixture `hub` replaces
 WEIGHTS = (".gguf", ".safetensors")
 
 
@@ -71,3 +75,16 @@ def test_convert_and_push_twice(hub: Hub, tiny: Path, tmp_path: Path) -> None:
     assert hub.uploaded_bytes == sent
     assert len(list(hub.repo("ORG/Tiny-GGUF").history())) == commits
     assert hub.leaked_tokens() == []
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_cards_know_the_original_when_the_files_are_gone(
+    hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push_module, "refresh_card", REFRESH_CARD)
+    model, out = shutil.copytree(tiny, tmp_path / "Tiny"), tmp_path / "out"
+    (model / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [de]\n---\n# Tiny\n")
+    to = ("--to", "gguf:Q8_0", "--pre", TINY_PRE)
+    run("convert", model, *to, "--out", out, "--push", "ORG/Tiny", "--private", "--delete-after-upload").done()
+    card = ModelCard(hub.repo("ORG/Tiny-GGUF").files("main")["README.md"].decode())
+    assert (card.data.license, card.data.language) == ("apache-2.0", ["de"])
