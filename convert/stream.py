@@ -22,6 +22,7 @@ from convert.hashing import READ_BYTES, Extent, FileHash, quick_hash
 from convert.journal import Head, Journal, Progress
 from convert.plan import Chunk, OutputFile, Plan
 from convert.shards import LocalShards, Shards
+from convert.worker import Worker
 from quant.errors import StreamquantError
 
 PARTIAL = ".partial"
@@ -196,7 +197,7 @@ class _Run:
         """Start the workers and wait for them."""
         with self._lock:
             self._queue_hashes(range(len(self.plan.files)), self.source_hash)
-        threads = [threading.Thread(target=self._work, name=f"streamquant-{i}", daemon=True) for i in range(jobs)]
+        threads = [Worker(self._work, f"streamquant-{i}") for i in range(jobs)]
         for thread in threads:
             thread.start()
         try:

@@ -26,6 +26,7 @@ from convert.blocks import extents
 from convert.hub.repo import OnBytes, OnWait, Stopped
 from convert.journal import WORK_FOLDER
 from convert.plan import CHUNK_BYTES, Plan
+from convert.worker import Worker
 from publish.limits import GB, check_plan
 from publish.push import check_arrived
 from publish.selection import name_repositories
@@ -74,7 +75,7 @@ class HubDelivery:
         self._queue: deque[_Waiting] = deque()
         self._waiting = 0
         self._error: BaseException | None = None
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Worker] = []
         self._held: dict[str, dict[str, Held]] = {}
         self._listing = threading.Lock()
 
@@ -163,7 +164,7 @@ class HubDelivery:
     def _start(self) -> None:
         if not self._threads:
             for number in range(UPLOADERS):
-                thread = threading.Thread(target=self._work, name=f"upload-{number}", daemon=True)
+                thread = Worker(self._work, f"upload-{number}")
                 self._threads.append(thread)
                 thread.start()
 

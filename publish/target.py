@@ -39,6 +39,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from convert.hub.errors import ask, scrub
 from convert.hub.repo import MAIN, OnBytes, OnWait, Stopped, parse_spec
+from convert.worker import Worker
 from quant.errors import StreamquantError, UsageError
 
 T = TypeVar("T")
@@ -432,7 +433,7 @@ def in_background(call: Callable[[], T], stop: threading.Event) -> T:
         except BaseException as error:  # handed to the calling thread, whatever it is
             errors.append(error)
 
-    thread = threading.Thread(target=work, name="upload", daemon=True)
+    thread = Worker(work, "upload")
     thread.start()
     try:
         while thread.is_alive():

@@ -8,7 +8,9 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,3 +147,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         name: (entry["dtype"], tuple(entry["shape"]), bytes(data[slice(*entry["data_offsets"])]))
         for name, entry in header.items()
     }
+
+
+@pytest.fixture
+def interrupt_after() -> Iterator[Callable[[float], None]]:
+    """Press Ctrl-C in so many seconds. SIGINT raises KeyboardInterrupt, also where the shell started the tests in the
+    background with SIGINT ignored; it is sent to the process, as signal.raise_signal would not wake its main thread.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda seconds: threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    signal.signal(signal.SIGINT, before)

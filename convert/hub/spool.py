@@ -23,6 +23,7 @@ from typing import Literal
 from convert.checkpoint import Checkpoint
 from convert.hub.repo import HubRepo, OnBytes, OnWait, Stopped
 from convert.safetensors_file import read_header
+from convert.worker import Worker
 from quant.errors import StreamquantError, UsageError
 
 FETCHERS = 2
@@ -102,9 +103,7 @@ class Spool:
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
-        self._threads = [
-            threading.Thread(target=self._fetch_all, name=f"fetch-{number}", daemon=True) for number in range(fetchers)
-        ]
+        self._threads = [Worker(self._fetch_all, f"fetch-{number}") for number in range(fetchers)]
 
     # The contract of Shards
 

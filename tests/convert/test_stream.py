@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from convert.blocks import Piece, encode_chunk
 from convert.checkpoint import open_checkpoint
 from convert.conversion import convert
 from convert.plan import Options, make_plan
@@ -72,6 +75,28 @@ def test_same_bytes_by_any_number_of_workers(
     set_sizes(monkeypatch, 10_000, 3000)
     convert(open_checkpoint(model), parse_variants([*GGUF, *FP8]), tmp_path, jobs=jobs)
     assert checksums(tmp_path) == expected
+
+
+def test_nothing_is_written_after_ctrl_c(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt_after: Callable[[float], None]
+) -> None:
+    """The files of the run are closed then, and their descriptors may be those of other files."""
+    begun, ended = [], []
+
+    def encode(*arguments: Any) -> Iterator[list[Piece]]:
+        begun.append(1)
+        if len(begun) == 1:
+            interrupt_after(0.3)
+        try:
+            time.sleep(1)
+            yield from encode_chunk(*arguments)
+        finally:
+            ended.append(1)
+
+    monkeypatch.setattr("convert.blocks.encode_chunk", encode)
+    with pytest.raises(KeyboardInterrupt):
+        convert(open_checkpoint(model), parse_variants(GGUF), tmp_path, jobs=1)
+    assert len(begun) == len(ended) == 1
 
 
 def test_one_read_or_many(model: Path, expected: dict[str, str], tmp_path: Path) -> None:

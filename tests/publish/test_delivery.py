@@ -5,12 +5,11 @@ import hashlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -206,13 +205,18 @@ def test_a_stop_ends_uploads_soon(
     out = tmp_path / "out"
     fault = hub.arm(Fault(method="PUT", trickle=100_000, times=None))
     delivery = start(tiny, out, room=1)
-    timer = threading.Timer(1.0, delivery.stop)
-    timer.start()
+
+    def stop() -> None:
+        while not fault.fired:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        delivery.stop()
+
+    threading.Thread(target=stop, daemon=True).start()
     before = time.monotonic()
     with pytest.raises(Stopped):
         run(tiny, out, delivery)
     assert time.monotonic() - before < 8
-    assert fault.fired
     for thread in delivery._threads:
         thread.join()
     hub.faults.clear()
@@ -220,15 +224,14 @@ def test_a_stop_ends_uploads_soon(
     check_published(hub, out, whole)
 
 
-@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_reaches_workers_that_wait_for_room(
-    hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt_after: Callable[[float], None]
 ) -> None:
     monkeypatch.setattr(delivery_module, "STOP_SECONDS", 0.5)
     out = tmp_path / "out"
     hub.arm(Fault(method="PUT", trickle=40_000, times=None))
     delivery = start(tiny, out, room=1)
-    threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
+    interrupt_after(1.0)
     before = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run(tiny, out, delivery)

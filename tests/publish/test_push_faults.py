@@ -1,9 +1,9 @@
 """Push where something goes wrong on the way: nothing is lost, nothing is sent twice, and the message says it."""
 
 import dataclasses
-import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,7 @@ from convert.hub.repo import Stopped
 from publish import push as push_module
 from publish import target as target_module
 from publish.push import push
-from publish.results import read_folders
-from publish.selection import select
-from publish.target import Target, _Meter, _MeteredFile, connect, in_background
+from publish.target import Outgoing, Target, _Meter, _MeteredFile, connect, in_background
 from quant.errors import StreamquantError
 from tests.hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub, lost_commit, rate_limit, refuse_token
 from tests.publish.hub_client import ANYWAY, GGUF, expected, published, puts, titles
@@ -141,18 +139,29 @@ def test_a_redirect_to_another_host_gets_no_token(hub: Hub, out: Path) -> None:
     assert hub.leaked_tokens() == []
 
 
-@pytest.mark.usefixtures("interrupts")
-def test_an_interrupt_ends_an_upload(hub: Hub, out: Path) -> None:
-    hub.arm(Fault(method="PUT", trickle=100_000, times=None))
+def test_an_interrupt_ends_an_upload(hub: Hub, tmp_path: Path, interrupt_after: Callable[[float], None]) -> None:
+    fault = hub.arm(Fault(method="PUT", trickle=2_000_000, times=None))
     target = Target(connect(), GGUF)
     target.open(private=False)
-    files = select(read_folders(out / "Tiny-GGUF")[0]).files
+    path = tmp_path / "large.gguf"
+    with path.open("wb") as file:
+        file.truncate(100_000_000)  # 50 seconds, and much more than the buffers of a socket swallow at once
+    ended: list[BaseException] = []
+
+    def send() -> None:
+        try:
+            target.send([Outgoing("large.gguf", path, 100_000_000, None)], "x")
+        except BaseException as error:
+            ended.append(error)
+            raise
+
     before = time.monotonic()
-    timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
-    timer.start()
+    interrupt_after(1)
     with pytest.raises(KeyboardInterrupt):
-        in_background(lambda: target.send(files, "x"), target.stop)
-    assert time.monotonic() - before < 8  # 2 MB at this speed are 20 s
+        in_background(send, target.stop)
+    assert fault.fired
+    assert [type(error) for error in ended] == [Stopped]
+    assert time.monotonic() - before < 9
 
 
 def test_a_stop_ends_the_reading_of_a_file(out: Path) -> None:
