@@ -30,15 +30,13 @@ from convert.worker import Worker
 from publish.limits import GB, check_plan
 from publish.push import check_arrived
 from publish.selection import name_repositories
-from publish.target import Held, Outgoing, Target, abort_xet, connect
+from publish.target import STOP_SECONDS, Held, Outgoing, Target, abort_xet, connect
 from quant.errors import StreamquantError, UsageError
 
 ROOM = 50 * GB
 """Bytes that may wait for their upload before the conversion waits for them."""
 UPLOADERS = 2
 """Files that are sent at once."""
-STOP_SECONDS = 3.0
-"""How long a stop waits for uploads to end."""
 UPLOADS = "uploads.jsonl"
 
 

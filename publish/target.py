@@ -51,6 +51,9 @@ CONFLICT = frozenset({409, 412})
 TIMEOUT = httpx.Timeout(300.0, connect=30.0)
 """Seconds without a byte until a connection is given up; the client's own default is never."""
 
+STOP_SECONDS = 3.0
+"""How long a stop waits for uploads to end."""
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -422,7 +425,8 @@ class _Addition(CommitOperationAdd):
 def in_background(call: Callable[[], T], stop: threading.Event) -> T:
     """`call` in a thread of its own, so that an interrupt reaches the caller in the midst of an upload.
 
-    KeyboardInterrupt sets `stop` and is raised when the upload has ended; other errors are those of the call.
+    KeyboardInterrupt sets `stop` and is raised when the upload has ended, at the latest STOP_SECONDS later: one that
+    waits for an answer is left behind. Other errors are those of the call.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -441,7 +445,7 @@ def in_background(call: Callable[[], T], stop: threading.Event) -> T:
     except BaseException:
         stop.set()
         abort_xet()
-        thread.join(10)
+        thread.join(STOP_SECONDS)
         raise
     if errors:
         raise errors[0]
