@@ -125,7 +125,7 @@ def make_card_view(folder: VariantFolder, repo: str | None, public: PublicReport
         limits="" if first is None else _limits(first.report.gates.limits()),
         against=None if first is None or first.against_source else first.report.comparison.original.model.label,
         made=tuple(commands.made_by(folder)),
-        imatrices=_imatrices(folder.variants),
+        imatrices=_imatrices(folder),
         guarded=tuple(variant.label for variant in folder.variants if variant.options.get("guard_template")),
         versions=_versions(folder.variants),
         formats=tuple((row.variant.label, _formats(row.variant)) for row in rows),
@@ -288,12 +288,13 @@ def _grouped(pairs: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
 # How it was made
 
 
-def _imatrices(variants: Sequence[PublishedVariant]) -> tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]:
+def _imatrices(folder: VariantFolder) -> tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]:
     groups: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
-    for variant in variants:
+    for variant in folder.variants:
         if variant.imatrix is not None:
             record = {name: variant.imatrix.get(name) for name in ("file", "datasets", "chunks", "entries", "sha256")}
-            record["file"] = file_name(record["file"])
+            name = file_name(record["file"])
+            record["file"] = link(name, name) if record["sha256"] in folder.matrices else code(name)
             record["datasets"] = [file_name(text) for text in record["datasets"] or ()]
             groups.setdefault(repr(record), (record, []))[1].append(variant.label)
     return tuple((record, tuple(labels)) for record, labels in groups.values())

@@ -4,6 +4,7 @@ Model cards and uploads read the same records. A report counts for a variant if 
 and hashes as the manifest; a report of earlier bytes, or of bytes that nobody can name, counts for nothing.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ REPORT_FOLDER = "report"
 """Where a report is looked for, below the --out folder and below a variant folder; and its name in a repository."""
 CARD = "README.md"
 COMMIT = re.compile(r"[0-9a-f]{40}")
+MATRIX = re.compile(r"\w[\w.+ -]{0,200}\.(gguf|dat)", re.ASCII)
+"""Names of importance matrices."""
 REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 """ORG/NAME, as the Hub takes it (huggingface_hub's validate_repo_id is stricter still)."""
 
@@ -137,10 +140,35 @@ class VariantFolder:
         """All files with weights, of all variants."""
         return tuple(file for variant in self.variants for file in variant.files)
 
+    @cached_property
+    def matrices(self) -> Mapping[str, Path]:
+        """SHA-256 -> file: importance matrices that variants were made with, where they lie in the folder or beside it.
+
+        They go to the Hub with the variants, for those who make others of them. Raises StreamquantError for a file that
+        cannot be read.
+        """
+        found = {}
+        for variant in self.variants:
+            name, sha256 = (str((variant.imatrix or {}).get(key)) for key in ("file", "sha256"))
+            if MATRIX.fullmatch(name) is None or any(file.path == name for file in self.files):
+                continue
+            for path in (self.path / name, self.path.resolve().parent / name):
+                if sha256 not in found and path.is_file() and not path.is_symlink() and _sha256(path) == sha256:
+                    found[sha256] = path
+        return found
+
     @property
     def not_passed(self) -> tuple[PublishedVariant, ...]:
         """Variants without a measurement, or with a gate that failed."""
         return tuple(variant for variant in self.variants if not variant.passed)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error
 
 
 def read_folders(folder: Path, report: Path | None = None) -> tuple[VariantFolder, ...]:

@@ -1,7 +1,8 @@
 """Which files of a variant folder go to the Hub: those of the manifest, what belongs to them, and nothing else.
 
-Weights that the manifest lists; side files of a checkpoint (config.json, tokenizer, templates); streamquant.json, the
-model card and the report. Never *.partial, hidden files, links that lead out of the folder, or what nobody knows.
+Weights that the manifest lists, and the importance matrix that they were made with, also from beside the folder; side
+files of a checkpoint (config.json, tokenizer, templates); streamquant.json, the model card and the report. Never
+*.partial, hidden files, links that lead out of the folder, or what nobody knows.
 """
 
 import hashlib
@@ -111,7 +112,8 @@ def select(folder: VariantFolder) -> Selection:
     """
     root = folder.path.resolve()
     weights = tuple(_weights(root, file) for file in folder.files)
-    known = {file.path for file in weights}
+    matrices = tuple(_matrix(sha256, path) for sha256, path in folder.matrices.items())
+    known = {file.path for file in (*weights, *matrices)}
     side: list[Outgoing] = []
     last: list[Outgoing] = []
     left: list[tuple[str, str]] = []
@@ -130,7 +132,7 @@ def select(folder: VariantFolder) -> Selection:
         else:
             side.append(_whole(path, name))
     last.sort(key=lambda file: (file.path == MANIFEST, file.path == CARD, file.path))
-    return Selection((*weights, *side, *last), tuple(left))
+    return Selection((*weights, *matrices, *side, *last), tuple(left))
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -177,6 +179,10 @@ def _is_side_file(path: Path, name: str) -> bool:
         return True
     folder, _, base = name.rpartition("/")
     return folder in ("", *SIDE_FOLDERS) and may_be_side_file(base, path.stat().st_size)
+
+
+def _matrix(sha256: str, path: Path) -> Outgoing:
+    return Outgoing(path.name, path, path.stat().st_size, sha256)
 
 
 def _whole(path: Path, name: str) -> Outgoing:

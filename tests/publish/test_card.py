@@ -1,6 +1,7 @@
 """Model cards: they say what manifest and report say, in YAML that the Hub takes, whatever things are called."""
 
 import dataclasses
+import hashlib
 import re
 import shlex
 import shutil
@@ -342,6 +343,18 @@ def test_variants_of_other_options_get_commands_of_their_own(plain: Path) -> Non
     assert "Importance matrix of `Q8_0`: `x.gguf`, over `calibration.txt`, 100 chunks, 7 tensors" in text
     assert "imatrix" in front(card)["tags"]
     assert "/home/me" not in text
+
+
+def test_a_matrix_that_is_published_too_is_linked(plain: Path) -> None:
+    (plain / "x.gguf").write_bytes(b"sums")
+    record = {"file": "x.gguf", "sha256": hashlib.sha256(b"sums").hexdigest(), "datasets": [], "chunks": 100}
+
+    def calibrated(manifest: dict[str, Any]) -> None:
+        manifest["variants"]["gguf:Q8_0"]["options"]["imatrix"] = record
+
+    edit(plain / "Tiny-GGUF" / MANIFEST, calibrated)
+    (card,) = write_cards(plain / "Tiny-GGUF", OPTIONS)
+    assert "Importance matrix of `Q8_0`: [x.gguf](x.gguf), 100 chunks; SHA-256" in card.read_text()
 
 
 # The report beside the card

@@ -1,6 +1,7 @@
 """Push through the real client to the test Hub: the right files, nothing twice, nothing that must not go."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -10,10 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from convert.checkpoint import open_checkpoint
+from convert.manifest import MANIFEST
 from convert.plan import make_plan
 from convert.recipe import parse_variants
 from publish import push as push_module
@@ -27,6 +30,7 @@ from quant.errors import StreamquantError, UsageError
 from tests.conftest import TINY_PRE
 from tests.hub import WRITE_TOKEN, Fault, Hub, lost_commit
 from tests.hub.process import HubProcess
+from tests.publish.card_fixtures import edit
 from tests.publish.hub_client import ANYWAY, FP8, GGUF, expected, head, published, puts, titles
 from validate.report.data import Report, write_report
 
@@ -120,6 +124,41 @@ def test_strangers_stay_at_home(hub: Hub, out: Path, tmp_path: Path) -> None:
     assert [action.path for action in gguf.actions if action.action == "leave"] == ["imatrix.gguf"]
     assert set(published(hub, FP8)) == set(expected(folder)) - strangers - {".git/config", "linked/config.json"}
     assert "imatrix.gguf" not in published(hub, GGUF)
+
+
+@pytest.mark.parametrize("place", [".", "Tiny-GGUF"])
+def test_the_importance_matrix_goes_with_its_variants(hub: Hub, out: Path, place: str) -> None:
+    folder, path = out / "Tiny-GGUF", out / place / "Tiny.imatrix.gguf"
+    path.write_bytes(b"GGUF, and sums")
+
+    def calibrated(record: dict[str, Any]) -> None:
+        imatrix = {"file": path.name, "sha256": hashlib.sha256(b"GGUF, and sums").hexdigest()}
+        record["variants"]["gguf:Q4_0"]["options"]["imatrix"] = imatrix
+
+    edit(folder / MANIFEST, calibrated)
+    push(folder, GGUF, ANYWAY)
+    assert published(hub, GGUF)[path.name] == b"GGUF, and sums"
+    path.write_bytes(b"GGUF, and other sums")  # of another run
+    (pushed,) = push(folder, GGUF, ANYWAY)
+    assert pushed.upload_bytes == 0
+    assert published(hub, GGUF)[path.name] == b"GGUF, and sums"
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.gguf", "/etc/passwd.gguf", "Tiny-Q8_0.gguf", ".hidden.gguf", "x.txt", None]
+)
+def test_a_matrix_of_a_name_that_none_has_stays_at_home(hub: Hub, out: Path, name: str | None) -> None:
+    (out / "secret.gguf").write_bytes(b"")
+    (out / "Tiny-GGUF" / ".hidden.gguf").write_bytes(b"")
+    before = set(expected(out / "Tiny-GGUF"))
+
+    def forged(record: dict[str, Any]) -> None:
+        imatrix = {"file": name, "sha256": hashlib.sha256(b"").hexdigest()}
+        record["variants"]["gguf:Q4_0"]["options"]["imatrix"] = imatrix
+
+    edit(out / "Tiny-GGUF" / MANIFEST, forged)
+    push(out / "Tiny-GGUF", GGUF, ANYWAY)
+    assert set(published(hub, GGUF)) == before | {"README.md"}
 
 
 def test_a_link_to_weights_elsewhere_is_refused(hub: Hub, out: Path, tmp_path: Path) -> None:

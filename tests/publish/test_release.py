@@ -361,6 +361,8 @@ def test_a_failed_gate_stops_before_the_push(bench: Bench, hub: Hub) -> None:
 def test_a_release_reaches_the_hub_once(bench: Bench, hub: Hub) -> None:
     bench.record["push"] = {"repo": "ORG/Tiny", "private": True}
     assert bench.run() == [*ALL_DONE, "push done"]
+    matrix = (bench.out / "Tiny.imatrix.gguf").read_bytes()
+    assert hub.repo("ORG/Tiny-GGUF").files("main")["Tiny.imatrix.gguf"] == matrix
     held = hub.repo("ORG/Tiny-GGUF").files("main")
     assert held["Tiny-Q4_K_M.gguf"] == gguf(bench, "Q4_K_M").read_bytes()
     assert {"README.md", "streamquant.json", "Tiny-Q8_0.gguf"} <= held.keys()

@@ -12,6 +12,7 @@ import pytest
 from convert.manifest import MANIFEST
 from publish.results import read_folder, read_folders
 from quant.errors import StreamquantError, UsageError
+from tests.publish.card_fixtures import edit
 from validate.report.data import REPORT, Report, VariantReport, write_report
 
 
@@ -21,12 +22,6 @@ def out(four_variants: list[Path], report: Report, tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(four_variants[0].parent, tmp_path / "out"))
     write_report(report, folder / "report")
     return folder
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    record = json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
 
 
 def rewrite(out: Path, report: Report, change: Callable[[VariantReport], VariantReport]) -> None:
