@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from quant.kernels.bits import bits_float
+from quant.kernels.bits import bits_float, helper, kernel
+from quant.kernels.vectors import LANES, absolute, any_lane, bits, fill, fill_int, largest, load, select, store
 from validate.parts import in_parts
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ DOT_TYPES = {
 }  # fmt: skip
 """Type of the weights -> type of the inputs; F32 weights take them as they are."""
 
+E4M3_MULTIPLE = LANES
+Floats = NDArray[np.float32]
+Lanes = Any
 Quantizer = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
@@ -77,54 +80,72 @@ def _on_cpu(x: "torch.Tensor") -> bool:
 
 
 def _by_kernel(x: "torch.Tensor", group: int, kernel: Any, *arguments: int) -> "torch.Tensor":
-    """kernel(values, their bits, room for the result, *arguments) on all threads; values come in whole groups."""
+    """kernel(values, room for the result, *arguments) on all threads; values come in whole groups of 16 and more."""
     import torch
 
     flat = x.float().contiguous().reshape(-1)
     out = torch.empty_like(flat)
-    values, bits, results = flat.numpy(), flat.view(torch.int32).numpy(), out.numpy()
-    in_parts(len(values), lambda part: kernel(values[part], bits[part], results[part], *arguments), group)
+    values, results = flat.numpy(), out.numpy()
+    in_parts(len(values), lambda part: kernel(values[part], results[part], *arguments), group)
     return out.reshape(x.shape).to(x.dtype)
 
 
-@njit(nogil=True, inline="always", error_model="numpy")
-def _largest(bits: NDArray[np.int32], at: int, count: int) -> np.float32:
-    """The largest magnitude of some float32, by their bits: integers order as floats do, and NaN is above all."""
-    most = np.int32(0)
-    for i in range(count):
-        most = max(most, bits[at + i] & np.int32(0x7FFFFFFF))
-    return np.float32(bits_float(np.uint32(most)))
+MAGIC = 12582912
+"""Adding and subtracting 1.5 * 2^23 rounds a float32 to the nearest even integer."""
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _q8_0(x: NDArray[np.float32], bits: NDArray[np.int32], out: NDArray[np.float32]) -> None:
-    magic = np.float32(12582912)  # adding and subtracting 1.5 * 2^23 rounds to the nearest even integer
+@helper
+def _larger(most: Lanes, x: Lanes) -> Lanes:
+    """Lane by lane the larger magnitude, by its bits: integers order as floats do, and NaN is above all."""
+    magnitudes = bits(x) & fill_int(np.int32(0x7FFFFFFF))
+    return select(magnitudes > most, magnitudes, most)
+
+
+@helper
+def _largest(x: Floats, at: int, count: int) -> np.float32:
+    """The largest magnitude of x[at : at + count], a multiple of 16."""
+    most = fill_int(np.int32(0))
+    for i in range(at, at + count, LANES):
+        most = _larger(most, load(x, i))
+    return np.float32(bits_float(np.uint32(largest(most))))
+
+
+@kernel
+def _q8_0(x: Floats, out: Floats) -> None:
+    magic = fill(np.float32(MAGIC))
     for at in range(0, x.shape[0], 32):
-        most = _largest(bits, at, 32)
-        scale = most / np.float32(127)
-        inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
-        half = _through_half(scale)
-        for i in range(32):
-            out[at + i] = (((x[at + i] * inverse) + magic) - magic) * half
+        scale = np.float32(_largest(x, at, 32) / np.float32(127))
+        inverse = fill(np.float32(1) / scale if scale > 0 else np.float32(0))
+        half = fill(_through_half(scale))
+        for i in range(at, at + 32, LANES):
+            store(out, i, (((load(x, i) * inverse) + magic) - magic) * half)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _q8_k(x: NDArray[np.float32], bits: NDArray[np.int32], out: NDArray[np.float32]) -> None:
-    magic = np.float32(12582912)
+@kernel
+def _q8_k(x: Floats, out: Floats) -> None:
+    magic, top = fill(np.float32(MAGIC)), fill(np.float32(127))
     for at in range(0, x.shape[0], 256):
-        most = _largest(bits, at, 256)
-        signed = np.float32(0)
-        for i in range(256):
-            if abs(x[at + i]) == most:
-                signed = x[at + i]
-                break
+        most = _largest(x, at, 256)
+        signed = _first_of(x, at, 256, most)
         inverse = np.float32(-127) / signed if most > 0 else np.float32(0)
-        scale = np.float32(1) / inverse if most > 0 else np.float32(0)
-        for i in range(256):
-            out[at + i] = min((x[at + i] * inverse + magic) - magic, np.float32(127)) * scale
+        scale = fill(np.float32(1) / inverse if most > 0 else np.float32(0))
+        for i in range(at, at + 256, LANES):
+            code = (load(x, i) * fill(inverse) + magic) - magic
+            store(out, i, select(code > top, top, code) * scale)
 
 
-@njit(nogil=True, inline="always", error_model="numpy")
+@helper
+def _first_of(x: Floats, at: int, count: int, magnitude: np.float32) -> np.float32:
+    """The first value of a magnitude, with its sign."""
+    for i in range(at, at + count, LANES):
+        if any_lane(absolute(load(x, i)) == fill(magnitude)):
+            for lane in range(LANES):
+                if abs(x[i + lane]) == magnitude:
+                    return np.float32(x[i + lane])
+    return np.float32(0)
+
+
+@helper
 def _through_half(x: np.float32) -> np.float32:
     """A number of at least 0, rounded to FP16's 11 bits; below 2^-14 to multiples of 2^-24."""
     if x < np.float32(6.103515625e-05):
@@ -135,7 +156,8 @@ def _through_half(x: np.float32) -> np.float32:
 
 
 def through_e4m3(x: "torch.Tensor", group: int) -> "torch.Tensor":
-    """Quantize float32[..., n] on the CPU to E4M3 and back, with a scale for each `group` values, n a multiple of it.
+    """Quantize float32[..., n] on the CPU to E4M3 and back, with a scale for each `group` values, a multiple of
+    E4M3_MULTIPLE; n is a multiple of it.
 
     The operations of compressed-tensors' dynamic, symmetric quantization in float32, in their order, at 20 times the
     speed of torch's conversion to float8: scale = amax / 448 (or eps), clamp(x / scale, -448, 448) to the nearest even
@@ -144,19 +166,19 @@ def through_e4m3(x: "torch.Tensor", group: int) -> "torch.Tensor":
     return _by_kernel(x, group, _e4m3, group)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _e4m3(x: NDArray[np.float32], bits: NDArray[np.int32], out: NDArray[np.float32], group: int) -> None:
-    largest, smallest = np.float32(448), np.float32(2.0**-6)
+@kernel
+def _e4m3(x: Floats, out: Floats, group: int) -> None:
+    most, least, smallest = np.float32(448), np.float32(-448), fill(np.float32(2.0**-6))
     # adding and subtracting 1.5 * 2^23 units of the last place of a subnormal, 2^-9, rounds to multiples of it
-    magic = np.float32(1.5 * 2.0**14)
+    magic = fill(np.float32(1.5 * 2.0**14))
     for at in range(0, x.shape[0], group):
-        most = _largest(bits, at, group)
-        scale = most / largest if most / largest > 0 else np.float32(2.0**-23)
-        for i in range(group):
-            value = min(max(x[at + i] / scale, -largest), largest)
+        quotient = np.float32(_largest(x, at, group) / most)
+        scale = fill(quotient if quotient > 0 else np.float32(2.0**-23))
+        for i in range(at, at + group, LANES):
+            value = load(x, i) / scale
+            value = select(value < fill(least), fill(least), value)
+            value = select(value > fill(most), fill(most), value)
             # Dekker's splitting keeps the upper 24 - 20 bits, ties to even
-            split = np.float32(1048577) * value
-            rounded = split - (split - value)
-            if abs(value) < smallest:
-                rounded = (value + magic) - magic
-            out[at + i] = rounded * scale
+            split = fill(np.float32(1048577)) * value
+            normal, subnormal = split - (split - value), (value + magic) - magic
+            store(out, i, select(absolute(value) < smallest, subnormal, normal) * scale)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from convert.architectures import TensorKind, TensorRule
 from convert.checkpoint import Checkpoint, SourceTensor
 from quant.errors import StreamquantError
-from validate.activations import through_e4m3
+from validate.activations import E4M3_MULTIPLE, through_e4m3
 from validate.variant import (
     FolderVariant,
     Problem,
@@ -313,10 +313,10 @@ def _group_of_fast(arguments: Any, n: int) -> Callable[[int], int] | None:
         and arguments.dynamic is True
         and arguments.scale_dtype is None
     )
-    if plain and arguments.strategy == "token":
+    if plain and arguments.strategy == "token" and n % E4M3_MULTIPLE == 0:
         return lambda length: length
-    if plain and arguments.strategy == "group" and arguments.group_size and n % arguments.group_size == 0:
-        size = int(arguments.group_size)
+    size = int(arguments.group_size or 0) if plain and arguments.strategy == "group" else 0
+    if size and n % size == 0 and size % E4M3_MULTIPLE == 0:
         return lambda _length: size
     return None
 

@@ -1,7 +1,11 @@
 """Work on slices of rows, on as many threads as torch uses; for kernels that release Python's lock."""
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+
+PARTS = 4
+"""Slices for each thread: where another thread takes a core, the others take over its slices."""
 
 
 def parts(rows: int, size: int) -> list[slice]:
@@ -20,11 +24,17 @@ def in_parts(rows: int, work: Callable[[slice], None], multiple: int = 1) -> Non
     """
     import torch
 
-    size = -(-rows // torch.get_num_threads() // multiple) * multiple
+    threads = torch.get_num_threads()
+    size = -(-rows // (threads * PARTS) // multiple) * multiple
     slices = parts(rows, max(multiple, size))
-    if len(slices) < 2:
+    if threads == 1 or len(slices) < 2:
         for part in slices:
             work(part)
         return
-    with ThreadPoolExecutor(len(slices)) as pool:
-        list(pool.map(work, slices))
+    for _ in _pool(threads).map(work, slices):
+        pass
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="parts")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from quant.formats import FORMATS
 from validate import activations
+from validate.compressed import _group_of_fast
 
 
 def some_rows(n: int, seed: int = 0, tokens: int = 40) -> Any:
@@ -35,6 +36,18 @@ def test_e4m3_is_that_of_compressed_tensors(strategy: str, seed: int) -> None:
     x = some_rows(384, seed)
     expected = forward_quantize(holder, x, "input", arguments)
     assert torch.equal(activations.through_e4m3(x, size or 384), expected)
+
+
+@pytest.mark.parametrize(("strategy", "size", "n", "group"), [
+    ("token", None, 48, 48), ("token", None, 40, None), ("group", 32, 64, 32), ("group", 24, 48, None),
+    ("group", 32, 48, None), ("tensor", None, 48, None),
+])  # fmt: skip
+def test_e4m3_of_odd_lengths_is_left_to_compressed_tensors(
+    strategy: str, size: int | None, n: int, group: int | None
+) -> None:
+    arguments = QuantizationArgs(num_bits=8, type="float", strategy=strategy, dynamic=True, group_size=size)
+    found = _group_of_fast(arguments, n)
+    assert (found and found(n)) == group
 
 
 def test_q8_0_is_the_format() -> None:
