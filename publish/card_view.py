@@ -294,7 +294,7 @@ def _imatrices(folder: VariantFolder) -> tuple[tuple[Mapping[str, Any], tuple[st
         if variant.imatrix is not None:
             record = {name: variant.imatrix.get(name) for name in ("file", "datasets", "chunks", "entries", "sha256")}
             name = file_name(record["file"])
-            record["file"] = link(name, name) if record["sha256"] in folder.matrices else code(name)
+            record["file"] = link(name, name) if str(record["sha256"]) in folder.matrices else code(name)
             record["datasets"] = [file_name(text) for text in record["datasets"] or ()]
             groups.setdefault(repr(record), (record, []))[1].append(variant.label)
     return tuple((record, tuple(labels)) for record, labels in groups.values())

@@ -27,6 +27,9 @@ DOT_TYPES = {
 """Type of the weights -> type of the inputs; F32 weights take them as they are."""
 
 E4M3_MULTIPLE = LANES
+"""Of values that share a scale in `through_e4m3`."""
+MAGIC = 12582912
+"""Adding and subtracting 1.5 * 2^23 rounds a float32 to the nearest even integer."""
 Floats = NDArray[np.float32]
 Lanes = Any
 Quantizer = Callable[["torch.Tensor"], "torch.Tensor"]
@@ -88,10 +91,6 @@ def _by_kernel(x: "torch.Tensor", group: int, kernel: Any, *arguments: int) -> "
     values, results = flat.numpy(), out.numpy()
     in_parts(len(values), lambda part: kernel(values[part], results[part], *arguments), group)
     return out.reshape(x.shape).to(x.dtype)
-
-
-MAGIC = 12582912
-"""Adding and subtracting 1.5 * 2^23 rounds a float32 to the nearest even integer."""
 
 
 @helper
