@@ -1,6 +1,7 @@
 """Work on slices of rows, on as many threads as torch uses; for kernels that release Python's lock."""
 
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,10 +32,11 @@ def in_parts(rows: int, work: Callable[[slice], None], multiple: int = 1) -> Non
         for part in slices:
             work(part)
         return
-    for _ in _pool(threads).map(work, slices):
+    for _ in _pool(threads, os.getpid()).map(work, slices):
         pass
 
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int, _process: int) -> ThreadPoolExecutor:
+    """One for each process: a forked one has no threads of its parent's."""
     return ThreadPoolExecutor(threads, thread_name_prefix="parts")
