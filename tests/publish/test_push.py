@@ -144,12 +144,11 @@ def test_the_importance_matrix_goes_with_its_variants(hub: Hub, out: Path, place
     assert published(hub, GGUF)[path.name] == b"GGUF, and sums"
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret.gguf", "/etc/passwd.gguf", "Tiny-Q8_0.gguf", ".hidden.gguf", "x.txt", None]
-)
+@pytest.mark.parametrize("name", ["../secret.gguf", "link.gguf", "Tiny-Q8_0.gguf", ".hidden.gguf", "x.txt", None])
 def test_a_matrix_of_a_name_that_none_has_stays_at_home(hub: Hub, out: Path, name: str | None) -> None:
-    (out / "secret.gguf").write_bytes(b"")
-    (out / "Tiny-GGUF" / ".hidden.gguf").write_bytes(b"")
+    for path in (out / "secret.gguf", out / "x.txt", out / "Tiny-GGUF" / ".hidden.gguf"):
+        path.write_bytes(b"")
+    (out / "link.gguf").symlink_to(out / "secret.gguf")
     before = set(expected(out / "Tiny-GGUF"))
 
     def forged(record: dict[str, Any]) -> None:
