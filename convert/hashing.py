@@ -1,4 +1,4 @@
-"""SHA-256 of a file while it is being filled, and a quick hash of every tensor in it.
+"""SHA-256 of a file, also while it is being filled, and a quick hash of every tensor in it.
 
 Chunks are finished in any order; SHA-256 wants bytes in order. A `FileHash` knows which bytes of its file are final,
 and reads them back as soon as they are, usually from the page cache: what is hashed is what was written.
@@ -8,9 +8,12 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from quant.errors import StreamquantError
 
 READ_BYTES = 2 * 1024 * 1024
 STEP_BYTES = 64 * 1024 * 1024
@@ -24,6 +27,15 @@ class Extent:
     start: int
     stop: int
     chunk: int
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a finished file, in hexadecimal. Raises StreamquantError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error
 
 
 def quick_hash() -> Any:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from convert.hashing import sha256_of
 from convert.manifest import write_atomically
 from convert.stream import explain
 from convert.strict_json import read_json_object
@@ -102,15 +103,6 @@ def _entry(value: Mapping[str, Any]) -> Entry:
 def key_of(value: object) -> str:
     """A hash of JSON data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file. Raises StreamquantError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error
 
 
 @contextmanager

@@ -4,7 +4,6 @@ Model cards and uploads read the same records. A report counts for a variant if 
 and hashes as the manifest; a report of earlier bytes, or of bytes that nobody can name, counts for nothing.
 """
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from convert.hashing import sha256_of
 from convert.manifest import MANIFEST, read_manifest
 from quant.errors import StreamquantError, UsageError
 from validate.comparison import VariantResult
@@ -153,7 +153,7 @@ class VariantFolder:
             if MATRIX.fullmatch(name) is None or any(file.path == name for file in self.files):
                 continue
             for path in (self.path / name, self.path.resolve().parent / name):
-                if sha256 not in found and path.is_file() and not path.is_symlink() and _sha256(path) == sha256:
+                if sha256 not in found and path.is_file() and not path.is_symlink() and sha256_of(path) == sha256:
                     found[sha256] = path
         return found
 
@@ -161,14 +161,6 @@ class VariantFolder:
     def not_passed(self) -> tuple[PublishedVariant, ...]:
         """Variants without a measurement, or with a gate that failed."""
         return tuple(variant for variant in self.variants if not variant.passed)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error
 
 
 def read_folders(folder: Path, report: Path | None = None) -> tuple[VariantFolder, ...]:

@@ -14,6 +14,7 @@ from convert.checkpoint import CONFIG, INDEX, Checkpoint
 from convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
 from convert.device import choose_device
 from convert.folders import nearest_folder
+from convert.hashing import sha256_of
 from convert.hub.snapshot import check_cache, client_cache, missing_bytes
 from convert.imatrix import ImportanceMatrix, read_imatrix
 from convert.manifest import MANIFEST, is_complete, read_manifest, write_atomically
@@ -22,7 +23,6 @@ from convert.plan_report import Disk
 from convert.sizes import human_bytes
 from convert.stream import explain
 from publish.release_file import ImatrixStage
-from publish.release_state import sha256_of
 from publish.results import CARD, REPORT_FOLDER, read_folder
 from publish.road import Outcome, Road, Work
 from quant.errors import StreamquantError

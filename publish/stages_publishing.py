@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.checkpoint import Checkpoint
+from convert.hashing import sha256_of
 from convert.hub.source import open_source
 from convert.manifest import MANIFEST
 from publish.release_file import ValidateStage
-from publish.release_state import sha256_of
 from publish.results import CARD, PublishedVariant, VariantFolder
 from publish.road import Work, gates_failed
 from quant.errors import StreamquantError

@@ -11,7 +11,6 @@ commit whose answer was lost. The SHA-256 of a large file comes from the manifes
 
 import contextlib
 import functools
-import hashlib
 import io
 import os
 import threading
@@ -32,13 +31,13 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import logging
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import default_client_factory
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from convert.hashing import sha256_of
 from convert.hub.errors import ask, scrub
-from convert.hub.repo import MAIN, OnBytes, OnWait, Stopped, parse_spec
+from convert.hub.repo import MAIN, OnBytes, OnWait, Stopped, git_blob, parse_spec, quiet_client
 from convert.worker import Worker
 from quant.errors import StreamquantError, UsageError
 
@@ -71,7 +70,7 @@ class Held:
             return False
         if self.sha256 is not None:
             return self.sha256 == file.hash_of_content()
-        return file.file is not None and self.git_sha1 == git_sha1(file.file.read_bytes())
+        return file.file is not None and self.git_sha1 == git_sha1(file.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +90,15 @@ class Outgoing:
         if self.sha256 is not None:
             return self.sha256
         assert self.file is not None, "a file without a known hash is there"
-        with self.file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(self.file)
 
 
-def git_sha1(data: bytes) -> str:
-    """The hash of git of a file, in hexadecimal."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+def git_sha1(path: Path) -> str:
+    """The hash of git of a small file, in hexadecimal."""
+    data = path.read_bytes()
+    digest = git_blob(len(data))
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def connect(*, to_write: bool = True) -> HfApi:
@@ -124,8 +125,7 @@ def connect(*, to_write: bool = True) -> HfApi:
 @functools.cache
 def _set_up_client() -> None:
     """Once in a process: a new factory closes the connections of all threads."""
-    # What is tried again is told by us, without signed URLs.
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call] # it has no types
+    quiet_client()
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
     set_client_factory(_client_with_timeouts)

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.kernels.bits import bits_float, helper, kernel
-from quant.kernels.vectors import LANES, absolute, any_lane, bits, fill, fill_int, largest, load, select, store
+from quant.kernels.legacy_cpu import amax, magnitudes
+from quant.kernels.vectors import LANES, absolute, any_lane, fill, fill_int, largest, load, select, store
 from validate.parts import in_parts
 
 if TYPE_CHECKING:
@@ -94,18 +95,12 @@ def _by_kernel(x: "torch.Tensor", group: int, kernel: Any, *arguments: int) -> "
 
 
 @helper
-def _larger(most: Lanes, x: Lanes) -> Lanes:
-    """Lane by lane the larger magnitude, by its bits: integers order as floats do, and NaN is above all."""
-    magnitudes = bits(x) & fill_int(np.int32(0x7FFFFFFF))
-    return select(magnitudes > most, magnitudes, most)
-
-
-@helper
 def _largest(x: Floats, at: int, count: int) -> np.float32:
-    """The largest magnitude of x[at : at + count], a multiple of 16."""
+    """The largest magnitude of x[at : at + count], a multiple of 16; NaN is above all."""
     most = fill_int(np.int32(0))
     for i in range(at, at + count, LANES):
-        most = _larger(most, load(x, i))
+        found = magnitudes(load(x, i))
+        most = select(found > most, found, most)
     return np.float32(bits_float(np.uint32(largest(most))))
 
 
@@ -113,11 +108,12 @@ def _largest(x: Floats, at: int, count: int) -> np.float32:
 def _q8_0(x: Floats, out: Floats) -> None:
     magic = fill(np.float32(MAGIC))
     for at in range(0, x.shape[0], 32):
-        scale = np.float32(_largest(x, at, 32) / np.float32(127))
+        a, b = load(x, at), load(x, at + LANES)
+        scale = np.float32(amax(a, b) / np.float32(127))
         inverse = fill(np.float32(1) / scale if scale > 0 else np.float32(0))
         half = fill(_through_half(scale))
-        for i in range(at, at + 32, LANES):
-            store(out, i, (((load(x, i) * inverse) + magic) - magic) * half)
+        store(out, at, ((a * inverse + magic) - magic) * half)
+        store(out, at + LANES, ((b * inverse + magic) - magic) * half)
 
 
 @kernel

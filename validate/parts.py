@@ -21,7 +21,7 @@ def parts(rows: int, size: int) -> list[slice]:
 def in_parts(rows: int, work: Callable[[slice], None], multiple: int = 1) -> None:
     """Call `work` on slices of the rows, whose lengths but the last one's are multiples of `multiple`.
 
-    Raises what `work` raises.
+    `work` does not call `in_parts` itself: its threads may all be taken. Raises what `work` raises.
     """
     import torch
 

@@ -191,9 +191,14 @@ def _damaged(local: Path, found: str) -> StreamquantError:
     )
 
 
+def git_blob(size: int) -> "hashlib._Hash":
+    """Git's hash of a file of `size` bytes, which are still to come."""
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+
 def _hash(local: Path, file: HubFile, stop: threading.Event) -> str:
     """The SHA-256 of a file, or git's SHA-1 of it as a blob."""
-    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+    digest = hashlib.sha256() if file.sha256 else git_blob(file.size)
     buffer = bytearray(READ_BYTES)
     with local.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
@@ -255,6 +260,11 @@ def hub_spec(model: str) -> tuple[str, str] | None:
     return None if Path(model).exists() else parse_spec(model)
 
 
+def quiet_client() -> None:
+    """What the Hub's client tries again is told by us, without signed URLs."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
 def open_repo(name: str, revision: str = MAIN, commit: str | None = None) -> HubRepo:
     """Resolve a revision to its commit, once, and list the files there; in offline mode by the local cache.
 
@@ -266,7 +276,7 @@ def open_repo(name: str, revision: str = MAIN, commit: str | None = None) -> Hub
 
     from convert.hub.errors import ask
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what is tried again is told by us
+    quiet_client()
     constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
     if constants.is_offline_mode():
         return _cached_repo(name, revision, commit)

@@ -41,7 +41,7 @@ _MAGNITUDE = 0x7FFFFFFF
 
 
 @helper
-def _magnitudes(x: Lanes) -> Lanes:
+def magnitudes(x: Lanes) -> Lanes:
     """Magnitudes as integers: they order as the floats do."""
     return bits(x) & fill_int(np.int32(_MAGNITUDE))
 
@@ -49,7 +49,7 @@ def _magnitudes(x: Lanes) -> Lanes:
 @helper
 def amax(a: Lanes, b: Lanes) -> np.float32:
     """The largest magnitude of a block."""
-    x, y = _magnitudes(a), _magnitudes(b)
+    x, y = magnitudes(a), magnitudes(b)
     return np.float32(bits_float(np.uint32(largest(select(x > y, x, y)))))
 
 
