@@ -17,14 +17,28 @@ from convert.hub.spool import GIB
 from convert.plan import make_plan
 from convert.plan_report import plan_json
 from convert.recipe import parse_variants
-from tests.attacks.harness import TO, Ran, run
+from tests.attacks.harness import TO, Ran, run, write_model
 from tests.hub import Commit, Hub, Repo, Request
 from tests.hub.client import keep_client
 
 REPO = "ORG/Tiny"
 SHARD = "*.safetensors"
+FIVE = ("--to", "fp8-dynamic", "--to", "gguf:Q8_0,Q6_K,Q4_K_M,Q4_0")
+SHARDS = 8
 SECONDS = 20
 """How long a test waits for what should happen at once."""
+
+
+def write_in_shards(folder: Path) -> Path:
+    """A model of 16 MB in SHARDS shards, with matrices that K-quants take."""
+    size = {
+        "hidden_size": 512,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    }
+    return write_model(folder, size=size, vocab_size=2048, shards=SHARDS)
 
 
 def settings(hub: Hub, home: Path) -> dict[str, Any]:

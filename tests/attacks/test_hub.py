@@ -25,23 +25,26 @@ from tests.attacks.harness import (
     chunks_in_journal,
     finished_files,
     run,
-    write_model,
 )
 from tests.hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub, SparseFile, move_main, rate_limit, refuse_token
 from tests.hub.protocol import ranged
-from tests.hub_source import REPO, SHARD, commit_of, environment, fetched, gib_of, settings, use, without_origin
+from tests.hub_source import (
+    FIVE,
+    REPO,
+    SHARD,
+    SHARDS,
+    commit_of,
+    environment,
+    fetched,
+    gib_of,
+    settings,
+    use,
+    without_origin,
+    write_in_shards,
+)
 
-FIVE = ("--to", "fp8-dynamic", "--to", "gguf:Q8_0,Q6_K,Q4_K_M,Q4_0")
 CHUNK_BYTES = 1 << 18
 SMALL_CHUNKS = {"convert.plan.CHUNK_BYTES": CHUNK_BYTES, "convert.hashing.STEP_BYTES": 1 << 18}
-SIZE = {
-    "hidden_size": 512,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-}
-SHARDS = 8
 
 
 class Reference(NamedTuple):
@@ -55,7 +58,7 @@ class Reference(NamedTuple):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """16 MB in 8 shards, in small chunks, to five variants."""
-    model = write_model(tmp_path_factory.mktemp("model") / "Tiny", size=SIZE, vocab_size=2048, shards=SHARDS)
+    model = write_in_shards(tmp_path_factory.mktemp("model") / "Tiny")
     out = tmp_path_factory.mktemp("whole")
     run("convert", model, *FIVE, "--out", out).done()
     with pytest.MonkeyPatch.context() as patch:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.attacks.harness import write_model
 from tests.hub import Hub
 from tests.hub_source import use
 
@@ -15,3 +16,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with Hub() as hub:
         use(hub, tmp_path / "home", monkeypatch)
         yield hub
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model in three shards, never changed."""
+    return write_model(tmp_path_factory.mktemp("model") / "Tiny", shards=3)

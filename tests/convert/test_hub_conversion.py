@@ -17,24 +17,15 @@ from convert.hub.source import open_source, pinned_commit
 from convert.hub.spool import GIB, Spool
 from convert.plan import make_plan
 from convert.recipe import parse_variants
-from tests.attacks.harness import TO, checksums, flip, run, state, write_model
+from tests.attacks.harness import TO, checksums, flip, run, state
 from tests.hub import WRITE_TOKEN, Fault, Hub
-from tests.hub_source import REPO, SHARD, Later, commit_of, fetched, gib_of, use, without_origin
-
-FIVE = ("--to", "fp8-dynamic", "--to", "gguf:Q8_0,Q6_K,Q4_K_M,Q4_0")
-SIZE = {
-    "hidden_size": 512,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-}
+from tests.hub_source import FIVE, REPO, SHARD, Later, commit_of, fetched, gib_of, use, without_origin, write_in_shards
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 16 MB in 8 shards."""
-    return write_model(tmp_path_factory.mktemp("model") / "Tiny", size=SIZE, vocab_size=2048, shards=8)
+    return write_in_shards(tmp_path_factory.mktemp("model") / "Tiny")
 
 
 @pytest.fixture(scope="module")

@@ -15,18 +15,12 @@ from convert.hub.source import open_hub_checkpoint, open_source, side_folder
 from convert.plan import make_plan
 from convert.recipe import parse_variants
 from quant.errors import StreamquantError
-from tests.attacks.harness import TO, pack, run, write_model
+from tests.attacks.harness import TO, pack, run
 from tests.hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub, SparseFile, refuse_token
 from tests.hub.protocol import json_answer
 from tests.hub_source import REPO, files, gib_of, plan, plan_of
 
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model in three shards, never changed."""
-    return write_model(tmp_path_factory.mktemp("model") / "Tiny", shards=3)
 
 
 # Errors

@@ -32,12 +32,6 @@ DEEP = {
 """A model with a header of more than 8 KiB."""
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model in three shards, never changed."""
-    return write_model(tmp_path_factory.mktemp("model") / "Tiny", shards=3)
-
-
 # Planning
 
 

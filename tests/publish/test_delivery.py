@@ -238,6 +238,21 @@ def test_ctrl_c_reaches_workers_that_wait_for_room(
     assert time.monotonic() - before < 6  # the first two files alone take 10 s
 
 
+def test_ctrl_c_does_not_wait_for_an_answer(
+    hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt_after: Callable[[float], None]
+) -> None:
+    """Uploads that are sent, and hang: they are left behind, and who waits for room is told to stop."""
+    monkeypatch.setattr(delivery_module, "STOP_SECONDS", 0.5)
+    out = tmp_path / "out"
+    hub.arm(Fault(method="PUT", delay=20, times=None))
+    delivery = start(tiny, out, room=1)
+    interrupt_after(1.0)
+    before = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, out, delivery)
+    assert time.monotonic() - before < 10
+
+
 def test_take_waits_for_room(hub: Hub, tiny: Path, tmp_path: Path) -> None:
     delivery = start(tiny, tmp_path, room=150_000)
     hub.arm(Fault(method="PUT", delay=2.0, times=2))

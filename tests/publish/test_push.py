@@ -30,7 +30,7 @@ from quant.errors import StreamquantError, UsageError
 from tests.conftest import TINY_PRE
 from tests.hub import WRITE_TOKEN, Fault, Hub, lost_commit
 from tests.hub.process import HubProcess
-from tests.publish.card_fixtures import edit
+from tests.publish.cards.contents import edit
 from tests.publish.hub_client import ANYWAY, FP8, GGUF, expected, head, published, puts, titles
 from validate.report.data import Report, write_report
 
@@ -144,7 +144,7 @@ def test_the_importance_matrix_goes_with_its_variants(hub: Hub, out: Path, place
     assert published(hub, GGUF)[path.name] == b"GGUF, and sums"
 
 
-@pytest.mark.parametrize("name", ["../secret.gguf", "link.gguf", "Tiny-Q8_0.gguf", ".hidden.gguf", "x.txt", None])
+@pytest.mark.parametrize("name", ["../secret.gguf", "link.gguf", ".hidden.gguf", "x.txt", None])
 def test_a_matrix_of_a_name_that_none_has_stays_at_home(hub: Hub, out: Path, name: str | None) -> None:
     for path in (out / "secret.gguf", out / "x.txt", out / "Tiny-GGUF" / ".hidden.gguf"):
         path.write_bytes(b"")
@@ -158,6 +158,18 @@ def test_a_matrix_of_a_name_that_none_has_stays_at_home(hub: Hub, out: Path, nam
     edit(out / "Tiny-GGUF" / MANIFEST, forged)
     push(out / "Tiny-GGUF", GGUF, ANYWAY)
     assert set(published(hub, GGUF)) == before | {"README.md"}
+
+
+def test_weights_that_call_themselves_a_matrix_go_once(hub: Hub, out: Path) -> None:
+    weights = out / "Tiny-GGUF" / "Tiny-Q8_0.gguf"
+
+    def forged(record: dict[str, Any]) -> None:
+        imatrix = {"file": weights.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+        record["variants"]["gguf:Q4_0"]["options"]["imatrix"] = imatrix
+
+    edit(out / "Tiny-GGUF" / MANIFEST, forged)
+    (pushed,) = push(out / "Tiny-GGUF", GGUF, ANYWAY)
+    assert [action.path for action in pushed.actions].count(weights.name) == 1
 
 
 def test_a_link_to_weights_elsewhere_is_refused(hub: Hub, out: Path, tmp_path: Path) -> None:

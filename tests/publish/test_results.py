@@ -12,7 +12,7 @@ import pytest
 from convert.manifest import MANIFEST
 from publish.results import read_folder, read_folders
 from quant.errors import StreamquantError, UsageError
-from tests.publish.card_fixtures import edit
+from tests.publish.cards.contents import edit
 from validate.report.data import REPORT, Report, VariantReport, write_report
 
 

@@ -31,13 +31,12 @@ from publish.results import CARD, VariantFolder, read_folder
 from quant.errors import UsageError
 from tests.conftest import TINY_PRE, Shelf
 from tests.hub import Hub
-from tests.publish.card_fixtures import (
+from tests.publish.cards.contents import (
     BASE,
     OPTIONS,
     PROGRAMS,
     blocks,
     edit,
-    fill,
     front,
     table,
     tokens,
@@ -46,14 +45,6 @@ from tests.validate.engine_fixtures import Model
 from validate.report.data import Report, read_report, report_bytes, write_report
 from validate.report.view import make_view, remark
 from validate.variant import Problem
-
-
-@pytest.fixture
-def out(four_variants: list[Path], report: Report, tmp_path: Path) -> Path:
-    """An --out folder whose FP8 variant came with the original's card."""
-    fill(tmp_path / "out", four_variants, report)
-    return tmp_path / "out"
-
 
 # The metadata
 

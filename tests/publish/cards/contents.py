@@ -1,6 +1,5 @@
 """What the tests of model cards share: folders with cards, and what a card says."""
 
-import dataclasses
 import json
 import os
 import re
@@ -10,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import markdown_it
-import pytest
 import yaml
 from markdown_it.token import Token
 
 from convert.manifest import MANIFEST
-from publish.card import CardOptions, write_cards
+from publish.card import CardOptions
 from publish.results import CARD
-from tests.conftest import Shelf
 from validate.report.data import Report, write_report
 
 BASE = """---
@@ -50,24 +47,6 @@ def fill(out: Path, four_variants: list[Path], report: Report) -> None:
     (fp8 / "generation_config.json").write_text(json.dumps(SAMPLING))
     os.utime(fp8 / CARD, ns=(before.st_mtime_ns, before.st_mtime_ns))
     write_report(report, out / "report")
-
-
-@pytest.fixture(scope="session")
-def cards(shelf: Shelf, four_variants: list[Path], report: Report) -> Path:
-    """The same with cards, prompts and all. Must not be written to."""
-
-    def make(folder: Path) -> None:
-        fill(folder / "out", four_variants, report)
-        write_cards(folder / "out", dataclasses.replace(OPTIONS, prompts=True))
-
-    return shelf.get("publish-cards", make) / "out"
-
-
-@pytest.fixture
-def plain(out: Path) -> Path:
-    """An --out folder without a report: cards of it are made in no time."""
-    shutil.rmtree(out / "report")
-    return out
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

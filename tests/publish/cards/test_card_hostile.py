@@ -18,25 +18,16 @@ from publish.origin import Template
 from publish.prompts import prompt_format
 from publish.results import CARD
 from quant.errors import StreamquantError, UsageError
-from tests.publish.card_fixtures import (
+from tests.publish.cards.contents import (
     HOSTILE,
     OPTIONS,
     PROGRAMS,
     blocks,
     edit,
-    fill,
     front,
     tokens,
 )
 from validate.report.data import Report, write_report
-
-
-@pytest.fixture
-def out(four_variants: list[Path], report: Report, tmp_path: Path) -> Path:
-    """An --out folder whose FP8 variant came with the original's card."""
-    fill(tmp_path / "out", four_variants, report)
-    return tmp_path / "out"
-
 
 # Hostile input
 
