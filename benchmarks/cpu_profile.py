@@ -84,12 +84,12 @@ def main() -> None:
     gc.callbacks.append(collecting)
     sampler.start()
     start = time.perf_counter()
-    import streamquant
+    from streamquant.cli import app as command_line
 
     imported = time.perf_counter() - start
     sys.argv = ["streamquant", *sys.argv[2:]]
     try:
-        streamquant.main()
+        command_line.main()
     except SystemExit as exit_:
         if exit_.code:
             raise

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from quant import gpu
-from quant.format import Importance, Rows
-from quant.formats import FORMATS
+from streamquant.quant import gpu
+from streamquant.quant.format import Importance, Rows
+from streamquant.quant.formats import FORMATS
 
 COLUMNS = 8192
 CHECKED_ROWS = 64

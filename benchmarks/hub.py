@@ -9,7 +9,7 @@ from benchmarks.conversions import US, Setting, profile
 from benchmarks.measure import Contender, Results, run, take_turns, warm
 from benchmarks.page import Section, Target, mebibytes, others, results_table
 from benchmarks.sources import TOKENIZER, llama, source_bytes
-from convert.hub.spool import DEFAULT_SHARDS
+from streamquant.convert.source.spool import DEFAULT_SHARDS
 from tests.hub import HubProcess
 
 REPO = "ORG/Llama"

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.formats import FORMATS
+from streamquant.quant.formats import FORMATS
 
 SHAPE = (1024, 4096)
 LEAST_TURNS = 5

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from validate.corpus import read_corpus
-from validate.forward import Head, Lane, Setting, run_layers
-from validate.variant import open_variant
+from streamquant.model.corpus import read_corpus
+from streamquant.model.forward import Head, Lane, Setting, run_layers
+from streamquant.model.variants.variant import open_variant
 
 
 def main() -> int:

@@ -17,10 +17,10 @@ from typing import Any
 from benchmarks.conversions import Setting
 from benchmarks.measure import CORES, Contender, Sample, run
 from benchmarks.page import Section, Target, table
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.recipe import parse_variants
 from examples.smollm2_checkpoint import FOLDER, write_smollm2
+from streamquant.convert.conversion import convert
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import synthetic
 from tests.peers import DATA, ROOT
 from tests.smollm2 import MISSING, PACKAGE, find_gguf
@@ -163,7 +163,7 @@ def main(job: str, arguments: dict[str, Any]) -> None:
 
 def corpus_of(source: Path, chunks: int) -> Any:
     """The first chunks of wikitext-2."""
-    from validate.corpus import read_corpus
+    from streamquant.model.corpus import read_corpus
 
     return read_corpus([TEXT], source, CONTEXT, chunks)
 
@@ -173,9 +173,9 @@ def resident(source: Path, arguments: dict[str, Any]) -> dict[str, Callable[[], 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from validate.forward import Head, Lane, run_layers
-    from validate.forward import Setting as Computation
-    from validate.variant import open_variant
+    from streamquant.model.forward import Head, Lane, run_layers
+    from streamquant.model.forward import Setting as Computation
+    from streamquant.model.variants.variant import open_variant
 
     tokens = corpus_of(source, arguments["chunks"]).tokens
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -199,9 +199,9 @@ def resident(source: Path, arguments: dict[str, Any]) -> dict[str, Callable[[], 
 
 def lockstep(source: Path, arguments: dict[str, Any]) -> dict[str, Callable[[], object]]:
     """A comparison with three variants, against one with none."""
-    from validate.comparison import compare
-    from validate.forward import Setting as Computation
-    from validate.variant import open_variant
+    from streamquant.model.forward import Setting as Computation
+    from streamquant.model.variants.variant import open_variant
+    from streamquant.validate.logits.comparison import compare
 
     out = Path(arguments["variants"])
     paths = [*out.glob("*-FP8-dynamic"), *sorted(out.glob("*-GGUF/*.gguf"))]
@@ -217,10 +217,10 @@ def lockstep(source: Path, arguments: dict[str, Any]) -> dict[str, Callable[[], 
 
 def imatrix(source: Path, arguments: dict[str, Any]) -> dict[str, Callable[[], object]]:
     """The importance matrix, against the pass that it comes from."""
-    from validate.forward import Lane, run_layers
-    from validate.forward import Setting as Computation
-    from validate.importance import write_importance
-    from validate.variant import open_variant
+    from streamquant.calibrate.importance import write_importance
+    from streamquant.model.forward import Lane, run_layers
+    from streamquant.model.forward import Setting as Computation
+    from streamquant.model.variants.variant import open_variant
 
     corpus, setting = corpus_of(source, arguments["chunks"]), Computation(batch_tokens=BATCH * CONTEXT)
     run_layers([Lane(open_variant(source))], corpus.tokens[:1, :16], setting)
@@ -239,9 +239,9 @@ def run_depth(source: Path) -> None:
     """Two models in lock step over 4 short chunks."""
     import numpy as np
 
-    from validate.forward import Lane, run_layers
-    from validate.forward import Setting as Computation
-    from validate.variant import open_variant
+    from streamquant.model.forward import Lane, run_layers
+    from streamquant.model.forward import Setting as Computation
+    from streamquant.model.variants.variant import open_variant
 
     tokens = np.random.default_rng(0).integers(0, 512, (4, 128))
     run_layers([Lane(open_variant(source)) for _ in range(2)], tokens, Computation())

@@ -12,24 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import CONFIG, INDEX, Checkpoint
-from convert.delivery import Delivery
-from convert.device import choose_device, inner_loop
-from convert.folders import nearest_folder
-from convert.guard_template import bos_text, guard_side_file
-from convert.hub.repo import OnBytes, OnWait
-from convert.hub.source import fetch_side_files, pin, unpin
-from convert.hub.spool import Spool, spool_limit
-from convert.journal import WORK_FOLDER, Journal
-from convert.manifest import MANIFEST, is_complete, is_of_same_source, write_atomically, write_manifests
-from convert.plan import Options, Plan, VariantPlan, make_plan
-from convert.plan_report import Disk
-from convert.quantization_config import QuantizationConfigs
-from convert.recipe import Recipe
-from convert.stream import PARTIAL, Encode, explain, head_of, run
-from convert.strict_json import read_json_object
-from quant.errors import StreamquantError, UsageError
-from quant.formats import FORMATS
+from streamquant.convert.manifest import MANIFEST, is_complete, is_of_same_source, write_manifests
+from streamquant.convert.metadata.guard_template import bos_text, guard_side_file
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import Plan, VariantPlan, make_plan
+from streamquant.convert.plan.view import Disk
+from streamquant.convert.recipes.quantization_config import QuantizationConfigs
+from streamquant.convert.recipes.recipe import Recipe
+from streamquant.convert.run.delivery import Delivery
+from streamquant.convert.run.device import choose_device, inner_loop
+from streamquant.convert.run.journal import WORK_FOLDER, Journal
+from streamquant.convert.run.stream import PARTIAL, Encode, head_of, run
+from streamquant.convert.source.checkpoint import CONFIG, INDEX, Checkpoint
+from streamquant.convert.source.open import fetch_side_files, pin, unpin
+from streamquant.convert.source.spool import Spool, spool_limit
+from streamquant.files.folders import nearest_folder
+from streamquant.files.strict_json import read_json_object
+from streamquant.files.writing import explain, write_atomically
+from streamquant.hub.repo import OnBytes, OnWait
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.quant.formats import FORMATS
 
 SPOOL = f"{WORK_FOLDER}/spool"
 """Where shards of the Hub lie, below --out."""
@@ -78,7 +80,7 @@ def convert(
     checkpoint: Checkpoint,
     recipes: Sequence[Recipe],
     out: Path,
-    options: Options | None = None,
+    options: ConversionOptions | None = None,
     *,
     jobs: int,
     device: str = "cpu",

@@ -6,31 +6,21 @@ same source, variants and versions give the same manifest.
 
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
-from convert.delivery import Delivery
-from convert.plan import OutputTensor, Plan, VariantPlan
-from convert.stream import Written
-from convert.strict_json import read_json_object
-from quant.errors import StreamquantError
-from quant.formats import FORMATS
+from streamquant.convert.plan.planner import OutputTensor, Plan, VariantPlan
+from streamquant.convert.run.delivery import Delivery
+from streamquant.convert.run.stream import Written
+from streamquant.files.strict_json import read_json_object
+from streamquant.files.writing import write_atomically
+from streamquant.quant.errors import StreamquantError
+from streamquant.quant.formats import FORMATS
 
 MANIFEST = "streamquant.json"
 MANIFEST_VERSION = 1
 _PACKAGES = ("streamquant", "compressed-tensors", "gguf", "llvmlite", "numba", "numpy", "tokenizers")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that it has either its old or its new contents, whatever happens. Raises OSError."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from convert.sizes import human_bytes
 from examples.smollm2_checkpoint import write_smollm2
+from streamquant.files.sizes import human_bytes
 
 QUESTION = "What is the capital city of France? Answer in English."
 EXPECTED = "Paris"

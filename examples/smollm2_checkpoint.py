@@ -14,8 +14,8 @@ import numpy as np
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from convert.safetensors_file import write_header
 from examples.smollm2_tokenizer import write_smollm2_tokenizer
+from streamquant.files.safetensors_file import write_header
 
 FOLDER = "SmolLM2-135M-Instruct"
 """The name of the published repository; the model is named after its folder."""

@@ -12,13 +12,13 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from convert.hashing import sha256_of
-from convert.manifest import MANIFEST, read_manifest
-from quant.errors import StreamquantError, UsageError
-from validate.comparison import VariantResult
-from validate.gates import GateResult
-from validate.measured_files import SHA256, MeasuredFile
-from validate.report.data import REPORT, Report, VariantReport, read_report
+from streamquant.convert.manifest import MANIFEST, read_manifest
+from streamquant.files.hashing import sha256_of
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.gates import GateResult
+from streamquant.validate.logits.comparison import VariantResult
+from streamquant.validate.readback.measured_files import SHA256, MeasuredFile
+from streamquant.validate.report.data import REPORT, Report, VariantReport, read_report
 
 Container = Literal["gguf", "safetensors"]
 REPORT_FOLDER = "report"

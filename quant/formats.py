@@ -1,8 +1,8 @@
 """The one table of all number formats. A new format is a line here; the shared checks of tests/quant then run on it."""
 
-from quant import fp8
-from quant.format import Format
-from quant.ggml import floats, iquants, kquants, legacy, small
+from streamquant.quant import fp8
+from streamquant.quant.format import Format
+from streamquant.quant.ggml import floats, iquants, kquants, legacy, small
 
 FORMATS: dict[str, Format] = {
     entry.name: entry

@@ -16,9 +16,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.format import Encoded, Format, Importance, Part, Rows, same_shape
-from quant.kernels import fp8_cpu
-from quant.widen import SOURCE_DTYPES, widen
+from streamquant.quant.format import Encoded, Format, Importance, Part, Rows, same_shape
+from streamquant.quant.kernels import fp8_cpu
+from streamquant.quant.widen import SOURCE_DTYPES, widen
 
 TILE = fp8_cpu.TILE
 _DTYPES = {"BF16": fp8_cpu.BF16, "F16": fp8_cpu.F16, "F32": fp8_cpu.F32}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from quant.formats import FORMATS
+from streamquant.quant.formats import FORMATS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ def encode(
 
 @functools.cache
 def _encoders() -> dict[str, Encoder]:
-    from quant.kernels import fp8_cpu, fp8_gpu, iq4_gpu, kquants_gpu, legacy_gpu
+    from streamquant.quant.kernels import fp8_cpu, fp8_gpu, iq4_gpu, kquants_gpu, legacy_gpu
 
     def block_encoder(module: ModuleType, name: str) -> Encoder:
         function = getattr(module, f"encode_{name.lower()}")

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels import floats_cpu
+from streamquant.quant.kernels import floats_cpu
 
 SOURCE_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
 """The dtypes of weights that can be converted, as safetensors spells them -> bytes per weight."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from quant.format import Encoded, Format, Rows
+from streamquant.quant.format import Encoded, Format, Rows
 from tests.oracle import ROWS, make_rows, round_to
 
 Errors = NDArray[np.float64]

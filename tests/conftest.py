@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.plan import Options
-from convert.recipe import NEED_IMATRIX, RECIPES, parse_variants
 from examples.smollm2_checkpoint import FOLDER, write_smollm2
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.recipe import NEED_IMATRIX, RECIPES, parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import gguf_peer, synthetic
 from tests.smollm2 import MISSING, PACKAGE, find_gguf
 
@@ -111,7 +111,7 @@ def tiny(shelf: Shelf) -> Path:
 @pytest.fixture(scope="session")
 def tiny_variants(shelf: Shelf, tiny: Path) -> Path:
     """The --out folder of one conversion of `tiny` into every variant that needs no importance matrix."""
-    variants, options = parse_variants(PLAIN), Options(pre=TINY_PRE)
+    variants, options = parse_variants(PLAIN), ConversionOptions(pre=TINY_PRE)
     return shelf.get("tiny-variants", lambda folder: convert(open_checkpoint(tiny), variants, folder, options, jobs=2))
 
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.hub.repo import HubRepo
-from convert.hub.spool import spool_limit
-from convert.sizes import human_bytes
-from publish.release_file import ReleaseFile, read_release
-from publish.release_state import State
-from publish.road import Road, Watch
-from publish.stages_making import expected_imatrix
+from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
+from streamquant.convert.source.spool import spool_limit
+from streamquant.files.sizes import human_bytes
+from streamquant.hub.repo import HubRepo
+from streamquant.publish.release.release_file import ReleaseFile, read_release
+from streamquant.publish.release.release_run import Road, Watch
+from streamquant.publish.release.release_state import State
+from streamquant.publish.release.stages_making import expected_imatrix
 from tests import gguf_peer
 from tests.shapes import SHAPES, write_shape
 

@@ -17,14 +17,14 @@ from unittest import mock
 import numpy as np
 import torch
 
-from convert import device
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.plan import Options
-from convert.recipe import parse_variants
-from quant import gpu
-from quant.format import Encoded, Importance, Rows
-from quant.formats import FORMATS
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.run import device
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.quant import gpu
+from streamquant.quant.format import Encoded, Importance, Rows
+from streamquant.quant.formats import FORMATS
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,15 +59,18 @@ def encode(name: str, rows: Rows, importance: Importance | None = None) -> tuple
 
 
 def convert_on_device(
-    folder: Path, out: Path, variants: list[str], options: Options, block: int, left_to_cpu: frozenset[str]
+    folder: Path, out: Path, variants: list[str], options: ConversionOptions, block: int, left_to_cpu: frozenset[str]
 ) -> str | None:
     """Convert with the GPU's inner loop, in blocks of so many weights; the text of the error, None if there is none.
 
     The formats `left_to_cpu` are treated as if they had no GPU encoder.
     """
     with (
-        mock.patch("convert.conversion.inner_loop", return_value=device.DeviceEncoder(DEVICE)),
-        mock.patch("convert.quantization_config._read_cache", lambda scheme: {"config_groups": {scheme: {}}}),
+        mock.patch("streamquant.convert.conversion.inner_loop", return_value=device.DeviceEncoder(DEVICE)),
+        mock.patch(
+            "streamquant.convert.recipes.quantization_config._read_cache",
+            lambda scheme: {"config_groups": {scheme: {}}},
+        ),
         mock.patch.object(device, "BLOCK_WEIGHTS", block),
         mock.patch.object(gpu, "ENCODED", gpu.ENCODED - left_to_cpu),
         np.errstate(all="ignore"),
@@ -89,4 +92,4 @@ def convert_on_wrong_device(folder: Path, out: Path, variants: list[str], wrong:
             parts[0][-1, -1] ^= 1
 
     with mock.patch.object(gpu, "encode", encode_wrong):
-        return convert_on_device(folder, out, variants, Options(), 1 << 30, frozenset())
+        return convert_on_device(folder, out, variants, ConversionOptions(), 1 << 30, frozenset())

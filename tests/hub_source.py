@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from convert.hub.spool import GIB
-from convert.plan import make_plan
-from convert.plan_report import plan_json
-from convert.recipe import parse_variants
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.plan.view import plan_json
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.spool import GIB
 from tests.attacks.harness import TO, Ran, run, write_model
 from tests.hub import Commit, Hub, Repo, Request
 from tests.hub.client import keep_client
@@ -51,7 +51,7 @@ def settings(hub: Hub, home: Path) -> dict[str, Any]:
         "huggingface_hub.constants.HF_TOKEN_PATH": str(home / "token"),
         "huggingface_hub.constants.HF_HUB_DISABLE_XET": hub.xet is None,
         "huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE": 10 << 20,  # the client's own, which open_repo changes
-        "convert.hub.errors.FIRST_WAIT": 0.003,
+        "streamquant.hub.errors.FIRST_WAIT": 0.003,
     }
 
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from quant.format import Importance, Rows
-from quant.formats import FORMATS
+from streamquant.quant.format import Importance, Rows
+from streamquant.quant.formats import FORMATS
 from tests.peers import DATA
 from tests.smollm2 import MISSING, find_gguf
 

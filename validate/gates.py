@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from quant.errors import UsageError
+from streamquant.quant.errors import UsageError
 
 Measured = Mapping[str, float | None]
 """Numbers of a variant by the names in GATES; None where one was not measured."""

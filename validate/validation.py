@@ -14,23 +14,24 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.folders import cache_folder
-from quant.errors import StreamquantError, UsageError
-from validate.behaviour import BehaviourReport, compare_behaviour
-from validate.chat import ChatReport, compare_chat, folder_templates
-from validate.comparison import Comparison, NoiseKind, VariantResult, compare
-from validate.corpus import encode_plain, read_corpus, read_text, read_tokenizer
-from validate.engines.agreement import LENGTHS, EngineAgreement, engine_agreement, prompts_from
-from validate.engines.engine import EngineFacts, Generation, Rendered, TemplateRequest, TopLogprobs
-from validate.engines.process import EngineProcess
-from validate.forward import Head, Lane, Setting, free_memory, run_layers
-from validate.gates import Gates, Measured, judge
-from validate.measured_files import MeasuredFile, measured_files, weight_files
-from validate.report.data import SCHEMA, NotRun, Report, VariantReport, this_machine
-from validate.sections import ANSWER_TOKENS, SKIPPABLE, Section
-from validate.template_lints import Lint, lint_checkpoint, lint_gguf
-from validate.tokens import TokenReport, check_token_types, compare_tokens
-from validate.variant import Problem, Variant, open_variant
+from streamquant.files.folders import cache_folder
+from streamquant.model.corpus import encode_plain, read_corpus, read_text, read_tokenizer
+from streamquant.model.forward import Head, Lane, Setting, free_memory, run_layers
+from streamquant.model.problem import Problem
+from streamquant.model.variants.variant import Variant, open_variant
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.engines.agreement import LENGTHS, EngineAgreement, engine_agreement, prompts_from
+from streamquant.validate.engines.engine import EngineFacts, Generation, Rendered, TemplateRequest, TopLogprobs
+from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.gates import Gates, Measured, judge
+from streamquant.validate.logits.comparison import Comparison, NoiseKind, VariantResult, compare
+from streamquant.validate.readback.measured_files import MeasuredFile, measured_files, weight_files
+from streamquant.validate.report.data import SCHEMA, NotRun, Report, VariantReport, this_machine
+from streamquant.validate.sections import ANSWER_TOKENS, SKIPPABLE, Section
+from streamquant.validate.text.behaviour import BehaviourReport, compare_behaviour
+from streamquant.validate.text.chat import ChatReport, compare_chat, folder_templates
+from streamquant.validate.text.template_lints import Lint, lint_checkpoint, lint_gguf
+from streamquant.validate.text.tokens import TokenReport, check_token_types, compare_tokens
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ Adding a family is adding one file with its table and one line in ARCHITECTURES.
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from convert.architectures.base import (
+from streamquant.convert.architectures.base import (
     ExtraTensor,
     Family,
     ModelDescription,
@@ -17,14 +17,14 @@ from convert.architectures.base import (
     TensorRule,
     describe_model,
 )
-from convert.architectures.config_values import describe_type, shorten
-from convert.architectures.llama import LLAMA
-from convert.architectures.mistral import MISTRAL
-from convert.architectures.qwen2 import QWEN2
-from convert.architectures.qwen3 import QWEN3
-from convert.architectures.rope import rope_row_order
-from convert.architectures.seed_oss import SEED_OSS
-from quant.errors import StreamquantError
+from streamquant.convert.architectures.config_values import describe_type, shorten
+from streamquant.convert.architectures.llama import LLAMA
+from streamquant.convert.architectures.mistral import MISTRAL
+from streamquant.convert.architectures.qwen2 import QWEN2
+from streamquant.convert.architectures.qwen3 import QWEN3
+from streamquant.convert.architectures.rope import rope_row_order
+from streamquant.convert.architectures.seed_oss import SEED_OSS
+from streamquant.quant.errors import StreamquantError
 
 __all__ = [
     "ARCHITECTURES",

@@ -17,9 +17,9 @@ from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
-from convert.architectures.config_values import ConfigValues
-from convert.architectures.rope import RopeSettings, llama3_rope_freqs, read_rope, rope_scaling_metadata
-from quant.errors import StreamquantError
+from streamquant.convert.architectures.config_values import ConfigValues
+from streamquant.convert.architectures.rope import RopeSettings, llama3_rope_freqs, read_rope, rope_scaling_metadata
+from streamquant.quant.errors import StreamquantError
 
 # llama.cpp's LLAMA_MAX_LAYERS (src/llama-hparams.h): a file with more blocks does not load.
 MAX_LAYERS = 512

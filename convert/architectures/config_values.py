@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from quant.errors import StreamquantError
+from streamquant.quant.errors import StreamquantError
 
 # GGUF stores these counts as uint32 and ggml works with int32 and int64 sizes; nothing real comes near.
 LARGEST_INTEGER = 2**31 - 1

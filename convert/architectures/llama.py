@@ -6,7 +6,7 @@ conversion/llama.py). Defaults: LlamaConfig of transformers.
 
 import gguf
 
-from convert.architectures.base import Family, linear, norm
+from streamquant.convert.architectures.base import Family, linear, norm
 
 LLAMA = Family(
     hf_architecture="LlamaForCausalLM",

@@ -7,7 +7,7 @@ of transformers.
 
 import gguf
 
-from convert.architectures.base import Family, linear, norm
+from streamquant.convert.architectures.base import Family, linear, norm
 
 MISTRAL = Family(
     hf_architecture="MistralForCausalLM",

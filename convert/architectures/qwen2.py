@@ -6,7 +6,7 @@ names one.
 
 import gguf
 
-from convert.architectures.base import Family, linear, norm
+from streamquant.convert.architectures.base import Family, linear, norm
 
 QWEN2 = Family(
     hf_architecture="Qwen2ForCausalLM",

@@ -5,7 +5,7 @@ Defaults: Qwen3Config of transformers. Its attention_bias puts a bias on q, k, v
 
 import gguf
 
-from convert.architectures.base import Family, linear, norm
+from streamquant.convert.architectures.base import Family, linear, norm
 
 QWEN3 = Family(
     hf_architecture="Qwen3ForCausalLM",

@@ -10,8 +10,8 @@ from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
-from convert.architectures.config_values import ConfigValues, shorten
-from quant.errors import StreamquantError
+from streamquant.convert.architectures.config_values import ConfigValues, shorten
+from streamquant.quant.errors import StreamquantError
 
 # What transformers assumes when config.json names no theta (RotaryEmbeddingConfigMixin.default_theta).
 DEFAULT_THETA = 10000.0

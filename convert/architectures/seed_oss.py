@@ -6,7 +6,7 @@ conversion/olmo.py of llama.cpp adds nothing to the common converter). Defaults:
 
 import gguf
 
-from convert.architectures.base import Family, linear, norm
+from streamquant.convert.architectures.base import Family, linear, norm
 
 SEED_OSS = Family(
     hf_architecture="SeedOssForCausalLM",

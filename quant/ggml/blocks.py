@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.format import Encoded, Format, Importance, Part, Rows, same_shape
+from streamquant.quant.format import Encoded, Format, Importance, Part, Rows, same_shape
 
 Bytes = NDArray[np.uint8]
 

@@ -6,8 +6,8 @@ infinite in the bytes and is reported to the caller, who refuses it.
 
 import numpy as np
 
-from quant.format import Encoded, Format, Importance, Part, Rows, same_shape
-from quant.kernels import floats_cpu
+from streamquant.quant.format import Encoded, Format, Importance, Part, Rows, same_shape
+from streamquant.quant.kernels import floats_cpu
 
 
 def _encode_f32(rows: Rows, out: Encoded, _importance: Importance | None) -> int:

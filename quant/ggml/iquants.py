@@ -9,8 +9,8 @@ The encoder is quantize_row_iq4_nl_impl of ggml/src/ggml-quants.c; decoding is t
 whose values lie on grids, are not here yet: each would be a line in FORMATS.
 """
 
-from quant.ggml.blocks import block_format
-from quant.kernels import iq4_cpu
+from streamquant.quant.ggml.blocks import block_format
+from streamquant.quant.kernels import iq4_cpu
 
 FORMATS = (
     block_format("IQ4_NL", iq4_cpu.encode_iq4_nl, iq4_cpu.encode_iq4_nl_weighted),

@@ -12,8 +12,8 @@ d and dmin are float16. The encoders are those of ggml/src/ggml-quants.c: quanti
 of columns quantize_row_q*_K_impl. Decoding is the package gguf's.
 """
 
-from quant.ggml.blocks import block_format
-from quant.kernels import kquants_cpu, kquants_weighted_cpu
+from streamquant.quant.ggml.blocks import block_format
+from streamquant.quant.kernels import kquants_cpu, kquants_weighted_cpu
 
 FORMATS = (
     block_format("Q2_K", kquants_cpu.encode_q2_k, kquants_weighted_cpu.encode_q2_k),

@@ -13,8 +13,8 @@ ggml/src/ggml-quants.c: quantize_row_*_ref, and with the importance of columns q
 Decoding is the package gguf's.
 """
 
-from quant.ggml.blocks import block_format
-from quant.kernels import legacy_cpu, legacy_weighted_cpu
+from streamquant.quant.ggml.blocks import block_format
+from streamquant.quant.kernels import legacy_cpu, legacy_weighted_cpu
 
 FORMATS = (
     block_format("Q8_0", legacy_cpu.encode_q8_0),

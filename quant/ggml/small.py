@@ -9,8 +9,8 @@
 The encoders are quantize_row_*_ref of ggml/src/ggml-quants.c, which know no importance; decoding is the package gguf's.
 """
 
-from quant.ggml.blocks import block_format
-from quant.kernels import mxfp4_cpu, ternary_cpu
+from streamquant.quant.ggml.blocks import block_format
+from streamquant.quant.kernels import mxfp4_cpu, ternary_cpu
 
 FORMATS = (
     block_format("MXFP4", mxfp4_cpu.encode_mxfp4),

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.bits import ABS, ONE, SIGN, bits_float, float_bits, kernel
+from streamquant.quant.kernels.bits import ABS, ONE, SIGN, bits_float, float_bits, kernel
 
 
 @kernel

@@ -10,7 +10,7 @@ The quotient is rounded to T first and to E4M3 afterwards; both roundings are to
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.bits import ABS, ONE, SIGN, bits_float, float_bits, helper, kernel, round_bits
+from streamquant.quant.kernels.bits import ABS, ONE, SIGN, bits_float, float_bits, helper, kernel, round_bits
 
 BF16, F16, F32 = 0, 1, 2  # the dtype T of weight and scale
 TILE = 128

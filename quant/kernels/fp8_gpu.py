@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.kernels.bits_gpu import ABS, bits_float, float_bits, half_bits, kernel, lanes, launch, round_bits, store_byte
+from streamquant.quant.kernels.bits_gpu import (
+    ABS,
+    bits_float,
+    float_bits,
+    half_bits,
+    kernel,
+    lanes,
+    launch,
+    round_bits,
+    store_byte,
+)
 
 TILE = 128
 _COLUMNS = 2048  # that a program for whole rows takes at a time

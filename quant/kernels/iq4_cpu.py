@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.bits import half_is_infinite, helper, kernel, put_half
-from quant.kernels.search_cpu import (
+from streamquant.quant.kernels.bits import half_is_infinite, helper, kernel, put_half
+from streamquant.quant.kernels.search_cpu import (
     GROUP_MAX_EPS,
     extreme_lanes,
     nearest,
@@ -26,7 +26,7 @@ from quant.kernels.search_cpu import (
     transpose_importance,
     weigh,
 )
-from quant.kernels.vectors import LANES, fill, fill_int, load, negative, select, store, store_bytes
+from streamquant.quant.kernels.vectors import LANES, fill, fill_int, load, negative, select, store, store_bytes
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

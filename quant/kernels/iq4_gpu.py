@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.kernels.bits_gpu import (
+from streamquant.quant.kernels.bits_gpu import (
     absolute,
     clamped_int,
     half_bits,
@@ -23,8 +23,8 @@ from quant.kernels.bits_gpu import (
     store_byte,
     store_half,
 )
-from quant.kernels.iq4_cpu import LEVELS
-from quant.kernels.search_gpu import GROUP_MAX_EPS, extreme_of, load_lanes, sums_of_squares, weighed
+from streamquant.quant.kernels.iq4_cpu import LEVELS
+from streamquant.quant.kernels.search_gpu import GROUP_MAX_EPS, extreme_of, load_lanes, sums_of_squares, weighed
 
 QK = 32
 _SEARCHED = 128  # blocks in a program of a search: one a thread

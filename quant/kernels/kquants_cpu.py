@@ -11,8 +11,8 @@ overflows float16, or -1.
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.bits import half_is_infinite, half_value, helper, kernel, put_half
-from quant.kernels.search_cpu import (
+from streamquant.quant.kernels.bits import half_is_infinite, half_value, helper, kernel, put_half
+from streamquant.quant.kernels.search_cpu import (
     GROUP_MAX_EPS,
     clamped_lanes,
     nearest,
@@ -22,7 +22,7 @@ from quant.kernels.search_cpu import (
     search_scale_and_min,
     transpose,
 )
-from quant.kernels.vectors import LANES, absolute, fill, fill_int, load, square_root, store
+from streamquant.quant.kernels.vectors import LANES, absolute, fill, fill_int, load, square_root, store
 
 QK_K = 256
 FOUND = 4 * LANES

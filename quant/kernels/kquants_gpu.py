@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.kernels.bits_gpu import (
+from streamquant.quant.kernels.bits_gpu import (
     absolute,
     clamped,
     clamped_int,
@@ -40,7 +40,7 @@ from quant.kernels.bits_gpu import (
     store_byte,
     store_half,
 )
-from quant.kernels.search_gpu import (
+from streamquant.quant.kernels.search_gpu import (
     GROUP_MAX_EPS,
     load_lanes,
     search_by_coordinates,

@@ -11,8 +11,8 @@ returns the first row in which a scale overflows float16, or -1.
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.bits import half_is_infinite, half_value, helper, kernel, put_half
-from quant.kernels.kquants_cpu import (
+from streamquant.quant.kernels.bits import half_is_infinite, half_value, helper, kernel, put_half
+from streamquant.quant.kernels.kquants_cpu import (
     FOUND,
     QK_K,
     pack_2,
@@ -26,7 +26,7 @@ from quant.kernels.kquants_cpu import (
     store_q6_k,
     trials,
 )
-from quant.kernels.search_cpu import (
+from streamquant.quant.kernels.search_cpu import (
     clamped_lanes,
     search_positive_scale,
     search_scale,
@@ -36,7 +36,7 @@ from quant.kernels.search_cpu import (
     transpose_importance,
     weigh,
 )
-from quant.kernels.vectors import LANES, fill, fill_int, load, select, store
+from streamquant.quant.kernels.vectors import LANES, fill, fill_int, load, select, store
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -14,8 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.bits import ABS, INFINITY, SIGN, bits_float, float_bits, half_is_infinite, helper, kernel, put_half
-from quant.kernels.vectors import (
+from streamquant.quant.kernels.bits import (
+    ABS,
+    INFINITY,
+    SIGN,
+    bits_float,
+    float_bits,
+    half_is_infinite,
+    helper,
+    kernel,
+    put_half,
+)
+from streamquant.quant.kernels.vectors import (
     LANES,
     any_lane,
     bits,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.kernels.bits_gpu import (
+from streamquant.quant.kernels.bits_gpu import (
     ABS,
     INFINITY,
     bits_float,
@@ -30,7 +30,13 @@ from quant.kernels.bits_gpu import (
     store_byte,
     store_half,
 )
-from quant.kernels.search_gpu import load_lanes, search_scale, search_scale_and_min, sums_of_squares, weighed
+from streamquant.quant.kernels.search_gpu import (
+    load_lanes,
+    search_scale,
+    search_scale_and_min,
+    sums_of_squares,
+    weighed,
+)
 
 QK = 32
 _BLOCKS = 64  # in a program of tiles

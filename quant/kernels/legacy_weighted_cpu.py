@@ -10,10 +10,10 @@ returns the first row in which a scale (or minimum) overflows float16, or -1.
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.bits import half_is_infinite, helper, kernel, put_half
-from quant.kernels.kquants_cpu import trials
-from quant.kernels.legacy_cpu import QK, nibbles, store_fifth_bits
-from quant.kernels.search_cpu import (
+from streamquant.quant.kernels.bits import half_is_infinite, helper, kernel, put_half
+from streamquant.quant.kernels.kquants_cpu import trials
+from streamquant.quant.kernels.legacy_cpu import QK, nibbles, store_fifth_bits
+from streamquant.quant.kernels.search_cpu import (
     clamped_lanes,
     rounded_lanes,
     search_scale,
@@ -23,7 +23,7 @@ from quant.kernels.search_cpu import (
     transpose_importance,
     weigh,
 )
-from quant.kernels.vectors import LANES, fill, fill_int, load, store_bytes, to_int
+from streamquant.quant.kernels.vectors import LANES, fill, fill_int, load, store_bytes, to_int
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

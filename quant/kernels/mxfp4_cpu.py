@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.bits import bits_float, helper, kernel
-from quant.kernels.legacy_cpu import QK, amax, nibbles
-from quant.kernels.vectors import LANES, absolute, fill, fill_int, load, select, store_bytes
+from streamquant.quant.kernels.bits import bits_float, helper, kernel
+from streamquant.quant.kernels.legacy_cpu import QK, amax, nibbles
+from streamquant.quant.kernels.vectors import LANES, absolute, fill, fill_int, load, select, store_bytes
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.bits import float_bits, helper
-from quant.kernels.vectors import (
+from streamquant.quant.kernels.bits import float_bits, helper
+from streamquant.quant.kernels.vectors import (
     LANES,
     absolute,
     any_lane,

@@ -7,7 +7,7 @@ sub-block are a tuple of lanes (x[i] is weight i of every sub-block), so they li
 import triton
 import triton.language as tl
 
-from quant.kernels.bits_gpu import absolute, clamped, kernel, nearest, negative, rounded
+from streamquant.quant.kernels.bits_gpu import absolute, clamped, kernel, nearest, negative, rounded
 
 GROUP_MAX_EPS = tl.constexpr(1e-15)  # below it a sub-block counts as zero
 

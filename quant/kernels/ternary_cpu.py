@@ -7,9 +7,9 @@ bytes]; it returns the first row in which d overflows float16, or -1.
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.bits import half_is_infinite, helper, kernel, put_half
-from quant.kernels.legacy_cpu import inverse_or_zero, rounded
-from quant.kernels.vectors import LANES, absolute, fill, fill_int, load, select, store, store_bytes
+from streamquant.quant.kernels.bits import half_is_infinite, helper, kernel, put_half
+from streamquant.quant.kernels.legacy_cpu import inverse_or_zero, rounded
+from streamquant.quant.kernels.vectors import LANES, absolute, fill, fill_int, load, select, store, store_bytes
 
 QK_K = 256
 Floats = NDArray[np.float32]

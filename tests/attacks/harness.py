@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import streamquant
+from streamquant.cli import app as command_line
 from tests.synthetic import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -199,7 +199,7 @@ def run(*arguments: object) -> Ran:
     code: object = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", argv):
-            streamquant.main()
+            command_line.main()
     except SystemExit as stop:
         code = 0 if stop.code is None else stop.code
     finally:

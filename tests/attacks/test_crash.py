@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import pytest
 
-from convert.blocks import extents
-from convert.checkpoint import open_checkpoint
-from convert.plan import Plan, make_plan
-from convert.recipe import parse_variants
+from streamquant.convert.plan.planner import Plan, make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.run.blocks import extents
+from streamquant.convert.source.checkpoint import open_checkpoint
 from tests.attacks.harness import (
     TO,
     Forked,
@@ -30,8 +30,11 @@ from tests.attacks.harness import (
     write_model,
 )
 
-SMALL_CHUNKS = {"convert.plan.CHUNK_BYTES": 1 << 19, "convert.hashing.STEP_BYTES": 1 << 19}
-TINY_CHUNKS = {"convert.plan.CHUNK_BYTES": 1 << 13, "convert.hashing.STEP_BYTES": 1 << 13}
+SMALL_CHUNKS = {
+    "streamquant.convert.plan.planner.CHUNK_BYTES": 1 << 19,
+    "streamquant.files.hashing.STEP_BYTES": 1 << 19,
+}
+TINY_CHUNKS = {"streamquant.convert.plan.planner.CHUNK_BYTES": 1 << 13, "streamquant.files.hashing.STEP_BYTES": 1 << 13}
 SPLIT = ("--split-max-size", "8M")
 
 
@@ -174,7 +177,9 @@ def partials(out: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def tiny_plan(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    monkeypatch.setattr("convert.plan.CHUNK_BYTES", TINY_CHUNKS["convert.plan.CHUNK_BYTES"])
+    monkeypatch.setattr(
+        "streamquant.convert.plan.planner.CHUNK_BYTES", TINY_CHUNKS["streamquant.convert.plan.planner.CHUNK_BYTES"]
+    )
     return make_plan(open_checkpoint(pristine), parse_variants([TO[1]]))
 
 

@@ -12,7 +12,10 @@ import pytest
 
 from tests.attacks.harness import TO, Zygote, checksums, finished_files, run, run_process, untouched
 
-SMALL_CHUNKS = {"convert.plan.CHUNK_BYTES": 1 << 13, "convert.hashing.STEP_BYTES": 1 << 13}
+SMALL_CHUNKS = {
+    "streamquant.convert.plan.planner.CHUNK_BYTES": 1 << 13,
+    "streamquant.files.hashing.STEP_BYTES": 1 << 13,
+}
 
 
 @pytest.fixture(scope="module")

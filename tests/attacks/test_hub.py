@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import SPOOL
-from convert.plan import make_plan
-from convert.recipe import parse_variants
+from streamquant.convert.conversion import SPOOL
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
 from tests.attacks.harness import (
     TO,
     Forked,
@@ -44,7 +44,10 @@ from tests.hub_source import (
 )
 
 CHUNK_BYTES = 1 << 18
-SMALL_CHUNKS = {"convert.plan.CHUNK_BYTES": CHUNK_BYTES, "convert.hashing.STEP_BYTES": 1 << 18}
+SMALL_CHUNKS = {
+    "streamquant.convert.plan.planner.CHUNK_BYTES": CHUNK_BYTES,
+    "streamquant.files.hashing.STEP_BYTES": 1 << 18,
+}
 
 
 class Reference(NamedTuple):
@@ -62,7 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     out = tmp_path_factory.mktemp("whole")
     run("convert", model, *FIVE, "--out", out).done()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("convert.plan.CHUNK_BYTES", CHUNK_BYTES)
+        patch.setattr("streamquant.convert.plan.planner.CHUNK_BYTES", CHUNK_BYTES)
         plan = make_plan(open_checkpoint(model), parse_variants(FIVE[1::2]))
         assert len(plan.chunks) > 10 * SHARDS
     return Reference(model, out, [plan.matrices[chunk.matrix].source.file for chunk in plan.chunks])
@@ -184,7 +187,12 @@ def test_ten_kills(shards: int, whole: Reference, zygote: Zygote, hub: Hub, tmp_
     assert set(command.fetched) == {path.name for path in whole.model.glob(SHARD)}
 
 
-LAST_STEPS = ["stream._rename", "conversion.write_manifests", "hub.spool.Spool.remove", "journal.Journal.remove"]
+LAST_STEPS = [
+    "run.stream._rename",
+    "conversion.write_manifests",
+    "source.spool.Spool.remove",
+    "run.journal.Journal.remove",
+]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -198,10 +206,10 @@ def test_kill_in_the_last_moments(
     commit = commit_of(repo).oid
     command = Command(zygote, hub, whole, tmp_path, "--jobs", 1)
     command.arguments = ("convert", REPO, "--to", "fp8-dynamic", "--out", command.out, "--jobs", 1)
-    assert command.start(die_around=[when, f"convert.{step}"]).wait().code == -signal.SIGKILL
+    assert command.start(die_around=[when, f"streamquant.convert.{step}"]).wait().code == -signal.SIGKILL
     command.look()
     pinned = (command.out / ".streamquant" / "journal.jsonl").exists()
-    assert pinned == ((step, when) not in [("journal.Journal.remove", "after"), ("conversion.unpin", "before"),
+    assert pinned == ((step, when) not in [("run.journal.Journal.remove", "after"), ("conversion.unpin", "before"),
                                            ("conversion.unpin", "after")])  # fmt: skip
     if pinned:
         repo.add_commit({".hidden": b"main has moved"})
@@ -297,7 +305,7 @@ def test_faults(
 def test_all_faults_at_once(whole: Reference, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bad day: every request may fail, in any way."""
     use(hub, tmp_path / "home", monkeypatch)
-    monkeypatch.setattr("convert.hub.errors.ATTEMPTS", 30)
+    monkeypatch.setattr("streamquant.hub.errors.ATTEMPTS", 30)
     hub.add_repo(REPO, whole.model)
     effects: list[dict[str, Any]] = [
         {"status": 500},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.safetensors_file import MAX_HEADER
+from streamquant.files.safetensors_file import MAX_HEADER
 from tests.attacks.harness import TO, pack, run, run_measured, untouched
 
 HUNDRED_MB = 100 * 1000 * 1000

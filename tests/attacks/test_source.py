@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.recipe import parse_variants
-from quant.errors import StreamquantError
+from streamquant.convert.conversion import convert
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.quant.errors import StreamquantError
 from tests.attacks.harness import (
     TO,
     checksums,
@@ -115,7 +115,7 @@ def test_end_of_a_shard_that_is_being_read(
     victim = shards_of(sharded)[0]
     begin = victim.stat().st_size - len(unpack(victim)[1])
     if not noticed:
-        monkeypatch.setattr("convert.checkpoint.Checkpoint.check_unchanged", lambda _self: None)
+        monkeypatch.setattr("streamquant.convert.source.checkpoint.Checkpoint.check_unchanged", lambda _self: None)
     error = stop_after(sharded, tmp_path / "out", 1, lambda: os.truncate(victim, begin))
     assert isinstance(error, StreamquantError)
     assert str(victim) in str(error)
@@ -213,8 +213,8 @@ def test_every_bad_value(value: int, dtype: str, tmp_path: Path, models: Callabl
 
 def test_nan_in_a_later_block_of_a_chunk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row counts from the tensor's begin, not from the block's or the chunk's."""
-    monkeypatch.setattr("convert.blocks.BLOCK_WEIGHTS", 64 * 8)
-    monkeypatch.setattr("convert.plan.CHUNK_BYTES", 64 * 2 * 100)
+    monkeypatch.setattr("streamquant.convert.run.blocks.BLOCK_WEIGHTS", 64 * 8)
+    monkeypatch.setattr("streamquant.convert.plan.planner.CHUNK_BYTES", 64 * 2 * 100)
     put(model, "lm_head.weight", 237 * 64 + 3, NAN["BF16"])  # third chunk, fifth block of it
     ran = run("convert", model, *TO, "--out", tmp_path / "out", "--jobs", 3)
     ran.refused(1, "not a number", "'lm_head.weight', row 237, column 3\n")

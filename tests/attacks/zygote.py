@@ -20,12 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import streamquant
+from streamquant.cli import app as command_line
 from tests.attacks.harness import TO, run, write_model
 
 
 def fault_set(values: dict[str, Any]) -> None:
-    """Replace module attributes: {"convert.plan.CHUNK_BYTES": 65536}."""
+    """Replace module attributes: {"streamquant.convert.plan.planner.CHUNK_BYTES": 65536}."""
     for name, value in values.items():
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute)
@@ -78,7 +78,7 @@ def fault_die_in_pwrite(number: int) -> None:
 
 
 def fault_die_around(where: list[str]) -> None:
-    """["before" or "after", "convert.journal.Journal.remove"]: kill -9 before or after the first call of a function."""
+    """["before" or "after", "PACKAGE.MODULE.CLASS.remove"]: kill -9 before or after the first call of a function."""
     when, path = where
     owner, _, name = path.rpartition(".")
     try:
@@ -171,7 +171,7 @@ def _child(request: dict[str, Any]) -> None:
     try:
         for name, argument in request["faults"].items():
             globals()[f"fault_{name}"](argument)
-        streamquant.main()
+        command_line.main()
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:  # as the interpreter would end
@@ -187,7 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:  # load kernels and late imports once, not in every child
         model = write_model(Path(folder) / "Warm")
         run("convert", model, *TO, "--out", Path(folder) / "out", "--jobs", 1).done()
-    for name in ("convert.hub.errors", "huggingface_hub.hf_api", "huggingface_hub.file_download"):
+    for name in ("streamquant.hub.errors", "huggingface_hub.hf_api", "huggingface_hub.file_download"):
         importlib.import_module(name)
     gc.freeze()
     answers = os.dup(1)

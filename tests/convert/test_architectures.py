@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from convert.architectures import (
+from streamquant.convert.architectures import (
     ARCHITECTURES,
     ExtraTensor,
     ModelDescription,
@@ -25,7 +25,7 @@ from convert.architectures import (
     describe,
     rope_row_order,
 )
-from quant.errors import StreamquantError
+from streamquant.quant.errors import StreamquantError
 from tests import gguf_peer, synthetic
 from tests.gguf_peer import KeyValue, Tensor, requires_converter
 

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save_file
 
-from convert.checkpoint import INDEX, SINGLE_FILE, open_checkpoint
-from convert.safetensors_file import DTYPE_BITS, MAX_HEADER, read_header, write_header
-from convert.strict_json import parse_json, read_json, read_json_object
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.source.checkpoint import INDEX, SINGLE_FILE, open_checkpoint
+from streamquant.files.safetensors_file import DTYPE_BITS, MAX_HEADER, read_header, write_header
+from streamquant.files.strict_json import parse_json, read_json, read_json_object
+from streamquant.quant.errors import StreamquantError, UsageError
 from tests.attacks.harness import edit_json, pack, rewrite, shards_of, unpack, untouched, write_model
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-import streamquant
-from convert.checkpoint import open_checkpoint
-from convert.plan import Options, make_plan
-from convert.recipe import parse_variants
 from examples.smollm2_checkpoint import FOLDER
+from streamquant.cli import app as command_line
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
 from tests.conftest import PLAIN, TINY_PRE
 from tests.gguf_peer import read_gguf
 from tests.imatrix_files import TINY_COLUMNS, some_entries, write_imatrix
@@ -50,7 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", ["streamquant", *map(str, arguments)])
         capsys.readouterr()
         try:
-            streamquant.main()
+            command_line.main()
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -172,7 +173,9 @@ def test_plan_json(run: Run, tiny: Path) -> None:
     result = run("plan", tiny, "--to", "fp8-block", "--to", "gguf:q8_0,Q4_0", "--json", "--jobs", 3, *PRE)
     assert (result.code, result.err) == (0, "")
     found = PlanJson.model_validate(result.json)
-    plan = make_plan(open_checkpoint(tiny), parse_variants(["fp8-block", "gguf:Q8_0,Q4_0"]), Options(pre=TINY_PRE))
+    plan = make_plan(
+        open_checkpoint(tiny), parse_variants(["fp8-block", "gguf:Q8_0,Q4_0"]), ConversionOptions(pre=TINY_PRE)
+    )
     assert (found.model, found.architecture, found.jobs) == ("Tiny", "LlamaForCausalLM", 3)
     assert found.disk_bytes == plan.nbytes == sum(variant.bytes for variant in found.variants)
     assert found.fingerprint == plan.fingerprint
@@ -202,7 +205,7 @@ def test_plan_text(run: Run, tiny: Path) -> None:
 
 
 def test_plan_lists_tensors(run: Run, tiny: Path) -> None:
-    plan = make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q4_0"]), Options(pre=TINY_PRE))
+    plan = make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q4_0"]), ConversionOptions(pre=TINY_PRE))
     result = run("plan", tiny, "--to", "gguf:Q4_0", "--tensors", *PRE)
     lines = {line.split()[0]: line for line in result.out.splitlines() if line.strip()}
     for tensor in plan.variants[0].tensors:
@@ -361,7 +364,7 @@ def copy(tiny_variants: Path, tmp_path: Path) -> Path:
 
 
 def test_verify_names_the_damaged_tensor(run: Run, tiny: Path, copy: Path) -> None:
-    plan = make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q4_0"]), Options(pre=TINY_PRE))
+    plan = make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q4_0"]), ConversionOptions(pre=TINY_PRE))
     tensor = next(t for t in plan.variants[0].tensors if t.name == "blk.1.ffn_up.weight")
     path = copy / "Tiny-GGUF" / "Tiny-Q4_0.gguf"
     content = bytearray(path.read_bytes())

@@ -10,24 +10,25 @@ import gguf
 import numpy as np
 import pytest
 
-from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.conversion import check_disk, convert
-from convert.manifest import MANIFEST
-from convert.plan import Options, Plan, make_plan
-from convert.plan_report import plan_json
-from convert.recipe import parse_variants
-from quant.errors import StreamquantError, UsageError
-from quant.formats import FORMATS
+from streamquant.convert.conversion import check_disk, convert
+from streamquant.convert.manifest import MANIFEST
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import Plan, make_plan
+from streamquant.convert.plan.view import plan_json
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.quant.formats import FORMATS
+from streamquant.validate.readback.verify import verify
 from tests import synthetic
 from tests.conftest import PLAIN, TINY_PRE, read_safetensors, write_small_tokenizer
 from tests.gguf_peer import read_gguf
-from validate.verify import verify
 
 ALL = PLAIN
 
 
 def plan_of(folder: Path, **options: Any) -> Plan:
-    return make_plan(open_checkpoint(folder), parse_variants(ALL), Options(pre=TINY_PRE, **options))
+    return make_plan(open_checkpoint(folder), parse_variants(ALL), ConversionOptions(pre=TINY_PRE, **options))
 
 
 def files_below(folder: Path) -> dict[str, int]:
@@ -157,7 +158,7 @@ def test_405b_is_planned_from_headers_alone(giant: Checkpoint) -> None:
     assert giant.parameter_count == linear + 2 * embedding + norms == 405_853_388_800
     before = bytes_read()
     variants = parse_variants(["fp8-dynamic", "fp8-block", "gguf:BF16,Q8_0,Q4_0"])
-    plan = make_plan(giant, variants, Options(pre=TINY_PRE))
+    plan = make_plan(giant, variants, ConversionOptions(pre=TINY_PRE))
     assert bytes_read() - before < 2_000_000, "weights were read"
     expected = {
         "fp8-dynamic": linear + 2 * rows + 2 * (2 * embedding + norms),
@@ -180,7 +181,7 @@ def test_405b_does_not_fit_and_says_so_at_once(giant: Checkpoint, tmp_path: Path
     if shutil.disk_usage(tmp_path).free > 10**12:
         pytest.skip("this disk holds it")
     with pytest.raises(StreamquantError, match="not enough disk space") as caught:
-        convert(giant, parse_variants(["gguf:F32"]), tmp_path / "out", Options(pre=TINY_PRE), jobs=1)
+        convert(giant, parse_variants(["gguf:F32"]), tmp_path / "out", ConversionOptions(pre=TINY_PRE), jobs=1)
     assert "1,62" in str(caught.value), "the bytes that it takes"
     assert not list((tmp_path / "out").rglob("*.gguf*"))
 
@@ -208,7 +209,7 @@ def test_one_run_equals_many(tiny: Path, tiny_variants: Path, tmp_path: Path, jo
     """Each variant on its own, by other numbers of threads, has the bytes that it has in a run of all."""
     together = {path: size for path, size in files_below(tiny_variants).items() if not path.endswith(MANIFEST)}
     for variant in ALL:
-        convert(open_checkpoint(tiny), parse_variants([variant]), tmp_path, Options(pre=TINY_PRE), jobs=jobs)
+        convert(open_checkpoint(tiny), parse_variants([variant]), tmp_path, ConversionOptions(pre=TINY_PRE), jobs=jobs)
     alone = {path: size for path, size in files_below(tmp_path).items() if not path.endswith(MANIFEST)}
     assert alone == together
     assert [p for p in alone if (tmp_path / p).read_bytes() != (tiny_variants / p).read_bytes()] == []
@@ -224,7 +225,7 @@ def test_source_is_not_touched(tiny: Path, tmp_path: Path) -> None:
         return [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(source.rglob("*"))]
 
     before = state()
-    convert(open_checkpoint(source), parse_variants(ALL), tmp_path / "out", Options(pre=TINY_PRE), jobs=2)
+    convert(open_checkpoint(source), parse_variants(ALL), tmp_path / "out", ConversionOptions(pre=TINY_PRE), jobs=2)
     assert state() == before
     source.chmod(0o755)
 
@@ -235,7 +236,11 @@ def test_nothing_is_left_of_the_run(tiny_variants: Path) -> None:
 
 
 def test_second_run_does_nothing(tiny: Path, tmp_path: Path) -> None:
-    checkpoint, variants, options = open_checkpoint(tiny), parse_variants(["gguf:Q8_0,Q4_0"]), Options(pre=TINY_PRE)
+    checkpoint, variants, options = (
+        open_checkpoint(tiny),
+        parse_variants(["gguf:Q8_0,Q4_0"]),
+        ConversionOptions(pre=TINY_PRE),
+    )
     assert convert(checkpoint, variants[:1], tmp_path, options, jobs=1).already_done == ()
     (first,) = tmp_path.rglob("*Q8_0.gguf")
     stamp = first.stat().st_mtime_ns
@@ -249,7 +254,13 @@ def test_second_run_does_nothing(tiny: Path, tmp_path: Path) -> None:
 def test_output_inside_the_source_is_refused(tiny: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny, tmp_path / "Tiny"))
     with pytest.raises(UsageError, match="inside the source"):
-        convert(open_checkpoint(source), parse_variants(["gguf:Q8_0"]), source / "out", Options(pre=TINY_PRE), jobs=1)
+        convert(
+            open_checkpoint(source),
+            parse_variants(["gguf:Q8_0"]),
+            source / "out",
+            ConversionOptions(pre=TINY_PRE),
+            jobs=1,
+        )
     assert not (source / "out").exists()
 
 
@@ -258,7 +269,7 @@ def test_files_of_others_are_not_overwritten(tiny: Path, tmp_path: Path) -> None
     other.parent.mkdir()
     other.write_bytes(b"somebody else's")
     with pytest.raises(StreamquantError, match="another run's files"):
-        convert(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), tmp_path, Options(pre=TINY_PRE), jobs=1)
+        convert(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), tmp_path, ConversionOptions(pre=TINY_PRE), jobs=1)
     assert other.read_bytes() == b"somebody else's"
 
 

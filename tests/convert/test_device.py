@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from convert import device
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.imatrix import ImportanceMatrix
-from convert.plan import Options, make_plan
-from convert.recipe import parse_variants
-from quant.errors import UsageError
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.imatrix import ImportanceMatrix
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.run import device
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.quant.errors import UsageError
 from tests.attacks.harness import checksums, entry, poke, shards_of, unpack, write_model
 from tests.gpu import HAS_TRITON, Call, caller, convert_on_device, convert_on_wrong_device
 
@@ -32,7 +33,10 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installe
 def _known_configs() -> Iterator[None]:
     """The quantization_config is not what is tested here, and asking compressed-tensors for it takes 5 seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("convert.quantization_config._read_cache", lambda scheme: {"config_groups": {scheme: {}}})
+        patch.setattr(
+            "streamquant.convert.recipes.quantization_config._read_cache",
+            lambda scheme: {"config_groups": {scheme: {}}},
+        )
         yield
 
 
@@ -60,11 +64,11 @@ class Both:
         variants: list[str],
         *,
         block: int = WHOLE,
-        options: Options | None = None,
+        options: ConversionOptions | None = None,
         left: frozenset[str] = NONE,
     ) -> str | None:
         """The same files, or the same error, which is returned."""
-        options = options or Options()
+        options = options or ConversionOptions()
         error = None
         try:
             convert(open_checkpoint(model), parse_variants(variants), self.folder / "cpu", options, jobs=2)
@@ -97,7 +101,7 @@ def test_same_files_where_formats_are_left_to_the_cpu(both: Both, model: Path) -
 @needs_triton
 @pytest.mark.long
 def test_same_files_of_the_mixes(both: Both, tiny: Path) -> None:
-    both.convert(tiny, MIXES, options=Options(pre="llama-bpe"))
+    both.convert(tiny, MIXES, options=ConversionOptions(pre="llama-bpe"))
 
 
 @needs_triton
@@ -109,7 +113,7 @@ def test_same_files_with_an_importance_matrix(both: Both, model: Path) -> None:
     importance = np.random.default_rng(0).random(matrix.n).astype(np.float32)
     importance.flags.writeable = False
     imatrix = ImportanceMatrix("some.gguf", "0" * 64, ("text",), 1, {name: importance})
-    both.convert(model, ["gguf:Q4_0"], options=Options(imatrix=imatrix))
+    both.convert(model, ["gguf:Q4_0"], options=ConversionOptions(imatrix=imatrix))
 
 
 @needs_triton
@@ -181,7 +185,8 @@ def test_the_cpu_needs_no_torch() -> None:
     """torch takes seconds to import and hundreds of megabytes."""
     code = (
         "import sys\n"
-        "from convert import conversion, device\n"
+        "from streamquant.convert import conversion\n"
+        "from streamquant.convert.run import device\n"
         "device._DRIVERS = ()\n"
         "assert device.choose_device('auto') == device.choose_device('cpu') == 'cpu'\n"
         "device.inner_loop('cpu')\n"

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.plan import Options, make_plan
-from convert.recipe import RECIPES, parse_variants
 from examples.smollm2_checkpoint import FOLDER
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import RECIPES, parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import synthetic
 from tests.conftest import Shelf, Tensor, read_safetensors
 
@@ -254,7 +255,13 @@ def check_index(folder: Path) -> None:
 def test_max_shard_size(pairs: Pairs, tmp_path: Path, limit: int) -> None:
     """Other shards, the same tensors."""
     source = pairs.source("wide")
-    convert(open_checkpoint(source), parse_variants(["fp8-block"]), tmp_path, Options(max_shard_size=limit), jobs=2)
+    convert(
+        open_checkpoint(source),
+        parse_variants(["fp8-block"]),
+        tmp_path,
+        ConversionOptions(max_shard_size=limit),
+        jobs=2,
+    )
     (folder,) = tmp_path.iterdir()
     check_index(folder)
     found: dict[str, Tensor] = {}

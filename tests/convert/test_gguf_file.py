@@ -12,8 +12,8 @@ from gguf.gguf_writer import GGUFValue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.gguf_file import ALIGNMENT, pack_header, pad, read_header
-from quant.errors import StreamquantError
+from streamquant.files.gguf_file import ALIGNMENT, pack_header, pad, read_header
+from streamquant.quant.errors import StreamquantError
 
 T = GGUFValueType
 METADATA = {

@@ -20,12 +20,12 @@ import gguf
 import numpy as np
 import pytest
 
-from convert import vocabulary
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.plan import Options
-from convert.recipe import parse_variants
 from examples.smollm2_checkpoint import FOLDER
+from streamquant.convert.conversion import convert
+from streamquant.convert.metadata import vocabulary
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import gguf_peer, synthetic
 from tests.conftest import Shelf, write_small_tokenizer
 from tests.gguf_peer import Job, OutType, read_gguf
@@ -148,7 +148,7 @@ class Pairs:
 
     def convert(self, case: str, source: Path, out: Path) -> None:
         variants = parse_variants([f"gguf:{','.join((*(o.upper() for o in OUTTYPES), *LEGACY))}"])
-        convert(open_checkpoint(source), variants, out, Options(pre=pre_of(case)), jobs=2)
+        convert(open_checkpoint(source), variants, out, ConversionOptions(pre=pre_of(case)), jobs=2)
 
     def reference(self, case: str, outtype: OutType) -> Path:
         return self.shelf.get("references", self.convert_all) / f"{case}-{outtype}.gguf"
@@ -333,7 +333,11 @@ def split(pairs: Pairs, shelf: Shelf) -> list[Path]:
 
     def make(folder: Path) -> None:
         convert(
-            open_checkpoint(source), parse_variants(["gguf:Q8_0"]), folder, Options(split_max_size=SPLIT_AT), jobs=2
+            open_checkpoint(source),
+            parse_variants(["gguf:Q8_0"]),
+            folder,
+            ConversionOptions(split_max_size=SPLIT_AT),
+            jobs=2,
         )
 
     return sorted(shelf.get("smollm2-split", make).rglob("*.gguf"))
@@ -372,7 +376,7 @@ def test_split_files_speak_as_the_whole_one(pairs: Pairs, split: list[Path], tmp
 
 def test_split_equals_the_reference_converter(pairs: Pairs, peers: Path, tmp_path: Path) -> None:
     """convert_hf_to_gguf.py --split-max-size cuts at the same places; the headers are equal too, so the files are."""
-    options = Options(pre=pre_of("mistral"), split_max_size=500_000)
+    options = ConversionOptions(pre=pre_of("mistral"), split_max_size=500_000)
     convert(open_checkpoint(pairs.source("mistral")), parse_variants(["gguf:Q8_0"]), tmp_path, options, jobs=1)
     theirs = sorted(pairs.reference("split", "q8_0").parent.glob("split-q8_0-*.gguf"))
     ours = sorted(tmp_path.rglob("*.gguf"))
@@ -385,7 +389,7 @@ def test_split_equals_the_reference_converter(pairs: Pairs, peers: Path, tmp_pat
 
 def test_metadata_overrides_equal_the_reference(pairs: Pairs, peers: Path, tmp_path: Path) -> None:
     """--metadata, as the converter reads it."""
-    options = Options(pre=pre_of("mistral"), metadata=METADATA)
+    options = ConversionOptions(pre=pre_of("mistral"), metadata=METADATA)
     convert(open_checkpoint(pairs.source("mistral")), parse_variants(["gguf:Q8_0"]), tmp_path, options, jobs=1)
     (ours,) = tmp_path.rglob("*.gguf")
     assert differences(ours, pairs.reference("named", "q8_0")) == []

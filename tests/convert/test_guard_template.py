@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.gguf_file import read_header
-from convert.guard_template import bos_text, guard_side_file, guard_template
-from convert.plan import Options, make_plan
-from convert.recipe import parse_variants
-from quant.errors import StreamquantError
+from streamquant.convert.conversion import convert
+from streamquant.convert.metadata.guard_template import bos_text, guard_side_file, guard_template
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.files.gguf_file import read_header
+from streamquant.quant.errors import StreamquantError
+from streamquant.validate.readback.verify import verify
 from tests.attacks.harness import edit_json, write_model
-from validate.verify import verify
 
 FAULTY = (
     "{{ bos_token }}{% for m in messages %}{% set c = m.content %}"
@@ -34,7 +35,9 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _known_configs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.quantization_config._read_cache", lambda scheme: {"config_groups": {scheme: {}}})
+    monkeypatch.setattr(
+        "streamquant.convert.recipes.quantization_config._read_cache", lambda scheme: {"config_groups": {scheme: {}}}
+    )
 
 
 def templates(out: Path) -> list[str]:
@@ -49,7 +52,7 @@ def test_every_template_is_guarded_and_nothing_else_changes(model: Path, tmp_pat
     assert len(GUARDED.changes) == 2
     for guard, expected in ((True, GUARDED.text), (False, FAULTY)):
         out = tmp_path / f"out-{guard}"
-        convert(open_checkpoint(model), parse_variants(VARIANTS), out, Options(guard_template=guard), jobs=1)
+        convert(open_checkpoint(model), parse_variants(VARIANTS), out, ConversionOptions(guard_template=guard), jobs=1)
         assert templates(out) == [expected] * 3
     plain, guarded = tmp_path / "out-False", tmp_path / "out-True"
     for path in sorted((plain / "Tiny-FP8-dynamic").iterdir()):
@@ -65,7 +68,7 @@ def test_every_template_is_guarded_and_nothing_else_changes(model: Path, tmp_pat
 
 def test_the_plan_says_what_changed(model: Path) -> None:
     recipes = parse_variants(VARIANTS)
-    notes = make_plan(open_checkpoint(model), recipes, Options(guard_template=True)).notes
+    notes = make_plan(open_checkpoint(model), recipes, ConversionOptions(guard_template=True)).notes
     assert [note for note in notes if note.startswith("tokenizer.chat_template: ")] == [
         f"tokenizer.chat_template: {change}" for change in GUARDED.changes
     ]
@@ -73,7 +76,9 @@ def test_the_plan_says_what_changed(model: Path) -> None:
 
 def test_a_variant_with_another_template_is_not_the_same(model: Path) -> None:
     recipes = parse_variants(["fp8-dynamic"])
-    plans = [make_plan(open_checkpoint(model), recipes, Options(guard_template=guard)) for guard in (True, False)]
+    plans = [
+        make_plan(open_checkpoint(model), recipes, ConversionOptions(guard_template=guard)) for guard in (True, False)
+    ]
     assert plans[0].fingerprint != plans[1].fingerprint
 
 

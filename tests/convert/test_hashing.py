@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convert import hashing
-from convert.hashing import Extent, FileHash, quick_hash
+from streamquant.files import hashing
+from streamquant.files.hashing import Extent, FileHash, quick_hash
 
 
 class Filling:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from huggingface_hub import snapshot_download
 
-from convert.conversion import DISK_RESERVE, SPOOL, Fetching, convert, disk_of
-from convert.hub.repo import Stopped, _meter
-from convert.hub.source import open_source, pinned_commit
-from convert.hub.spool import GIB, Spool
-from convert.plan import make_plan
-from convert.recipe import parse_variants
+from streamquant.convert.conversion import DISK_RESERVE, SPOOL, Fetching, convert, disk_of
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.open import open_source, pinned_commit
+from streamquant.convert.source.spool import GIB, Spool
+from streamquant.hub.repo import Stopped, _meter
 from tests.attacks.harness import TO, checksums, flip, run, state
 from tests.hub import WRITE_TOKEN, Fault, Hub
 from tests.hub_source import FIVE, REPO, SHARD, Later, commit_of, fetched, gib_of, use, without_origin, write_in_shards
@@ -90,8 +90,8 @@ def test_five_variants_with_a_spool_of_two_shards(
 ) -> None:
     """Never more disk than stated, the same bytes as from the folder, each shard once, no token elsewhere."""
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-    monkeypatch.setattr("convert.plan.CHUNK_BYTES", 1 << 18)
-    monkeypatch.setattr("convert.conversion.Spool", Recorded)
+    monkeypatch.setattr("streamquant.convert.plan.planner.CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr("streamquant.convert.conversion.Spool", Recorded)
     Recorded.made = []
     repo = hub.add_repo(REPO, model, private=True)
     out, spool_gib = tmp_path / "out", gib_of(model, 2)

@@ -19,9 +19,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._http import hf_raise_for_status
 from huggingface_hub.utils._validators import validate_repo_id
 
-from convert.hub import errors
-from convert.hub.errors import DamagedBody, ask, explain, is_transient, retry_after, scrub, with_retries
-from quant.errors import StreamquantError, UsageError
+from streamquant.hub import errors
+from streamquant.hub.errors import DamagedBody, ask, explain, is_transient, retry_after, scrub, with_retries
+from streamquant.quant.errors import StreamquantError, UsageError
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 URL = "https://hub.invalid/api/models/ORG/NAME"

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from huggingface_hub import constants, snapshot_download
 
-from convert.checkpoint import MAX_CONFIG, open_checkpoint
-from convert.hub.repo import open_repo
-from convert.hub.source import open_hub_checkpoint, open_source, side_folder
-from convert.plan import make_plan
-from convert.recipe import parse_variants
-from quant.errors import StreamquantError
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import MAX_CONFIG, open_checkpoint
+from streamquant.convert.source.open import open_hub_checkpoint, open_source, side_folder
+from streamquant.hub.repo import open_repo
+from streamquant.quant.errors import StreamquantError
 from tests.attacks.harness import TO, pack, run
 from tests.hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub, SparseFile, refuse_token
 from tests.hub.protocol import json_answer
@@ -180,7 +180,7 @@ def test_unreachable_endpoint(model: Path, hub: Hub, monkeypatch: pytest.MonkeyP
     """Tried again with longer waits, then said."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.9:9")
     waits: list[float] = []
-    monkeypatch.setattr("convert.hub.errors.time.sleep", waits.append)
+    monkeypatch.setattr("streamquant.hub.errors.time.sleep", waits.append)
     plan(REPO).refused(1, "the Hub cannot be reached", "http://127.0.0.9:9", "check the network, proxy and HF_ENDPOINT")
     assert len(waits) == 7
 
@@ -232,11 +232,13 @@ def test_disk_too_small(model: Path, hub: Hub, tmp_path: Path, monkeypatch: pyte
     found = json.loads(plan(REPO, "--json").done().out)
     needed = found["disk_bytes"] + 64 * 2**20
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr("convert.conversion.shutil.disk_usage", lambda _path: usage._replace(free=needed - 1))
+    monkeypatch.setattr(
+        "streamquant.convert.conversion.shutil.disk_usage", lambda _path: usage._replace(free=needed - 1)
+    )
     for command in (("plan", REPO, *TO), ("convert", REPO, *TO)):
         run(*command, "--out", tmp_path / "out").refused(1, "not enough disk space", f"required: {needed:,} bytes")
     assert not list((tmp_path / "out").rglob("*.gguf*"))
-    monkeypatch.setattr("convert.conversion.shutil.disk_usage", lambda _path: usage._replace(free=needed))
+    monkeypatch.setattr("streamquant.convert.conversion.shutil.disk_usage", lambda _path: usage._replace(free=needed))
     run("convert", REPO, *TO, "--out", tmp_path / "out").done()
 
 

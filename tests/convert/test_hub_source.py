@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from convert.checkpoint import open_checkpoint
-from convert.hub.repo import open_repo, parse_spec
-from convert.hub.source import open_source
-from convert.plan import make_plan
-from convert.recipe import parse_variants
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.convert.source.open import open_source
+from streamquant.hub.repo import open_repo, parse_spec
 from tests.attacks.harness import write_model
 from tests.conftest import Shelf
 from tests.hub import WRITE_TOKEN, Hub, move_main

@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import pytest
 
-from convert.checkpoint import Checkpoint, SourceFile
-from convert.hub import errors
-from convert.hub.errors import DamagedBody
-from convert.hub.repo import HubFile, HubRepo, OnBytes, Stopped
-from convert.hub.spool import DEFAULT_SHARDS, GIB, Spool, spool_limit
-from convert.safetensors_file import write_header
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.source.checkpoint import Checkpoint, SourceFile
+from streamquant.convert.source.spool import DEFAULT_SHARDS, GIB, Spool, spool_limit
+from streamquant.files.safetensors_file import write_header
+from streamquant.hub import errors
+from streamquant.hub.errors import DamagedBody
+from streamquant.hub.repo import HubFile, HubRepo, OnBytes, Stopped
+from streamquant.quant.errors import StreamquantError, UsageError
 from tests.attacks.harness import untouched
 from tests.hub_source import SECONDS, Later
 

@@ -12,19 +12,20 @@ import pytest
 from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.imatrix import ImportanceMatrix, read_imatrix
-from convert.manifest import read_manifest
-from convert.plan import Options, make_plan
-from convert.recipe import parse_variants
-from quant.errors import StreamquantError, UsageError
-from quant.formats import FORMATS
+from streamquant.convert.conversion import convert
+from streamquant.convert.manifest import read_manifest
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.imatrix import ImportanceMatrix, read_imatrix
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.quant.formats import FORMATS
+from streamquant.validate.readback.verify import verify
 from tests.conftest import TINY_PRE, read_safetensors
 from tests.gguf_peer import read_gguf
 from tests.imatrix_files import TINY_COLUMNS, legacy_bytes, some_entries, write_imatrix
 from tests.oracle import ggml_encode
-from validate.verify import verify
 
 VARIANTS = ["gguf:Q4_K_M,Q2_K_S,IQ4_XS,IQ4_NL,Q4_0,Q8_0,BF16"]
 
@@ -39,7 +40,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weighted(tmp_path_factory: pytest.TempPathFactory, tiny: Path, matrix: Path) -> Path:
     """The --out folder of `tiny` with the matrix."""
     out = tmp_path_factory.mktemp("weighted")
-    options = Options(pre=TINY_PRE, imatrix=read_imatrix(matrix))
+    options = ConversionOptions(pre=TINY_PRE, imatrix=read_imatrix(matrix))
     convert(open_checkpoint(tiny), parse_variants(VARIANTS), out, options, jobs=2)
     return out
 
@@ -342,7 +343,7 @@ def test_weighted_bytes_are_compared(weighted: Path, tiny: Path, matrix: Path, t
 def test_another_matrix_is_another_plan(tiny: Path, matrix: Path, tmp_path: Path) -> None:
     def fingerprints(imatrix: ImportanceMatrix | None) -> dict[str, str]:
         variants = parse_variants(["fp8-block", "gguf:Q8_0,Q4_K_M"])
-        plan = make_plan(open_checkpoint(tiny), variants, Options(pre=TINY_PRE, imatrix=imatrix))
+        plan = make_plan(open_checkpoint(tiny), variants, ConversionOptions(pre=TINY_PRE, imatrix=imatrix))
         return {variant.recipe.spec: plan.variant_fingerprint(variant) for variant in plan.variants}
 
     first = read_imatrix(matrix)
@@ -357,19 +358,23 @@ def test_plan_says_what_is_missing_and_what_is_left_over(tiny: Path, tmp_path: P
     columns = {**TINY_COLUMNS, "blk.3.attn_q.weight": 256}
     del columns["blk.0.attn_q.weight"]
     imatrix = read_imatrix(write_imatrix(tmp_path / "m.gguf", some_entries(columns)))
-    plan = make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), Options(pre=TINY_PRE, imatrix=imatrix))
+    plan = make_plan(
+        open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), ConversionOptions(pre=TINY_PRE, imatrix=imatrix)
+    )
     notes = "\n".join(plan.notes)
     assert "encoded without: blk.0.attn_q.weight, output.weight, token_embd.weight" in notes
     assert "not in this model: blk.3.attn_q.weight" in notes
     assert plan.memory_bytes(1) > make_plan(
-        open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), Options(pre=TINY_PRE)
+        open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), ConversionOptions(pre=TINY_PRE)
     ).memory_bytes(1)
 
 
 def test_the_matrix_of_another_model_is_refused(tiny: Path, tmp_path: Path) -> None:
     def plan(columns: dict[str, int]) -> None:
         imatrix = read_imatrix(write_imatrix(tmp_path / "m.gguf", some_entries(columns)))
-        make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), Options(pre=TINY_PRE, imatrix=imatrix))
+        make_plan(
+            open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), ConversionOptions(pre=TINY_PRE, imatrix=imatrix)
+        )
 
     with pytest.raises(StreamquantError, match="importance matrix of another model"):
         plan({"encoder.weight": 256})
@@ -384,13 +389,13 @@ def test_formats_that_need_importance_are_refused_without(tiny: Path, tmp_path: 
     checkpoint, variants = open_checkpoint(tiny), parse_variants(["gguf:Q2_K_S"])
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="gguf:Q2_K_S needs an importance matrix") as caught:
-        convert(checkpoint, variants, out, Options(pre=TINY_PRE), jobs=1)
+        convert(checkpoint, variants, out, ConversionOptions(pre=TINY_PRE), jobs=1)
     assert "blk.0.ffn_down.weight" in str(caught.value)
     columns = dict(TINY_COLUMNS)
     del columns["blk.2.ffn_up.weight"]
     imatrix = read_imatrix(write_imatrix(tmp_path / "m.gguf", some_entries(columns)))
     with pytest.raises(StreamquantError, match="has no entry for some tensors") as refused:
-        convert(checkpoint, variants, out, Options(pre=TINY_PRE, imatrix=imatrix), jobs=1)
+        convert(checkpoint, variants, out, ConversionOptions(pre=TINY_PRE, imatrix=imatrix), jobs=1)
     assert "none for blk.2.ffn_up.weight" in str(refused.value)
     assert not out.exists()
 

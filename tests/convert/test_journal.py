@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convert.journal import WORK_FOLDER, Head, Journal, Progress
-from quant.errors import StreamquantError
+from streamquant.convert.run.journal import WORK_FOLDER, Head, Journal, Progress
+from streamquant.quant.errors import StreamquantError
 
 HEAD = Head("f" * 64, {"gguf:Q8_0": "a" * 64})
 HEX = st.text("0123456789abcdef", min_size=32, max_size=32)

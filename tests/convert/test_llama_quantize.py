@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import streamquant
-from convert.recipe import LARGE_ENDS, RECIPES
+from streamquant.cli import app as command_line
+from streamquant.convert.recipes.recipe import LARGE_ENDS, RECIPES
 from tests import gguf_peer, llama_cpp, synthetic
 from tests.conftest import Shelf, write_small_tokenizer
 from tests.gguf_peer import KeyValue, read_gguf
@@ -48,7 +48,7 @@ def convert(source: Path, run: Run, out: Path, *, pre: str | None, imatrix: Path
     flags += ["--imatrix", str(imatrix)] if imatrix is not None else []
     flags += ["--pre", pre] if pre is not None else []
     arguments = ["convert", str(source), "--to", f"gguf:{','.join(names)}", "--out", str(out), "--jobs", "2", *flags]
-    done = CliRunner().invoke(streamquant.app, arguments)
+    done = CliRunner().invoke(command_line.app, arguments)
     assert done.exit_code == 0, (done.output, done.exception)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.mix import DEFAULTS, MixModel, MixTensor, choose_mix, is_quantized, needs_importance
-from convert.recipe import ALIASES, GGUF_DESCRIPTIONS, NOT_YET
+from streamquant.convert.recipes.mix import DEFAULTS, MixModel, MixTensor, choose_mix, is_quantized, needs_importance
+from streamquant.convert.recipes.recipe import ALIASES, GGUF_DESCRIPTIONS, NOT_YET
 
 MODELS = {"meta-llama-3.1-70b-instruct": "llama", "qwen3-14b": "qwen3", "qwen3-0.6b": "qwen3"}
 

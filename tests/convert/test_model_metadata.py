@@ -1,4 +1,4 @@
-"""convert.model_metadata against llama.cpp's converter, and against model cards that are wrong."""
+"""streamquant.convert.metadata.model_metadata against llama.cpp's converter, and against model cards that are wrong."""
 
 import json
 import pathlib
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from convert.model_metadata import read_model_metadata
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.metadata.model_metadata import read_model_metadata
+from streamquant.quant.errors import StreamquantError, UsageError
 from tests.peers import DATA, KV, Job, converter_vocab_kvs, requires_converter, requires_data, spelled
 
 CARD = """---

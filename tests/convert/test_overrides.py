@@ -6,9 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.mix import MixModel, MixTensor, choose_mix
-from convert.overrides import NO_OVERRIDES, Overrides, parse_overrides, parse_rule, parse_type, read_rules
-from quant.errors import UsageError
+from streamquant.convert.recipes.mix import MixModel, MixTensor, choose_mix
+from streamquant.convert.recipes.overrides import (
+    NO_OVERRIDES,
+    Overrides,
+    parse_overrides,
+    parse_rule,
+    parse_type,
+    read_rules,
+)
+from streamquant.quant.errors import UsageError
 
 MODEL = MixModel("llama", 16, 8, 2)
 

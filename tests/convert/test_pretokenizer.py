@@ -1,4 +1,4 @@
-"""convert.pretokenizer: which name a definition and a hash lead to; the ids behind it are tested in test_vocabulary."""
+"""The name of a pre-tokenizer: from a definition and a hash; the ids behind it are tested in test_vocabulary."""
 
 import hashlib
 from typing import Any
@@ -6,9 +6,18 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from convert import pretokenizer
-from convert.pretokenizer import CHECK_TEXT, GROUPS, HASHES, KNOWN_NAMES, Group, check_hashes, choose_pre, definition_of
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.metadata import pretokenizer
+from streamquant.convert.metadata.pretokenizer import (
+    CHECK_TEXT,
+    GROUPS,
+    HASHES,
+    KNOWN_NAMES,
+    Group,
+    check_hashes,
+    choose_pre,
+    definition_of,
+)
+from streamquant.quant.errors import StreamquantError, UsageError
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.imatrix import ImportanceMatrix
-from convert.plan import Options, Plan, make_plan
-from convert.recipe import parse_variants
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import Plan, make_plan
+from streamquant.convert.recipes.imatrix import ImportanceMatrix
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
 from tests.conftest import Shelf
 from tests.shapes import SHAPES, write_shape
 
@@ -76,7 +77,9 @@ def plan(checkpoint: Callable[[str], Checkpoint]) -> Callable[[str, bool], Plan]
         )
         matrix = importance(source) if with_imatrix else None
         return make_plan(
-            source, parse_variants(list(specs)), Options(split_max_size=SPLIT_MAX_SIZE.get(name), imatrix=matrix)
+            source,
+            parse_variants(list(specs)),
+            ConversionOptions(split_max_size=SPLIT_MAX_SIZE.get(name), imatrix=matrix),
         )
 
     return get

@@ -13,20 +13,21 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.manifest import read_manifest
-from convert.mix import DEFAULTS, MixModel, MixTensor, choose_mix
-from convert.overrides import NO_OVERRIDES, Overrides
-from convert.plan import Options, Plan, make_plan
-from convert.recipe import RECIPES, parse_variants
-from convert.recipe_extract import extract_recipe, layers_pattern
-from convert.recipe_file import RecipeFile, parse_recipe, read_recipe
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.conversion import convert
+from streamquant.convert.manifest import read_manifest
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import Plan, make_plan
+from streamquant.convert.recipes.mix import DEFAULTS, MixModel, MixTensor, choose_mix
+from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides
+from streamquant.convert.recipes.recipe import RECIPES, parse_variants
+from streamquant.convert.recipes.recipe_extract import extract_recipe, layers_pattern
+from streamquant.convert.recipes.recipe_file import RecipeFile, parse_recipe, read_recipe
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.readback.verify import verify
 from tests.conftest import TINY_PRE
 from tests.gguf_peer import read_gguf
 from tests.imatrix_files import some_entries, write_imatrix
-from validate.verify import verify
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "formats.md"
 
@@ -46,7 +47,7 @@ def planned(plan: Plan, number: int = 0) -> dict[str, str]:
 def test_the_example_of_the_documentation_works(tiny: Path, tmp_path: Path) -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
     recipe = read_recipe(write(tmp_path / "recipe.yaml", text))
-    plan = make_plan(open_checkpoint(tiny), parse_variants([], [recipe]), Options(pre=TINY_PRE))
+    plan = make_plan(open_checkpoint(tiny), parse_variants([], [recipe]), ConversionOptions(pre=TINY_PRE))
     found = planned(plan)
     assert plan.files[0].path == f"Tiny-GGUF/Tiny-{recipe.label}.gguf"
     assert found["token_embd.weight"] == recipe.overrides.token_embedding_type
@@ -142,7 +143,7 @@ def test_recipes_are_variants_beside_others(tiny: Path, tmp_path: Path) -> None:
     """Converted, recorded in full, verified from the record alone, and taken out of the file again."""
     recipe = read_recipe(write(tmp_path / "recipe.yaml", RECIPE))
     variants, out = parse_variants(["gguf:Q4_K_M"], [recipe]), tmp_path / "out"
-    options = Options(pre=TINY_PRE, overrides=Overrides(token_embedding_type="Q5_K"))
+    options = ConversionOptions(pre=TINY_PRE, overrides=Overrides(token_embedding_type="Q5_K"))
     done = convert(open_checkpoint(tiny), variants, out, options, jobs=2)
     notes = "\n".join(done.plan.notes)
     assert "gguf:Tiny-dynamic: nothing: in the name of no tensor" in notes
@@ -169,7 +170,7 @@ def test_recipes_are_variants_beside_others(tiny: Path, tmp_path: Path) -> None:
     assert [result.problems for result in verify(out, open_checkpoint(tiny))] == [[], []]
 
     found = extract_recipe(out / "Tiny-GGUF/Tiny-Tiny-dynamic.gguf", "again")
-    again = make_plan(open_checkpoint(tiny), parse_variants([], [found.recipe]), Options(pre=TINY_PRE))
+    again = make_plan(open_checkpoint(tiny), parse_variants([], [found.recipe]), ConversionOptions(pre=TINY_PRE))
     assert planned(again) == planned(done.plan, 1)
     assert len(found.recipe.overrides.tensor_types) <= 4
 
@@ -300,12 +301,12 @@ def test_the_file_type_is_found_where_the_file_does_not_say_it(tmp_path: Path) -
 
 
 def test_all_files_of_a_split_set_are_read(tiny: Path, tmp_path: Path) -> None:
-    options = Options(pre=TINY_PRE, split_max_size=500_000, overrides=Overrides((("attn_v", "Q8_0"),)))
+    options = ConversionOptions(pre=TINY_PRE, split_max_size=500_000, overrides=Overrides((("attn_v", "Q8_0"),)))
     done = convert(open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), tmp_path, options, jobs=2)
     files = sorted(tmp_path.rglob("*.gguf"))
     assert len(files) > 1
     found = extract_recipe(files[-1])
-    again = make_plan(open_checkpoint(tiny), parse_variants([], [found.recipe]), Options(pre=TINY_PRE))
+    again = make_plan(open_checkpoint(tiny), parse_variants([], [found.recipe]), ConversionOptions(pre=TINY_PRE))
     assert planned(again) == planned(done.plan)
     files[0].unlink()
     with pytest.raises(StreamquantError, match="cannot read a file"):

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convert.blocks import Piece, encode_chunk
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.plan import Options, make_plan
-from convert.recipe import parse_variants
-from convert.stream import write_all
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.run.blocks import Piece, encode_chunk
+from streamquant.convert.run.stream import write_all
+from streamquant.convert.source.checkpoint import open_checkpoint
 from tests.attacks.harness import checksums, write_model
 
 GGUF = ["gguf:Q8_0,Q4_0,F16,F32,BF16"]
@@ -32,7 +33,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _known_configs() -> Iterator[None]:
     """The quantization_config is not what is tested here, and asking compressed-tensors for it takes 5 seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("convert.quantization_config._read_cache", lambda scheme: {"config_groups": {scheme: {}}})
+        patch.setattr(
+            "streamquant.convert.recipes.quantization_config._read_cache",
+            lambda scheme: {"config_groups": {scheme: {}}},
+        )
         yield
 
 
@@ -44,9 +48,9 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def set_sizes(patch: pytest.MonkeyPatch, chunk: int, block: int) -> None:
-    patch.setattr("convert.plan.CHUNK_BYTES", chunk)
-    patch.setattr("convert.plan.BLOCK_WEIGHTS", block)
-    patch.setattr("convert.blocks.BLOCK_WEIGHTS", block)
+    patch.setattr("streamquant.convert.plan.planner.CHUNK_BYTES", chunk)
+    patch.setattr("streamquant.convert.plan.planner.BLOCK_WEIGHTS", block)
+    patch.setattr("streamquant.convert.run.blocks.BLOCK_WEIGHTS", block)
 
 
 @given(
@@ -62,7 +66,7 @@ def test_same_bytes_however_it_is_cut(
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         set_sizes(patch, chunk, block)
-        patch.setattr("convert.hashing.STEP_BYTES", step)
+        patch.setattr("streamquant.files.hashing.STEP_BYTES", step)
         convert(open_checkpoint(model), parse_variants([*GGUF, *FP8]), out, jobs=jobs)
     assert checksums(out) == expected
     shutil.rmtree(out)
@@ -93,7 +97,7 @@ def test_nothing_is_written_after_ctrl_c(
         finally:
             ended.append(1)
 
-    monkeypatch.setattr("convert.blocks.encode_chunk", encode)
+    monkeypatch.setattr("streamquant.convert.run.blocks.encode_chunk", encode)
     with pytest.raises(KeyboardInterrupt):
         convert(open_checkpoint(model), parse_variants(GGUF), tmp_path, jobs=1)
     assert len(begun) == len(ended) == 1
@@ -127,7 +131,7 @@ def test_chunks_cover_every_row_once(model: Path, monkeypatch: pytest.MonkeyPatc
 def test_fingerprint_is_of_what_changes_the_bytes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(model)
 
-    def fingerprint(*specs: str, options: Options | None = None) -> str:
+    def fingerprint(*specs: str, options: ConversionOptions | None = None) -> str:
         return make_plan(checkpoint, parse_variants(list(specs)), options).fingerprint
 
     same = fingerprint("gguf:Q8_0")
@@ -135,9 +139,9 @@ def test_fingerprint_is_of_what_changes_the_bytes(model: Path, monkeypatch: pyte
     others = [
         fingerprint("gguf:Q4_0"),
         fingerprint("gguf:Q8_0", "gguf:Q4_0"),
-        fingerprint("gguf:Q8_0", options=Options(name="Other")),
-        fingerprint("gguf:Q8_0", options=Options(split_max_size=100_000)),
-        fingerprint("gguf:Q8_0", options=Options(metadata={"general.author": "x"})),
+        fingerprint("gguf:Q8_0", options=ConversionOptions(name="Other")),
+        fingerprint("gguf:Q8_0", options=ConversionOptions(split_max_size=100_000)),
+        fingerprint("gguf:Q8_0", options=ConversionOptions(metadata={"general.author": "x"})),
     ]
     assert len({same, *others}) == len(others) + 1
     set_sizes(monkeypatch, 10_000, 3000)

@@ -1,4 +1,4 @@
-"""convert.vocabulary against llama.cpp's converter (keys, types, values) and llama.cpp's tokenizer (ids)."""
+"""The vocabulary of a GGUF against llama.cpp's converter (keys, types, values) and llama.cpp's tokenizer (ids)."""
 
 import json
 import logging
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from convert import pretokenizer, vocabulary
-from convert.vocabulary import DEVIATIONS, Vocabulary, read_vocabulary
-from convert.vocabulary_spm import merge_scores
 from examples.smollm2_tokenizer import write_smollm2_tokenizer
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.metadata import pretokenizer, vocabulary
+from streamquant.convert.metadata.vocabulary import DEVIATIONS, Vocabulary, read_vocabulary
+from streamquant.convert.metadata.vocabulary_spm import merge_scores
+from streamquant.quant.errors import StreamquantError, UsageError
 from tests.peers import (
     DATA,
     KV,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from convert.worker import Worker
+from streamquant.files.worker import Worker
 
 SECONDS = 20
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-import streamquant
+from streamquant.cli import app as command_line
 
 _EXAMPLE = re.compile(r"`(streamquant [^`]+)`")
 
@@ -16,7 +16,7 @@ _EXAMPLE = re.compile(r"`(streamquant [^`]+)`")
 @functools.cache
 def application() -> Any:
     """The group of commands, as typer builds it."""
-    return typer.main.get_command(streamquant.app)
+    return typer.main.get_command(command_line.app)
 
 
 @functools.cache

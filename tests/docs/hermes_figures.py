@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from convert.architectures.base import TensorKind
-from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.hub.spool import GIB
-from convert.plan import Plan
-from convert.sizes import human_bytes
-from publish.delivery import ROOM, peak_disk
-from publish.release_file import read_release
-from publish.release_state import State
-from publish.road import Road, Watch
-from publish.stages_making import expected_imatrix
+from streamquant.convert.architectures.base import TensorKind
+from streamquant.convert.plan.planner import Plan
+from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
+from streamquant.convert.source.spool import GIB
+from streamquant.files.sizes import human_bytes
+from streamquant.publish.release.release_file import read_release
+from streamquant.publish.release.release_run import Road, Watch
+from streamquant.publish.release.release_state import State
+from streamquant.publish.release.stages_making import expected_imatrix
+from streamquant.publish.upload.delivery import ROOM, peak_disk
 from tests import gguf_peer
 from tests.example_figures import EXAMPLES, JOBS
 from tests.shapes import SHAPES, write_shape
@@ -160,7 +160,7 @@ def _disk(sizes: Mapping[str, Size]) -> str:
 
     def delivered(size: Size) -> int:
         peak = peak_disk(size.plan, ROOM, spool(size), delete=True, jobs=JOBS)
-        return min(peak, size.plan.nbytes + spool(size))  # as publish/streaming.py, which takes a remote source
+        return min(peak, size.plan.nbytes + spool(size))  # as publish/upload/streaming.py, which takes a remote source
 
     rows = [
         _row("the release: results, and the whole source", sizes, lambda s: human_bytes(s.plan.nbytes + whole(s))),

@@ -10,11 +10,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from quant.errors import StreamquantError, UsageError
+from streamquant.quant.errors import StreamquantError, UsageError
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
-ROOMS = ("quant", "convert", "validate", "publish")
 GAP = "…"
 """What a message says here depends on the input."""
 _ROW = re.compile(r"^\| (`.+?`) \| (.+) \|$", re.MULTILINE)
@@ -23,7 +22,9 @@ _CODE = re.compile(r"`([^`]+)`")
 
 def sources() -> list[Path]:
     """Every file of the program."""
-    return [ROOT / "streamquant.py", *sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+    package = ROOT / "streamquant"
+    rooms = [path for path in package.iterdir() if path.is_dir()]  # links, which rglob does not follow
+    return sorted([*package.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))])
 
 
 @functools.cache

@@ -17,16 +17,16 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils._http import close_session, default_client_factory, set_client_factory
 
-from convert.hub import errors
-from publish import card, public_report, target
-from publish.origin import Template
-from publish.prompts import PromptFormat, prompt_format
+from streamquant.hub import errors, target
+from streamquant.publish.cards import card, public_report
+from streamquant.publish.cards.origin import Template
+from streamquant.publish.cards.prompts import PromptFormat, prompt_format
+from streamquant.validate.report import render
 from tests.attacks.harness import Ran, run, write_model
 from tests.conftest import Shelf
 from tests.docs.pages import ROOT, Command
 from tests.hub import WRITE_TOKEN, Hub
 from tests.hub.client import keep_client
-from validate.report import render
 
 LOCAL = ("Hermes-4-14B", "Hermes-4-405B")
 """Models that the pages name as folders."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.checkpoint import open_checkpoint
+from streamquant.convert.source.checkpoint import open_checkpoint
 from tests.conftest import Shelf
 from tests.docs.hermes_figures import (
     BEGIN,

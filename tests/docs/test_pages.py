@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from publish import release_file
-from publish.release_file import parse_release
+from streamquant.publish.release import release_file
+from streamquant.publish.release.release_file import parse_release
 from tests.docs import command_line, messages
 from tests.docs.command_line import wrong_in
 from tests.docs.pages import (

@@ -18,11 +18,11 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.recipe import parse_variants
 from examples.smollm2_checkpoint import FOLDER as NAME
 from examples.smollm2_checkpoint import write_smollm2
+from streamquant.convert.conversion import convert
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import llama_cpp
 from tests.peers import DATA
 from tests.smollm2 import PACKAGE

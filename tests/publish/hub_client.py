@@ -11,14 +11,14 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from huggingface_hub.utils._http import close_session, default_client_factory, set_client_factory
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.hub import errors
-from convert.plan import Options
-from convert.recipe import parse_variants
-from publish import push, target
-from publish.push import Wish
-from publish.results import VariantFolder
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.hub import errors, target
+from streamquant.publish.results import VariantFolder
+from streamquant.publish.upload import push
+from streamquant.publish.upload.push import Wish
 from tests.conftest import TINY_PRE, Shelf
 from tests.hub import WRITE_TOKEN, Hub
 from tests.hub.client import keep_client
@@ -71,7 +71,7 @@ def _plain_card(folder: VariantFolder, *_more: object) -> bool:
 @pytest.fixture(scope="session")
 def small_variants(shelf: Shelf, tiny: Path) -> Path:
     """The --out folder of FP8-dynamic, Q8_0 and Q4_0 of `tiny`. Must not be written to: copy it."""
-    options = Options(pre=TINY_PRE)
+    options = ConversionOptions(pre=TINY_PRE)
     return shelf.get(
         "publish-variants", lambda out: convert(open_checkpoint(tiny), parse_variants(SPECS), out, options, jobs=2)
     )

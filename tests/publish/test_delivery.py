@@ -15,16 +15,24 @@ from pathlib import Path
 
 import pytest
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.hub import errors
-from convert.hub.repo import Stopped
-from convert.plan import Options, Plan, make_plan
-from convert.recipe import parse_variants
-from publish import delivery as delivery_module
-from publish.delivery import HubDelivery, UploadRecord, check_early_push, deliver, peak_disk, plan_repositories
-from publish.push import Wish, push
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import Plan, make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.hub import errors
+from streamquant.hub.repo import Stopped
+from streamquant.publish.upload import delivery as delivery_module
+from streamquant.publish.upload.delivery import (
+    HubDelivery,
+    UploadRecord,
+    check_early_push,
+    deliver,
+    peak_disk,
+    plan_repositories,
+)
+from streamquant.publish.upload.push import Wish, push
+from streamquant.quant.errors import StreamquantError, UsageError
 from tests.conftest import TINY_PRE
 from tests.hub import WRITE_TOKEN, Fault, Hub, lost_commit
 from tests.hub.process import HubProcess
@@ -35,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 GGUF = "ORG/Tiny-GGUF"
 FP8 = "ORG/Tiny-FP8-dynamic"
 SPECS = parse_variants(["fp8-dynamic", "gguf:BF16,Q8_0"])
-OPTIONS = Options(pre=TINY_PRE, split_max_size=400_000, max_shard_size=400_000)
+OPTIONS = ConversionOptions(pre=TINY_PRE, split_max_size=400_000, max_shard_size=400_000)
 ANYWAY = Wish(private=True, without_report=True)
 
 
@@ -47,7 +55,7 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def planned(tiny: Path, options: Options = OPTIONS) -> Plan:
+def planned(tiny: Path, options: ConversionOptions = OPTIONS) -> Plan:
     return make_plan(open_checkpoint(tiny), SPECS, options)
 
 
@@ -365,7 +373,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.publish.test_delivery import ANYWAY, run, start
-from publish.push import push
+from streamquant.publish.upload.push import push
 tiny, out = Path({tiny!r}), Path({out!r})
 run(tiny, out, start(tiny, out, room=500_000))
 for folder in out.glob("Tiny-*"):

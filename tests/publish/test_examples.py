@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from convert.checkpoint import open_checkpoint
-from publish.release import run_release
-from publish.release_file import STAGES, read_release
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.publish.release.release import run_release
+from streamquant.publish.release.release_file import STAGES, read_release
+from streamquant.validate.report.data import read_report
 from tests.conftest import Shelf
 from tests.example_figures import BEGIN, END, EXAMPLES, figures, shape_of, with_figures
 from tests.shapes import SHAPES, write_shape
-from validate.report.data import read_report
 
 HERMES = sorted(EXAMPLES.glob("hermes-*.yaml"))
 SMOLLM2 = EXAMPLES / "smollm2.yaml"

@@ -15,24 +15,24 @@ from typing import Any
 
 import pytest
 
-from convert.checkpoint import open_checkpoint
-from convert.manifest import MANIFEST
-from convert.plan import make_plan
-from convert.recipe import parse_variants
-from publish import push as push_module
-from publish.limits import SizedFile, check_limits, check_plan
-from publish.push import NotPassedError, Wish, batches, card_is_stale, push
-from publish.push_report import push_view, summary
-from publish.results import read_folders
-from publish.selection import name_repositories
-from publish.target import Outgoing
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.manifest import MANIFEST
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.hub.target import Outgoing
+from streamquant.publish.results import read_folders
+from streamquant.publish.upload import push as push_module
+from streamquant.publish.upload.limits import SizedFile, check_limits, check_plan
+from streamquant.publish.upload.push import NotPassedError, Wish, batches, card_is_stale, push
+from streamquant.publish.upload.push_report import push_view, summary
+from streamquant.publish.upload.selection import name_repositories
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.report.data import Report, write_report
 from tests.conftest import TINY_PRE
 from tests.hub import WRITE_TOKEN, Fault, Hub, lost_commit
 from tests.hub.process import HubProcess
 from tests.publish.cards.contents import edit
 from tests.publish.hub_client import ANYWAY, FP8, GGUF, expected, head, published, puts, titles
-from validate.report.data import Report, write_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -376,9 +376,11 @@ def test_files_above_the_limit_are_refused_with_the_split_that_works() -> None:
 
 
 def test_a_plan_is_refused_as_the_files_would_be(tiny: Path) -> None:
-    from convert.plan import Options
+    from streamquant.convert.options import ConversionOptions
 
-    plan = make_plan(open_checkpoint(tiny), parse_variants(["fp8-dynamic", "gguf:Q8_0"]), Options(pre=TINY_PRE))
+    plan = make_plan(
+        open_checkpoint(tiny), parse_variants(["fp8-dynamic", "gguf:Q8_0"]), ConversionOptions(pre=TINY_PRE)
+    )
     assert check_plan(plan) == ()
     with pytest.raises(StreamquantError, match="--max-shard-size 45G and --split-max-size 45G"):
         check_plan(plan, limit=900_000)

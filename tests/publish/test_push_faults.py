@@ -12,13 +12,13 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils._http import close_session
 
-from convert.hub import errors
-from convert.hub.repo import Stopped
-from publish import push as push_module
-from publish import target as target_module
-from publish.push import push
-from publish.target import Outgoing, Target, _Meter, _MeteredFile, connect, in_background
-from quant.errors import StreamquantError
+from streamquant.hub import errors
+from streamquant.hub import target as target_module
+from streamquant.hub.repo import Stopped
+from streamquant.hub.target import Outgoing, Target, _Meter, _MeteredFile, connect, in_background
+from streamquant.publish.upload import push as push_module
+from streamquant.publish.upload.push import push
+from streamquant.quant.errors import StreamquantError
 from tests.hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub, lost_commit, rate_limit, refuse_token
 from tests.publish.hub_client import ANYWAY, GGUF, expected, published, puts, titles
 

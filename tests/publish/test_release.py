@@ -16,23 +16,23 @@ from typing import Any
 import pytest
 import yaml
 
-import streamquant
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.imatrix import read_imatrix
-from convert.plan import Options
-from convert.recipe import parse_variants
-from publish import stages_publishing
-from publish.release import run_release
-from publish.release_file import read_release
-from publish.release_state import alone
-from publish.road import GateFailedError, Watch
-from quant.errors import StreamquantError, UsageError
+from streamquant.cli import app as command_line
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.imatrix import read_imatrix
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.publish.release import stages_publishing
+from streamquant.publish.release.release import run_release
+from streamquant.publish.release.release_file import read_release
+from streamquant.publish.release.release_run import GateFailedError, Watch
+from streamquant.publish.release.release_state import alone
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.report import render
+from streamquant.validate.report.data import read_report
 from tests.conftest import TINY_PRE
 from tests.hub import WRITE_TOKEN, Hub, HubProcess
 from tests.validate.report_fixtures import ENGINES, write_text
-from validate.report import render
-from validate.report.data import read_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # httpx, of huggingface_hub
 ALL_DONE = ["plan done", "imatrix done", "convert done", "validate done"]
@@ -130,7 +130,7 @@ def test_a_repeat_changes_nothing(whole_bench: Bench) -> None:
 def test_the_bytes_are_those_of_the_commands(bench: Bench, tiny: Path, tmp_path: Path) -> None:
     bench.record.pop("validate")
     bench.run()
-    options = Options(pre=TINY_PRE, imatrix=read_imatrix(bench.out / "Tiny.imatrix.gguf"))
+    options = ConversionOptions(pre=TINY_PRE, imatrix=read_imatrix(bench.out / "Tiny.imatrix.gguf"))
     convert(open_checkpoint(tiny), parse_variants(["gguf:Q8_0,Q4_K_M"]), tmp_path / "plain", options, jobs=1)
     for kind in ("Q8_0", "Q4_K_M"):
         assert gguf(bench, kind).read_bytes() == (tmp_path / "plain" / "Tiny-GGUF" / f"Tiny-{kind}.gguf").read_bytes()
@@ -207,7 +207,7 @@ def test_what_is_missing_or_damaged_is_made_again(bench: Bench) -> None:
 
 
 def test_a_variant_of_another_run_is_not_replaced(bench: Bench, tiny: Path) -> None:
-    convert(open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), bench.out, Options(pre=TINY_PRE), jobs=1)
+    convert(open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), bench.out, ConversionOptions(pre=TINY_PRE), jobs=1)
     before = gguf(bench, "Q4_K_M").read_bytes()
     with pytest.raises(StreamquantError, match="the output folder holds another run's files"):
         bench.run()
@@ -216,7 +216,7 @@ def test_a_variant_of_another_run_is_not_replaced(bench: Bench, tiny: Path) -> N
 
 def test_variants_that_are_there_are_taken(bench: Bench, tiny: Path) -> None:
     """Whoever made them: the manifest says that they are these."""
-    convert(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), bench.out, Options(pre=TINY_PRE), jobs=1)
+    convert(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), bench.out, ConversionOptions(pre=TINY_PRE), jobs=1)
     before = gguf(bench, "Q8_0").stat().st_mtime_ns
     assert bench.run() == ALL_DONE
     assert gguf(bench, "Q8_0").stat().st_mtime_ns == before
@@ -386,7 +386,7 @@ def test_the_command_line(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys:
     def call(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["streamquant", "run", *map(str, arguments)])
         try:
-            streamquant.main()
+            command_line.main()
         except SystemExit as end:
             return int(end.code or 0)
         return 0
@@ -412,9 +412,9 @@ def test_the_command_line(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys:
 KILLER = """
     import os, signal, sys
     from pathlib import Path
-    from publish.release import run_release
-    from publish.release_file import read_release
-    from publish.road import Watch
+    from streamquant.publish.release.release import run_release
+    from streamquant.publish.release.release_file import read_release
+    from streamquant.publish.release.release_run import Watch
 
     path, stage, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     seen = 0

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
-from convert.overrides import MAX_BYTES
-from publish.release_file import STAGES, ReleaseFile, read_release, stage_name
-from quant.errors import StreamquantError, UsageError
-from validate.gates import Gates
+from streamquant.convert.recipes.overrides import MAX_BYTES
+from streamquant.publish.release.release_file import STAGES, ReleaseFile, read_release, stage_name
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.gates import Gates
 
 LEAST: dict[str, Any] = {"model": "Tiny", "variants": ["gguf:Q8_0"]}
 RECIPE = {"label": "Mine", "base": "Q4_K_M", "tensor-type": ["attn_v=Q8_0"]}

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from convert.manifest import MANIFEST
-from publish.results import read_folder, read_folders
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.manifest import MANIFEST
+from streamquant.publish.results import read_folder, read_folders
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.report.data import REPORT, Report, VariantReport, write_report
 from tests.publish.cards.contents import edit
-from validate.report.data import REPORT, Report, VariantReport, write_report
 
 
 @pytest.fixture

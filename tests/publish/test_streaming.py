@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from convert.checkpoint import open_checkpoint
-from convert.plan import Options, make_plan
-from convert.recipe import parse_variants
-from publish import limits
-from publish import push as push_module
-from publish.streaming import disk_with_delivery, early_push
-from quant.errors import UsageError
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.publish.upload import limits
+from streamquant.publish.upload import push as push_module
+from streamquant.publish.upload.streaming import disk_with_delivery, early_push
+from streamquant.quant.errors import UsageError
 from tests.attacks.harness import run
 from tests.conftest import TINY_PRE
 from tests.hub import Hub
@@ -41,7 +42,7 @@ def test_options_without_a_push() -> None:
 
 
 def test_uploads_never_need_more_disk(tiny: Path) -> None:
-    plan = make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), Options(pre=TINY_PRE))
+    plan = make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), ConversionOptions(pre=TINY_PRE))
     kept, gone = (disk_with_delivery(plan, None, 2, delete=delete) for delete in (False, True))
     assert not kept.delivered
     assert gone.delivered

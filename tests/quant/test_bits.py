@@ -7,7 +7,7 @@ import pytest
 from numba import njit
 from numpy.typing import NDArray
 
-from quant.kernels.bits import bits_float, float_bits, half_bits, half_is_infinite, round_bits
+from streamquant.quant.kernels.bits import bits_float, float_bits, half_bits, half_is_infinite, round_bits
 
 
 @njit

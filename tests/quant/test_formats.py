@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-import quant
-from quant.format import Format
-from quant.formats import FORMATS
+import streamquant.quant as quant
+from streamquant.quant.format import Format
+from streamquant.quant.formats import FORMATS
 from tests.checks import BOUNDS, CHECKS
 
 
@@ -21,8 +21,8 @@ def test_contract(format_: Format, check: Callable[[Format], None]) -> None:
 def test_every_format_is_in_the_table_once() -> None:
     modules = [
         importlib.import_module(module.name)
-        for module in pkgutil.walk_packages(quant.__path__, "quant.")
-        if module.name not in ("quant.formats", "quant.gpu")  # users of the table
+        for module in pkgutil.walk_packages(quant.__path__, "streamquant.quant.")
+        if module.name not in ("streamquant.quant.formats", "streamquant.quant.gpu")  # users of the table
     ]
     names = [format_.name for module in modules for format_ in getattr(module, "FORMATS", ())]
     assert sorted(names) == sorted(FORMATS)

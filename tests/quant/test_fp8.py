@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from quant.format import Encoded, Rows
-from quant.formats import FORMATS
-from quant.fp8 import E4M3
+from streamquant.quant.format import Encoded, Rows
+from streamquant.quant.formats import FORMATS
+from streamquant.quant.fp8 import E4M3
 from tests.oracle import FINITE, REAL, ROWS, assert_same_bytes, float_rows, make_rows, real_matrices, round_to
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quant.format import Rows
-from quant.formats import FORMATS
-from quant.kernels.kquants_cpu import trials
+from streamquant.quant.format import Rows
+from streamquant.quant.formats import FORMATS
+from streamquant.quant.kernels.kquants_cpu import trials
 from tests.oracle import (
     REAL,
     ROWS,

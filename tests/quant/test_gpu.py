@@ -16,9 +16,9 @@ import gguf
 import numpy as np
 import pytest
 
-from quant import gpu
-from quant.format import Importance, Rows
-from quant.formats import FORMATS
+from streamquant.quant import gpu
+from streamquant.quant.format import Importance, Rows
+from streamquant.quant.formats import FORMATS
 from tests.gpu import DEVICE, HAS_TRITON, Call, caller, encode
 from tests.oracle import ROWS, assert_same_bytes, ggml_encode, make_rows, round_to
 
@@ -181,7 +181,7 @@ def check_compiled(folder: Path, module: str, name: str, constants: dict[str, An
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f"quant.kernels.{module}"), name)
+    kernel = getattr(importlib.import_module(f"streamquant.quant.kernels.{module}"), name)
     pointers = POINTERS | ({"scales": "*u8"} if module == "fp8_gpu" else {})
     signature = {argument: pointers.get(argument, "i32") for argument in kernel.arg_names} | dict.fromkeys(
         constants, "constexpr"
@@ -217,7 +217,7 @@ def test_more_kernels_compile_to_strict_arithmetic(
 
 def test_kernels_are_launched_without_fusion() -> None:
     """A product and a sum in one operation round once, not twice."""
-    from quant.kernels.bits_gpu import launch
+    from streamquant.quant.kernels.bits_gpu import launch
 
     kernel = mock.MagicMock()
     launch(kernel, 10, 4, "argument", LANES=4)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quant.format import Importance, Rows
-from quant.formats import FORMATS
+from streamquant.quant.format import Importance, Rows
+from streamquant.quant.formats import FORMATS
 from tests.oracle import REAL, ROWS, check_against_ggml, float_rows, make_rows, real_matrices
 
 WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")

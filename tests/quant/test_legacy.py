@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quant.format import Rows
-from quant.formats import FORMATS
+from streamquant.quant.format import Rows
+from streamquant.quant.formats import FORMATS
 from tests.oracle import (
     FINITE,
     REAL,

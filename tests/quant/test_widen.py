@@ -5,8 +5,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from quant.format import Rows
-from quant.widen import SOURCE_DTYPES, widen
+from streamquant.quant.format import Rows
+from streamquant.quant.widen import SOURCE_DTYPES, widen
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from gguf.gguf_writer import GGUFValue
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.gguf_file import pack_header, pack_key, pad, read_header, read_raw_metadata
-from convert.recipe import parse_variants
+from streamquant.convert.conversion import convert
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.files.gguf_file import pack_header, pack_key, pad, read_header, read_raw_metadata
+from streamquant.validate.engines.process import EngineProcess
 from tests import synthetic
 from tests.conftest import Shelf
-from validate.engines.process import EngineProcess
 
 FAMILIES = {"hermes4-llama": "LlamaForCausalLM", "hermes4-14b": "Qwen3ForCausalLM"}
 

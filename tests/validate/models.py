@@ -9,11 +9,11 @@ from gguf.constants import GGMLQuantizationType
 from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.gguf_file import pack_header, pad, read_header
-from convert.plan import Options
-from convert.recipe import parse_variants
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.files.gguf_file import pack_header, pad, read_header
 from tests import synthetic
 from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
 
@@ -53,7 +53,9 @@ class Models:
         source = self.checkpoint(case)
 
         def make(folder: Path) -> None:
-            convert(open_checkpoint(source), parse_variants(specs.split()), folder, Options(pre=TINY_PRE), jobs=2)
+            convert(
+                open_checkpoint(source), parse_variants(specs.split()), folder, ConversionOptions(pre=TINY_PRE), jobs=2
+            )
 
         return self.shelf.get(f"validate-{case}-{specs}", make)
 

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.plan import Options
-from convert.recipe import parse_variants
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.model.forward import Setting
+from streamquant.validate.gates import Gates
+from streamquant.validate.report.data import Report, read_report, write_report
+from streamquant.validate.sections import SKIPPABLE
+from streamquant.validate.validation import Job, validate
 from tests.conftest import TINY_PRE, Shelf
-from validate.forward import Setting
-from validate.gates import Gates
-from validate.report.data import Report, read_report, write_report
-from validate.sections import SKIPPABLE
-from validate.validation import Job, validate
 
 CONTEXT = 32
 ENGINES = frozenset(SKIPPABLE) - {"tensors", "noise"}
@@ -30,7 +30,7 @@ def write_text(path: Path, letters: str = "abcdefgh") -> Path:
 @pytest.fixture(scope="session")
 def four_variants(shelf: Shelf, tiny: Path) -> list[Path]:
     """FP8-dynamic, BF16, Q8_0 and Q4_K_M of `tiny`."""
-    options = Options(pre=TINY_PRE)
+    options = ConversionOptions(pre=TINY_PRE)
     folder = shelf.get(
         "report-variants", lambda out: convert(open_checkpoint(tiny), parse_variants(SPECS), out, options, jobs=2)
     )

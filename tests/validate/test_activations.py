@@ -10,9 +10,9 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant.formats import FORMATS
-from validate import activations
-from validate.compressed import _group_of_fast
+from streamquant.model import activations
+from streamquant.model.variants.compressed import _group_of_fast
+from streamquant.quant.formats import FORMATS
 
 
 def some_rows(n: int, seed: int = 0, tokens: int = 40) -> Any:

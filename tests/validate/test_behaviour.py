@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from quant.errors import StreamquantError
+from streamquant.quant.errors import StreamquantError
+from streamquant.validate.engines.engine import EngineFacts, Generation, Rendered, TemplateRequest, TopLogprobs
+from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.text.behaviour import PROMPTS, compare_behaviour, judge_answer
+from streamquant.validate.text.chat_suite import WEATHER
 from tests.peers import requires_llama_cpp
-from validate.behaviour import PROMPTS, compare_behaviour, judge_answer
-from validate.chat_suite import WEATHER
-from validate.engines.engine import EngineFacts, Generation, Rendered, TemplateRequest, TopLogprobs
-from validate.engines.process import EngineProcess
 
 ASKED = TemplateRequest(({"role": "user", "content": "Weather?"},), (WEATHER,))
 

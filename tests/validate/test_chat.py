@@ -8,13 +8,13 @@ import pytest
 from gguf import GGUFValueType, TokenType
 from gguf.gguf_writer import GGUFValue
 
-from convert.guard_template import guard_template
+from streamquant.convert.metadata.guard_template import guard_template
+from streamquant.validate.engines.engine import TemplateRequest
+from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.text.chat import compare_chat, read_template
+from streamquant.validate.text.chat_suite import CONVERSATIONS, chat_cases
 from tests.peers import requires_llama_cpp
 from tests.validate.engine_fixtures import Model, with_keys
-from validate.chat import compare_chat, read_template
-from validate.chat_suite import CONVERSATIONS, chat_cases
-from validate.engines.engine import TemplateRequest
-from validate.engines.process import EngineProcess
 
 pytestmark = requires_llama_cpp
 TEMPLATE = "tokenizer.chat_template"

@@ -12,16 +12,16 @@ import pytest
 from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
-from convert.architectures import rope_row_order
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.architectures import rope_row_order
+from streamquant.model.corpus import Corpus, read_corpus
+from streamquant.model.forward import Setting
+from streamquant.model.variants.variant import open_variant
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.logits.comparison import Comparison, compare
+from streamquant.validate.logits.hidden_states import layer_error, sample_positions
 from tests.conftest import read_safetensors
 from tests.validate.models import Models, edit_gguf
 from tests.validate.test_variant import rewrite_shard
-from validate.comparison import Comparison, compare
-from validate.corpus import Corpus, read_corpus
-from validate.forward import Setting
-from validate.hidden_states import layer_error, sample_positions
-from validate.variant import open_variant
 
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(900)]
 
@@ -117,7 +117,7 @@ def test_the_result_is_plain_json(result: Comparison) -> None:
 def test_perplexity_is_that_of_transformers(result: Comparison, models: Models, corpus: Corpus) -> None:
     import torch
 
-    from validate.forward import all_logits
+    from streamquant.model.forward import all_logits
 
     logits = all_logits(open_variant(models.checkpoint(CASE)), corpus.tokens, SETTING).double()
     nll = -logits[:, 32:63].log_softmax(-1).gather(-1, torch.from_numpy(corpus.tokens[:, 33:64, None]))

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from validate import divergence as d
-from validate.divergence_cpu import TOP
+from streamquant.validate.logits import divergence as d
+from streamquant.validate.logits.divergence_cpu import TOP
 
 
 def random_logits(rows: int, vocabulary: int, spread: float, seed: int = 0) -> torch.Tensor:

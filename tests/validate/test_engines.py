@@ -12,18 +12,18 @@ from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.gguf_file import read_header, read_raw_metadata
-from convert.recipe import parse_variants
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.conversion import convert
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.files.gguf_file import read_header, read_raw_metadata
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.engines.agreement import Thresholds, engine_agreement, prompts_from
+from streamquant.validate.engines.engine import EngineFacts, TemplateRequest, TopLogprobs, kind_of
+from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.engines.vocabulary_gguf import write_vocabulary_gguf
 from tests.conftest import Shelf
 from tests.peers import requires_llama_cpp
 from tests.validate.engine_fixtures import Model, with_keys
-from validate.engines.agreement import Thresholds, engine_agreement, prompts_from
-from validate.engines.engine import EngineFacts, TemplateRequest, TopLogprobs, kind_of
-from validate.engines.process import EngineProcess
-from validate.engines.vocabulary_gguf import write_vocabulary_gguf
 
 LENGTHS = (2, 8, 32, 64, 64)
 ROPE_LENGTHS = (32, 200, 300)

@@ -18,21 +18,21 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from convert.architectures import rope_row_order
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.plan import Options
-from convert.recipe import parse_variants
+from streamquant.convert.architectures import rope_row_order
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.model.variants.variant import open_variant
+from streamquant.validate.report.console import report_view
+from streamquant.validate.report.data import Report, VariantReport
+from streamquant.validate.report.render import render_html, render_markdown
+from streamquant.validate.validation import chat_check, validate
 from tests.conftest import TINY_PRE, Shelf
 from tests.peers import requires_llama_cpp
 from tests.validate.engine_fixtures import Model, with_keys
 from tests.validate.models import edit_gguf
 from tests.validate.report_fixtures import small_job, write_text
-from validate.report.console import report_view
-from validate.report.data import Report, VariantReport
-from validate.report.render import render_html, render_markdown
-from validate.validation import chat_check, validate
-from validate.variant import open_variant
 
 Rows = NDArray[np.uint8]
 
@@ -70,7 +70,7 @@ def good(shelf: Shelf, tiny: Path) -> Path:
     """`tiny` as FP8-dynamic and GGUF."""
 
     def make(folder: Path) -> None:
-        options, split = Options(pre=TINY_PRE), Options(pre=TINY_PRE, split_max_size=1_000_000)
+        options, split = ConversionOptions(pre=TINY_PRE), ConversionOptions(pre=TINY_PRE, split_max_size=1_000_000)
         specs = parse_variants(["fp8-dynamic", "gguf:F16,Q8_0,Q4_K_M"])
         convert(open_checkpoint(tiny), specs, folder / "whole", options, jobs=2)
         convert(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), folder / "split", split, jobs=2)

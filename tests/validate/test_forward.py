@@ -13,11 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from quant.errors import StreamquantError, UsageError
-from tests import synthetic
-from tests.peers import ROOT
-from tests.validate.models import CASES, LLAMA, MISTRAL, QWEN2, Models, edit_gguf
-from validate.forward import (
+from streamquant.model.forward import (
     DType,
     Lane,
     Setting,
@@ -27,7 +23,11 @@ from validate.forward import (
     run_layers,
     scored_positions,
 )
-from validate.variant import open_variant
+from streamquant.model.variants.variant import open_variant
+from streamquant.quant.errors import StreamquantError, UsageError
+from tests import synthetic
+from tests.peers import ROOT
+from tests.validate.models import CASES, LLAMA, MISTRAL, QWEN2, Models, edit_gguf
 
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(900)]
 
@@ -160,9 +160,9 @@ WIDE = {
 @pytest.mark.parametrize("scheme", ["fp8-dynamic", "fp8-block"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fp8_as_transformers_runs_it(tmp_path: Path, scheme: str, dtype: str) -> None:
-    from convert.checkpoint import open_checkpoint
-    from convert.conversion import convert
-    from convert.recipe import parse_variants
+    from streamquant.convert.conversion import convert
+    from streamquant.convert.recipes.recipe import parse_variants
+    from streamquant.convert.source.checkpoint import open_checkpoint
 
     source = synthetic.write_checkpoint(tmp_path / "Wide", architecture=LLAMA, size=WIDE)
     convert(open_checkpoint(source), parse_variants([scheme]), tmp_path / "out", jobs=2)
@@ -276,8 +276,8 @@ MEASURE = """
 import sys
 from pathlib import Path
 import numpy as np, torch, transformers
-from validate.forward import DType, Lane, Setting, run_layers
-from validate.variant import open_variant
+from streamquant.model.forward import DType, Lane, Setting, run_layers
+from streamquant.model.variants.variant import open_variant
 def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) // 1024
@@ -311,8 +311,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import numpy as np, torch, transformers
-from validate.forward import Lane, Setting, run_layers
-from validate.variant import open_variant
+from streamquant.model.forward import Lane, Setting, run_layers
+from streamquant.model.variants.variant import open_variant
 torch.set_num_threads(1)
 tokens = np.random.default_rng(0).integers(0, 512, (2, 64))
 run_layers([Lane(open_variant(Path(sys.argv[2])))], tokens, Setting())  # code and buffers of libraries

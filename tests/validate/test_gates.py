@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from quant.errors import UsageError
-from validate.gates import GATES, Gates, failed, judge, option, parse_gates
+from streamquant.quant.errors import UsageError
+from streamquant.validate.gates import GATES, Gates, failed, judge, option, parse_gates
 
 GOOD = {
     "mean KLD": 0.01, "99.9% KLD": 0.5, "same top": 0.95, "PPL ratio": 1.01, "errors": 0, "token mismatches": 0,

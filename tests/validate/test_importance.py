@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from convert.imatrix import read_imatrix
-from quant.errors import StreamquantError
+from streamquant.calibrate.importance import InputSums, write_importance
+from streamquant.convert.recipes.imatrix import read_imatrix
+from streamquant.model.corpus import Corpus, read_corpus
+from streamquant.model.forward import Setting
+from streamquant.model.variants.variant import open_variant
+from streamquant.quant.errors import StreamquantError
 from tests.validate.models import Models
 from tests.validate.test_comparison import CASE, write_texts
-from validate.corpus import Corpus, read_corpus
-from validate.forward import Setting
-from validate.importance import InputSums, write_importance
-from validate.variant import open_variant
 
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(900)]
 

@@ -7,9 +7,9 @@ import pytest
 from gguf import GGUFValueType, TokenType
 from gguf.gguf_writer import GGUFValue
 
+from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.text.template_lints import LINTS, Lint, lint_checkpoint, lint_gguf
 from tests.validate.engine_fixtures import Model, with_keys
-from validate.engines.process import EngineProcess
-from validate.template_lints import LINTS, Lint, lint_checkpoint, lint_gguf
 
 
 def names(lints: list[Lint]) -> set[str]:

@@ -10,12 +10,12 @@ import gguf
 import numpy as np
 import pytest
 
+from streamquant.calibrate.importance import write_importance
+from streamquant.model.corpus import Corpus, read_corpus
+from streamquant.model.forward import Setting
+from streamquant.model.variants.variant import open_variant
+from streamquant.validate.logits.comparison import Comparison, VariantResult, compare
 from tests.peers import DATA
-from validate.comparison import Comparison, VariantResult, compare
-from validate.corpus import Corpus, read_corpus
-from validate.forward import Setting
-from validate.importance import write_importance
-from validate.variant import open_variant
 
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(1800)]
 

@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert.manifest import MANIFEST
-from validate.measured_files import MeasuredFile, measured_files, weight_files
+from streamquant.convert.manifest import MANIFEST
+from streamquant.validate.readback.measured_files import MeasuredFile, measured_files, weight_files
 
 SHA = "ab" * 32
 

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamquant.model.row_slices import in_parts
 from tests.peers import ROOT
-from validate.parts import in_parts
 
 FORKED = """
 import os
 import torch
-from validate.parts import in_parts
+from streamquant.model.row_slices import in_parts
 torch.set_num_threads(2)
 in_parts(100, lambda part: None)
 child = os.fork()

@@ -18,17 +18,25 @@ import markdown_it
 import pytest
 from PIL import Image
 
-from quant.errors import StreamquantError, UsageError
-from validate.chat import ChatDifference, ChatReport
-from validate.gates import failed
-from validate.report.data import REPORT, SCHEMA, NotRun, Report, check_report_folder, read_report, write_report
-from validate.report.plots import VARIABLES, Plot, make_plots, pareto
-from validate.report.records import from_json, to_json
-from validate.report.render import render_html, render_markdown, write_pages
-from validate.report.view import make_view, remark
-from validate.template_lints import Lint
-from validate.tokens import TokenDifference, TokenGroup, TokenReport
-from validate.variant import Problem
+from streamquant.model.problem import Problem
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.gates import failed
+from streamquant.validate.report.data import (
+    REPORT,
+    SCHEMA,
+    NotRun,
+    Report,
+    check_report_folder,
+    read_report,
+    write_report,
+)
+from streamquant.validate.report.plots import VARIABLES, Plot, make_plots, pareto
+from streamquant.validate.report.records import from_json, to_json
+from streamquant.validate.report.render import render_html, render_markdown, write_pages
+from streamquant.validate.report.view import make_view, remark
+from streamquant.validate.text.chat import ChatDifference, ChatReport
+from streamquant.validate.text.template_lints import Lint
+from streamquant.validate.text.tokens import TokenDifference, TokenGroup, TokenReport
 
 HOSTILE = "<script>alert(1)</script>\"'|`[x](javascript:y) $\\frac$ \u202egnp.\x1b[31m {{7*7}} &lt; ![i](//e)"
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -8,13 +8,13 @@ from gguf import GGUFValueType, TokenType
 from gguf.gguf_writer import GGUFValue
 from tokenizers import Tokenizer
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.recipe import parse_variants
+from streamquant.convert.conversion import convert
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.text.tokens import TORTURE, check_token_types, compare_tokens, special_texts
 from tests.peers import requires_llama_cpp, vectors
 from tests.validate.engine_fixtures import Model, with_keys
-from validate.engines.process import EngineProcess
-from validate.tokens import TORTURE, check_token_types, compare_tokens, special_texts
 
 pytestmark = requires_llama_cpp
 

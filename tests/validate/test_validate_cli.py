@@ -13,25 +13,25 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import streamquant
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.gguf_file import read_header
-from convert.imatrix import read_imatrix
-from convert.recipe import parse_variants
-from quant.errors import StreamquantError, UsageError
+from streamquant.cli import app as command_line
+from streamquant.convert.conversion import convert
+from streamquant.convert.recipes.imatrix import read_imatrix
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.files.gguf_file import read_header
+from streamquant.model.forward import Setting, all_logits
+from streamquant.model.variants.variant import open_variant
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.report.data import read_report
+from streamquant.validate.sections import SKIPPABLE
+from streamquant.validate.text.chat_suite import chat_cases
+from streamquant.validate.validation import Job, last_logits, prune_cache, validate
 from tests.attacks.harness import write_model
 from tests.peers import requires_llama_cpp
 from tests.validate.engine_fixtures import Model
 from tests.validate.models import edit_gguf
 from tests.validate.report_fixtures import CONTEXT, ENGINES, small_job, write_text
-from validate.chat_suite import chat_cases
-from validate.engines.process import EngineProcess
-from validate.forward import Setting, all_logits
-from validate.report.data import read_report
-from validate.sections import SKIPPABLE
-from validate.validation import Job, last_logits, prune_cache, validate
-from validate.variant import open_variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         monkeypatch.setattr(sys, "argv", ["streamquant", *map(str, arguments)])
         capsys.readouterr()
         try:
-            streamquant.main()
+            command_line.main()
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -238,7 +238,7 @@ def test_what_cannot_run_is_stated(
     refused, missing = report.variants
     assert [problem.check for problem in refused.problems] == ["engine"]
     assert missing.problems == ()
-    monkeypatch.setattr("validate.validation._available_memory", lambda: 1000)
+    monkeypatch.setattr("streamquant.validate.validation._available_memory", lambda: 1000)
     report = validate(tiny, four_variants[1:2], job)
     assert any("900 are free" in note.reason for note in report.not_run)
 

@@ -14,17 +14,18 @@ from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 from gguf.quants import dequantize
 
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.plan import Options
-from convert.recipe import parse_variants
-from convert.safetensors_file import write_header
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.files.safetensors_file import write_header
+from streamquant.model.problem import Problem
+from streamquant.model.variants.gguf_model import GgufRope, base_types, claims
+from streamquant.model.variants.variant import EMBEDDINGS, Variant, open_variant
+from streamquant.quant.errors import StreamquantError, UsageError
 from tests.conftest import TINY_PRE, read_safetensors
 from tests.smollm2 import MISSING, find_gguf
 from tests.validate.models import CASES, Models, edit_gguf
-from validate.gguf_model import GgufRope, base_types, claims
-from validate.variant import EMBEDDINGS, Problem, Variant, open_variant
 
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(900)]
 
@@ -105,7 +106,7 @@ def test_fp8_is_code_times_scale(tiny_variants: Path, label: str) -> None:
 def test_blocks_cover_a_tensor_whatever_their_size(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [models.checkpoint("llama3.1"), models.gguf("llama3.1", "Q8_0"), models.fp8("llama3.1")]
     whole = [everything(open_variant(path)) for path in paths]
-    monkeypatch.setattr("validate.variant.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("streamquant.model.variants.variant.BLOCK_BYTES", 1000)
     for path, expected in zip(paths, whole, strict=True):
         variant = open_variant(path)
         name = "model.layers.0.self_attn.q_proj.weight"
@@ -137,7 +138,7 @@ def split(models: Models) -> Path:
     source = models.checkpoint("mistral")
 
     def make(folder: Path) -> None:
-        options = Options(pre=TINY_PRE, split_max_size=400_000)
+        options = ConversionOptions(pre=TINY_PRE, split_max_size=400_000)
         convert(open_checkpoint(source), parse_variants(["gguf:Q8_0"]), folder, options, jobs=2)
 
     return next(models.shelf.get("validate-split", make).rglob("*.gguf")).parent
@@ -409,7 +410,7 @@ def test_fingerprints_follow_the_content(models: Models, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("case", CASES)
 def test_rotary_frequencies_of_the_file_are_transformers_own(models: Models, case: str) -> None:
-    from validate.forward import inverse_frequencies
+    from streamquant.model.forward import inverse_frequencies
 
     expected, factor = inverse_frequencies(open_variant(models.checkpoint(case)))
     found, found_factor = inverse_frequencies(open_variant(models.gguf(case, "F32")))

@@ -11,8 +11,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.errors import StreamquantError
-from validate.engines.engine import Engine, TopLogprobs
+from streamquant.quant.errors import StreamquantError
+from streamquant.validate.engines.engine import Engine, TopLogprobs
 
 Logits: TypeAlias = NDArray[np.floating] | Callable[[Sequence[Sequence[int]]], NDArray[np.floating]]
 """float[prompts, vocabulary] of the next token of each prompt, or what returns it; logits or log-probabilities."""

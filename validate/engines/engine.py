@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
-from quant.errors import UsageError
+from streamquant.quant.errors import UsageError
 
 Message: TypeAlias = Mapping[str, Any]
 """A message as OpenAI's API spells it: role, content, tool_calls."""

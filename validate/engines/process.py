@@ -15,10 +15,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from quant.errors import StreamquantError, UsageError
-from validate.engines.engine import EngineFacts, Generation, Kind, Rendered, TemplateRequest, TopLogprobs, kind_of
-from validate.engines.vocabulary_gguf import write_vocabulary_gguf
-from validate.engines.worker import ADAPTERS
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.engines.engine import (
+    EngineFacts,
+    Generation,
+    Kind,
+    Rendered,
+    TemplateRequest,
+    TopLogprobs,
+    kind_of,
+)
+from streamquant.validate.engines.vocabulary_gguf import write_vocabulary_gguf
+from streamquant.validate.engines.worker import ADAPTERS
 
 LOAD_SECONDS = 1800.0
 """Time limit for loading a model: hundreds of GB from a slow disk."""
@@ -61,7 +69,7 @@ class EngineProcess:
         try:
             model = self._stand_in(path) if tokenizer_only and self.kind == "llama.cpp" else path
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "validate.engines.worker", self.kind],
+                [sys.executable, "-P", "-m", "streamquant.validate.engines.worker", self.kind],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -220,7 +228,7 @@ def _rendered(found: Mapping[str, Any]) -> Rendered:
 
 def _environment() -> dict[str, str]:
     """The parent's, with this package on the path and no way to a model hub."""
-    package = str(Path(__file__).parents[2])
+    package = str(Path(__file__).parents[3])
     path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH")) if part)
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     return {**os.environ, **offline, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}

@@ -7,7 +7,7 @@ GPU and a build of torch that the tests do not have. Tokenizer and template are 
 import importlib.metadata
 from typing import Any
 
-from validate.engines.hugging_face import HuggingFaceTokenizer
+from streamquant.validate.engines.hugging_face import HuggingFaceTokenizer
 
 
 class Vllm(HuggingFaceTokenizer):

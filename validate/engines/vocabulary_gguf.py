@@ -10,8 +10,8 @@ from pathlib import Path
 from gguf.constants import GGUFValueType, Keys
 from gguf.gguf_writer import GGUFValue
 
-from convert.gguf_file import pack_header, pack_key, pad, read_raw_metadata
-from quant.errors import StreamquantError
+from streamquant.files.gguf_file import pack_header, pack_key, pad, read_raw_metadata
+from streamquant.quant.errors import StreamquantError
 
 _HIDDEN = 32
 _OWN = ("tokenizer.", "general.")

@@ -13,10 +13,10 @@ import traceback
 from typing import Any, BinaryIO, Protocol
 
 ADAPTERS = {
-    "llama.cpp": ("validate.engines.llama_cpp", "LlamaCpp", "xllamacpp"),
-    "transformers": ("validate.engines.hugging_face", "Transformers", "transformers"),
-    "jinja": ("validate.engines.hugging_face", "Jinja", "transformers"),
-    "vllm": ("validate.engines.vllm_offline", "Vllm", "vllm"),
+    "llama.cpp": ("streamquant.validate.engines.llama_cpp", "LlamaCpp", "xllamacpp"),
+    "transformers": ("streamquant.validate.engines.hugging_face", "Transformers", "transformers"),
+    "jinja": ("streamquant.validate.engines.hugging_face", "Jinja", "transformers"),
+    "vllm": ("streamquant.validate.engines.vllm_offline", "Vllm", "vllm"),
 }
 """Kind of engine -> module and class of its adapter, and the package that it needs."""
 METHODS = frozenset(

@@ -7,12 +7,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from validate.report.data import NotRun, Report, VariantReport
-from validate.report.records import to_json
-from validate.report.text import MISSING, visible
-from validate.report.view import cell, make_view, wrong_chats
-from validate.sections import SECTIONS
-from validate.template_lints import Lint
+from streamquant.validate.report.data import NotRun, Report, VariantReport
+from streamquant.validate.report.records import to_json
+from streamquant.validate.report.text import MISSING, visible
+from streamquant.validate.report.view import cell, make_view, wrong_chats
+from streamquant.validate.sections import SECTIONS
+from streamquant.validate.text.template_lints import Lint
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red", "error": "red", "warning": "yellow", "note": ""}
 

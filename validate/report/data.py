@@ -7,21 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.manifest import write_atomically
-from convert.stream import explain
-from convert.strict_json import read_json_object
-from quant.errors import StreamquantError, UsageError
-from validate.behaviour import BehaviourReport
-from validate.chat import ChatReport
-from validate.comparison import Comparison, VariantResult
-from validate.engines.agreement import EngineAgreement
-from validate.gates import GateResult, Gates
-from validate.measured_files import MeasuredFile
-from validate.report.records import from_json, to_json
-from validate.sections import Section
-from validate.template_lints import Lint
-from validate.tokens import TokenReport
-from validate.variant import Problem
+from streamquant.files.strict_json import read_json_object
+from streamquant.files.writing import explain, write_atomically
+from streamquant.model.problem import Problem
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.engines.agreement import EngineAgreement
+from streamquant.validate.gates import GateResult, Gates
+from streamquant.validate.logits.comparison import Comparison, VariantResult
+from streamquant.validate.readback.measured_files import MeasuredFile
+from streamquant.validate.report.records import from_json, to_json
+from streamquant.validate.sections import Section
+from streamquant.validate.text.behaviour import BehaviourReport
+from streamquant.validate.text.chat import ChatReport
+from streamquant.validate.text.template_lints import Lint
+from streamquant.validate.text.tokens import TokenReport
 
 SCHEMA = 2
 """Version of report.json. It goes up with every change of a field: the loader takes this version alone."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from validate.report.data import Report
+from streamquant.validate.report.data import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from quant.errors import StreamquantError
+from streamquant.quant.errors import StreamquantError
 
 T = TypeVar("T")
 INFINITY = {"Infinity": math.inf, "-Infinity": -math.inf}

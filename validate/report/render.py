@@ -6,12 +6,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from convert.manifest import write_atomically
-from convert.stream import explain
-from validate.report.data import Report
-from validate.report.plots import Plot, make_plots
-from validate.report.text import code, markdown, visible
-from validate.report.view import HELPERS, make_view
+from streamquant.files.writing import explain, write_atomically
+from streamquant.validate.report.data import Report
+from streamquant.validate.report.plots import Plot, make_plots
+from streamquant.validate.report.text import code, markdown, visible
+from streamquant.validate.report.view import HELPERS, make_view
 
 PLOTS = "plots"
 
@@ -61,7 +60,7 @@ def _svg(plot: Plot) -> Markup:
 
 def _environment(**settings: object) -> Environment:
     return Environment(
-        loader=PackageLoader("validate.report"),
+        loader=PackageLoader("streamquant.validate.report"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

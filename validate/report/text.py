@@ -4,8 +4,8 @@ import math
 import re
 import unicodedata
 
-from convert.sizes import human_bytes
-from validate.divergence import Estimate
+from streamquant.files.sizes import human_bytes
+from streamquant.validate.logits.divergence import Estimate
 
 __all__ = ["code", "error_digits", "estimate", "human_bytes", "markdown", "number", "percent", "visible"]
 

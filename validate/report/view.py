@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from validate.chat import ChatReport
-from validate.comparison import VariantResult
-from validate.gates import GateResult, failed, option
-from validate.report.data import Report, VariantReport
-from validate.report.plots import SERIES
-from validate.report.text import MISSING, error_digits, estimate, human_bytes, number, percent
-from validate.sections import SECTIONS
-from validate.variant import Problem
+from streamquant.model.problem import Problem
+from streamquant.validate.gates import GateResult, failed, option
+from streamquant.validate.logits.comparison import VariantResult
+from streamquant.validate.report.data import Report, VariantReport
+from streamquant.validate.report.plots import SERIES
+from streamquant.validate.report.text import MISSING, error_digits, estimate, human_bytes, number, percent
+from streamquant.validate.sections import SECTIONS
+from streamquant.validate.text.chat import ChatReport
 
 Status = Literal["pass", "warn", "fail"]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from publish.card import write_cards
+from streamquant.publish.cards.card import write_cards
+from streamquant.validate.report.data import Report
 from tests.conftest import Shelf
 from tests.publish.cards.contents import OPTIONS, fill
-from validate.report.data import Report
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import markdown_it
 import yaml
 from markdown_it.token import Token
 
-from convert.manifest import MANIFEST
-from publish.card import CardOptions
-from publish.results import CARD
-from validate.report.data import Report, write_report
+from streamquant.convert.manifest import MANIFEST
+from streamquant.publish.cards.card import CardOptions
+from streamquant.publish.results import CARD
+from streamquant.validate.report.data import Report, write_report
 
 BASE = """---
 license: llama3

@@ -17,18 +17,21 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils._http import get_session
 from typer.testing import CliRunner
 
-import streamquant
-from convert.checkpoint import open_checkpoint
-from convert.conversion import convert
-from convert.manifest import MANIFEST
-from convert.plan import Options
-from convert.recipe import parse_variants
-from publish.card import CardOptions, write_cards
-from publish.commands import made_by
-from publish.origin import BASE_CARD, MARK
-from publish.public_report import public_report
-from publish.results import CARD, VariantFolder, read_folder
-from quant.errors import UsageError
+from streamquant.cli import app as command_line
+from streamquant.convert.conversion import convert
+from streamquant.convert.manifest import MANIFEST
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.model.problem import Problem
+from streamquant.publish.cards.card import CardOptions, write_cards
+from streamquant.publish.cards.commands import made_by
+from streamquant.publish.cards.origin import BASE_CARD, MARK
+from streamquant.publish.cards.public_report import public_report
+from streamquant.publish.results import CARD, VariantFolder, read_folder
+from streamquant.quant.errors import UsageError
+from streamquant.validate.report.data import Report, read_report, report_bytes, write_report
+from streamquant.validate.report.view import make_view, remark
 from tests.conftest import TINY_PRE, Shelf
 from tests.hub import Hub
 from tests.publish.cards.contents import (
@@ -42,9 +45,6 @@ from tests.publish.cards.contents import (
     tokens,
 )
 from tests.validate.engine_fixtures import Model
-from validate.report.data import Report, read_report, report_bytes, write_report
-from validate.report.view import make_view, remark
-from validate.variant import Problem
 
 # The metadata
 
@@ -257,7 +257,7 @@ def test_every_link_within_the_repository_leads_somewhere(cards: Path) -> None:
 
 
 def test_a_split_set_is_one_row(shelf: Shelf, tiny: Path, tmp_path: Path) -> None:
-    options = Options(pre=TINY_PRE, split_max_size=300_000)
+    options = ConversionOptions(pre=TINY_PRE, split_max_size=300_000)
     specs = parse_variants(["gguf:Q8_0"])
     made = shelf.get("publish-split", lambda out: convert(open_checkpoint(tiny), specs, out, options, jobs=2))
     folder = Path(shutil.copytree(made / "Tiny-GGUF", tmp_path / "Tiny-GGUF"))
@@ -281,7 +281,7 @@ def test_the_command_of_the_card_makes_the_same_bytes(plain: Path, tiny: Path, t
         program, verb, model, *rest = shlex.split(made.command)
         assert (program, verb, model, rest[-1]) == ("streamquant", "convert", "Tiny", "variants")
         extra = ["--pre", TINY_PRE] if name == "Tiny-FP8-dynamic" else []
-        done = CliRunner().invoke(streamquant.app, [verb, str(tiny), *rest[:-1], str(tmp_path / "again"), *extra])
+        done = CliRunner().invoke(command_line.app, [verb, str(tiny), *rest[:-1], str(tmp_path / "again"), *extra])
         assert done.exit_code == 0, done.output
         assert read_folder(tmp_path / "again" / name).files == read_folder(plain / name).files
 
@@ -460,7 +460,7 @@ def test_the_originals_own_text_may_be_replaced_at_any_age(plain: Path, tmp_path
 def test_the_command_writes_the_cards(plain: Path) -> None:
     runner = CliRunner()
     arguments = ["card", str(plain), "--repo", "ORG/Tiny", "--base-model", "A/B", "--no-prompts"]
-    done = runner.invoke(streamquant.app, arguments)
+    done = runner.invoke(command_line.app, arguments)
     assert done.exit_code == 0, done.output
     assert [Path(line).name for line in done.output.split()] == [CARD, CARD]
     assert all((plain / name / CARD).is_file() for name in ("Tiny-GGUF", "Tiny-FP8-dynamic"))

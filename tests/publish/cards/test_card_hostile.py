@@ -10,14 +10,15 @@ from typing import Any
 import markdown_it
 import pytest
 
-import publish.prompts
-from convert.manifest import MANIFEST
-from publish.base_card import BaseCard, read_base_card
-from publish.card import write_cards
-from publish.origin import Template
-from publish.prompts import prompt_format
-from publish.results import CARD
-from quant.errors import StreamquantError, UsageError
+from streamquant.convert.manifest import MANIFEST
+from streamquant.publish.cards import prompts
+from streamquant.publish.cards.base_card import BaseCard, read_base_card
+from streamquant.publish.cards.card import write_cards
+from streamquant.publish.cards.origin import Template
+from streamquant.publish.cards.prompts import prompt_format
+from streamquant.publish.results import CARD
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.report.data import Report, write_report
 from tests.publish.cards.contents import (
     HOSTILE,
     OPTIONS,
@@ -27,7 +28,6 @@ from tests.publish.cards.contents import (
     front,
     tokens,
 )
-from validate.report.data import Report, write_report
 
 # Hostile input
 
@@ -170,7 +170,7 @@ def test_a_makers_name_is_a_line(plain: Path) -> None:
 # Templates
 
 
-def render(text: str, path: Path) -> publish.prompts.PromptFormat:
+def render(text: str, path: Path) -> prompts.PromptFormat:
     return prompt_format(Template(path, text, {"bos_token": "<s>"}))
 
 
@@ -184,7 +184,7 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
 
 
 def test_a_template_that_does_not_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish.prompts, "SECONDS", 2.0)
+    monkeypatch.setattr(prompts, "SECONDS", 2.0)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(StreamquantError, match="the chat template cannot be shown") as caught:
         render(endless, tmp_path)

@@ -1,0 +1,1 @@
+"""What conversions learn from text before they run: importance matrices."""

@@ -1,0 +1,190 @@
+"""Importance matrices by the layer-streamed pass: the sums of squares of every linear layer's input, as llama-imatrix.
+
+For each weight W[out, in] and each token's input x: in_sum2[j] += x[j]^2, counts += 1 (tools/imatrix/imatrix.cpp of
+llama.cpp); llama-quantize divides them. Weights outside the layers (embeddings, output) are left out, as llama-imatrix
+does without --process-output. The sums are additive over tokens: a file is saved after every round of chunks, and a
+later run goes on from it.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gguf.constants import GGUFValueType
+from gguf.gguf_writer import GGUFValue
+from numpy.typing import NDArray
+
+from streamquant.files.gguf_file import pack_header, pad, read_header
+from streamquant.model.corpus import Corpus
+from streamquant.model.forward import Lane, Setting, Tokens, run_layers
+from streamquant.model.variants.variant import Variant, read_bytes
+from streamquant.quant.errors import StreamquantError
+
+if TYPE_CHECKING:
+    import torch
+
+TOKENS_KEY = "streamquant.imatrix.tokens_sha256"
+"""SHA-256 of the tokens that were summed: only their continuation is added to a file. llama.cpp ignores the key."""
+
+
+@dataclass(slots=True)
+class InputSums:
+    """Sums of squares of the inputs of linear layers; `observe` is a Lane.on_input."""
+
+    names: Mapping[str, str]
+    """HF name of a linear layer -> GGUF name of its weight."""
+    sums: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """By GGUF name, float64[columns]."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """By GGUF name, tokens."""
+    _last: "tuple[torch.Tensor, NDArray[np.float64]] | None" = None
+
+    def observe(self, name: str, x: "torch.Tensor") -> None:
+        """Add an input [chunks, tokens, n]. q, k and v share one, and gate and up: it is squared once."""
+        weight = self.names.get(name)
+        if weight is None:
+            return
+        if self._last is None or self._last[0] is not x:
+            squares = x.flatten(0, -2).float().square().sum(0)
+            self._last = x, squares.double().cpu().numpy()
+        found = self._last[1]
+        self.sums[weight] = self.sums[weight] + found if weight in self.sums else found
+        self.counts[weight] = self.counts.get(weight, 0) + x.shape[:-1].numel()
+
+    def check(self) -> None:
+        """Raise StreamquantError if a sum is NaN or infinite."""
+        for name, values in self.sums.items():
+            if not np.isfinite(values).all():
+                raise StreamquantError(
+                    "the inputs of a layer are NaN or infinite",
+                    where=f"tensor {name!r}, column {int(np.argmin(np.isfinite(values)))}",
+                    hint="is the checkpoint whole? verify it",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class ImportanceRun:
+    """What a run did."""
+
+    path: Path
+    chunks: int
+    """Chunks in the file now."""
+    resumed_from: int
+    """Chunks that were in the file before."""
+    entries: int
+    bytes_read: int
+
+
+def write_importance(
+    variant: Variant,
+    corpus: Corpus,
+    out: Path,
+    setting: Setting,
+    *,
+    round_chunks: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> ImportanceRun:
+    """Compute the importance matrix of a model over a corpus, and write it to `out` in llama.cpp's GGUF format.
+
+    round_chunks: chunks after which the file is saved; every round reads all weights once, None is one round.
+    on_progress gets layers done and layers in all. A file that is there already is continued if it is of the beginning
+    of the same tokens. Inputs are summed before the runtime of a quantized model would quantize them, as there.
+    Raises StreamquantError if the file is another's, for NaN or infinity, and what reading raises.
+    """
+    names = {
+        rule.hf_name.removesuffix(".weight"): rule.gguf_name
+        for rule in variant.description.rules.values()
+        if rule.gguf_name.startswith("blk.") and rule.gguf_name.endswith(".weight")
+    }
+    sums = InputSums(names)
+    before = _resume(out, corpus, sums) if out.exists() else 0
+    step = round_chunks or max(1, len(corpus.tokens))
+    rounds = [(at, min(at + step, len(corpus.tokens))) for at in range(before, len(corpus.tokens), step)]
+    total = len(rounds) * variant.description.block_count
+    bytes_read = done = 0
+    for first, last in rounds:
+        lane = Lane(variant, on_input=sums.observe)
+
+        def on_layer(layer: int, _number: int, _lane: Lane) -> None:
+            nonlocal done
+            done += layer >= 0
+            on_progress(done, total)
+
+        run_layers([lane], corpus.tokens[first:last], setting, on_layer)
+        bytes_read += lane.bytes_read
+        sums.check()
+        save_importance(out, sums, corpus, last)
+    return ImportanceRun(out, max(before, len(corpus.tokens)), before, len(sums.sums), bytes_read)
+
+
+def tokens_sha256(tokens: Tokens) -> str:
+    """Of int64[chunks, context]."""
+    return hashlib.sha256(f"{tokens.shape[1]}".encode() + tokens.astype("<i8").tobytes()).hexdigest()
+
+
+def save_importance(path: Path, sums: InputSums, corpus: Corpus, chunks: int) -> None:
+    """Write the sums of the first `chunks` chunks of a corpus; the file has its name when it is complete."""
+    metadata = {
+        "general.type": GGUFValue("imatrix", GGUFValueType.STRING),
+        "imatrix.datasets": GGUFValue(
+            [file.path.name for file in corpus.files], GGUFValueType.ARRAY, GGUFValueType.STRING
+        ),
+        "imatrix.chunk_count": GGUFValue(chunks, GGUFValueType.UINT32),
+        "imatrix.chunk_size": GGUFValue(corpus.context, GGUFValueType.UINT32),
+        TOKENS_KEY: GGUFValue(tokens_sha256(corpus.tokens[:chunks]), GGUFValueType.STRING),
+    }
+    arrays: dict[str, NDArray[np.float32]] = {}
+    for name in sorted(sums.sums):
+        arrays[f"{name}.in_sum2"] = sums.sums[name].astype(np.float32)
+        arrays[f"{name}.counts"] = np.array([sums.counts[name]], np.float32)
+    header = pack_header(metadata, [(name, array.shape, "F32", array.nbytes) for name, array in arrays.items()])
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(header)
+            for array in arrays.values():
+                file.write(array.tobytes() + bytes(pad(array.nbytes) - array.nbytes))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise StreamquantError("cannot write the importance matrix", where=str(path), found=error.strerror) from error
+
+
+def _resume(path: Path, corpus: Corpus, sums: InputSums) -> int:
+    """Take the sums of a file that this corpus continues; the number of its chunks."""
+    header = read_header(path)
+    metadata: dict[str, Any] = header.metadata
+    chunks, size = metadata.get("imatrix.chunk_count"), metadata.get("imatrix.chunk_size")
+    same = (
+        metadata.get("general.type") == "imatrix"
+        and size == corpus.context
+        and isinstance(chunks, int)
+        and metadata.get(TOKENS_KEY) == tokens_sha256(corpus.tokens[:chunks])
+    )
+    if not same or not isinstance(chunks, int):
+        raise StreamquantError(
+            "the file is not the beginning of this importance matrix",
+            where=str(path),
+            found=f"{chunks} chunks of {size} tokens of other texts, or of another program",
+            required="no such file, or one of the same texts, tokenizer and context",
+            hint="remove it, or name another --out",
+        )
+    known = set(sums.names.values())
+    for tensor in header.tensors:
+        weight, _, what = tensor.name.rpartition(".")
+        if weight not in known:
+            raise StreamquantError(
+                "the file is of another model", where=str(path), found=tensor.name, required="its weights"
+            )
+        values = read_bytes(path, tensor.start, tensor.stop).view(np.float32)
+        if what == "in_sum2":
+            sums.sums[weight] = values.astype(np.float64)
+        elif what == "counts":
+            sums.counts[weight] = int(values[0])
+    return chunks

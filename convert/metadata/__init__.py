@@ -1,0 +1,1 @@
+"""Every key of a GGUF file: tokenizer, chat template, model card."""

@@ -1,0 +1,283 @@
+"""The tokenizer and the chat templates of a checkpoint as GGUF metadata, equal to what llama.cpp's converter writes."""
+
+import pathlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import gguf
+
+from streamquant.convert.metadata.pretokenizer import BYTES, choose_pre, definition_of, group_of
+from streamquant.convert.metadata.vocabulary_files import TokenizerFiles, content_of, read_files
+from streamquant.convert.metadata.vocabulary_special import write_fill_in_the_middle, write_special
+from streamquant.convert.metadata.vocabulary_spm import (
+    Pieces,
+    added_type,
+    pieces_from_merges,
+    pieces_from_model,
+    space_prefix,
+)
+from streamquant.quant.errors import StreamquantError, UsageError
+
+GGUFValue: TypeAlias = gguf.gguf_writer.GGUFValue
+
+# GGUF keys whose values may differ from those of llama.cpp's converter, and why. Everything else is equal.
+DEVIATIONS: dict[str, str] = {
+    "tokenizer.ggml.scores": "byte-fallback tokenizer.json: the converter writes -1000 for all; llama.cpp merges by"
+    " score, so its ids would differ from Hugging Face's. Here the scores fall in the order of the merge rules.",
+    "tokenizer.ggml.token_type": "byte-fallback tokenizer.json: the converter takes only tokens named in"
+    " tokenizer_config.json as CONTROL; here those marked special in tokenizer.json are too, added tokens that replace"
+    " a base token are USER_DEFINED, and missing ids are UNUSED.",
+    "tokenizer.ggml.tokens": "byte-fallback tokenizer.json with fewer tokens than the embedding has rows: the converter"
+    " writes too few and llama.cpp refuses the file; here [PADn] fills them up, as everywhere else.",
+    "tokenizer.ggml.add_space_prefix": "byte-fallback tokenizer.json that puts no space before text, and no"
+    " add_prefix_space in tokenizer_config.json: the converter writes nothing, so that llama.cpp adds one; here"
+    " false.",
+    "tokenizer.chat_template": "chat_template null in tokenizer_config.json, or no such file: the converter ignores"
+    " chat_template.jinja; here it is written.",
+    "tokenizer.chat_templates": "the names are sorted; the converter's order is a Python set's, new in every run.",
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the converter's class for an architecture does about vocabularies (conversion/llama.py, qwen.py, base.py).
+
+    sentencepiece  tokenizer.model wins over tokenizer.json
+    llama          add_prefix_space, CodeLlama's fill-in-the-middle ids, no BOS for the vocabulary of 49152
+    """
+
+    sentencepiece: bool = False
+    llama: bool = False
+
+
+RULES = {
+    "llama": Rules(sentencepiece=True, llama=True),
+    "qwen2": Rules(sentencepiece=True),
+    "qwen3": Rules(sentencepiece=True),
+    "seed_oss": Rules(),
+}
+# Classes for which the converter has rules of its own, none of which is a plain decoder.
+REFUSED_ARCHITECTURES = frozenset({"InternS1ForConditionalGeneration", "GlmasrModel"})
+CODELLAMA_VOCAB, CODELLAMA_IDS = 32016, {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
+GRANITE_VOCAB = 49152  # small Granite models and SmolLM: BOS exists but must not be added
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The vocabulary as GGUF metadata.
+
+    metadata  tokenizer.* keys -> value, type and sub-type, in the order of the converter
+    notes     each decision that a user should see in the plan, one sentence each
+    """
+
+    metadata: dict[str, GGUFValue]
+    notes: tuple[str, ...] = field(default=())
+
+
+def read_vocabulary(
+    folder: pathlib.Path, *, vocab_size: int, gguf_arch: str, hf_architecture: str, pre: str | None = None
+) -> Vocabulary:
+    """Read the tokenizer of a checkpoint folder and return it as GGUF metadata.
+
+    folder           holds tokenizer.json or tokenizer.model, tokenizer_config.json, config.json, chat templates
+    vocab_size       rows of the embedding: the number of tokens written
+    gguf_arch        'llama', 'qwen2', 'qwen3' or 'seed_oss'
+    hf_architecture  the class in config.json, such as 'LlamaForCausalLM'
+    pre              the name for tokenizer.ggml.pre, instead of the detected one
+
+    Keys, types and values equal those of llama.cpp's converter (conversion/base.py: get_vocab_base, _set_vocab_gpt2,
+    _set_vocab_sentencepiece, _set_vocab_llama_hf; conversion/llama.py: set_vocab) but for DEVIATIONS. Code that the
+    checkpoint brings along is never run.
+
+    Raises StreamquantError if a file is missing, malformed or of an unknown kind, UsageError on a wrong `pre`.
+    """
+    rules = _rules(gguf_arch, hf_architecture)
+    files = read_files(folder, vocab_size=vocab_size)
+    _refuse_unreadable(files)
+    notes = list(files.notes)
+    if files.config.get("auto_map"):
+        notes.append(
+            "tokenizer_config.json asks for code of the checkpoint (auto_map): not run, the files are read instead"
+        )
+    writer = gguf.GGUFWriter(path=None, arch=gguf_arch)
+    if rules.llama and files.config.get("add_prefix_space") is not None:
+        writer.add_add_space_prefix(files.config["add_prefix_space"])
+    pieces = pieces_from_model(files, vocab_size) if rules.sentencepiece else None
+    if pieces is not None or _is_byte_fallback(files):
+        notes += _write_spm(writer, files, pieces, vocab_size, pre)
+    else:
+        notes += _write_bpe(writer, files, vocab_size, pre)
+    if rules.llama:
+        _apply_llama_rules(writer, files, vocab_size)
+    _check_texts(writer, files)
+    metadata = {key: value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")}
+    notes += _notes_on_bos(files, metadata)
+    return Vocabulary(metadata, tuple(dict.fromkeys(notes)))
+
+
+def _rules(gguf_arch: str, hf_architecture: str) -> Rules:
+    if gguf_arch not in RULES or hf_architecture in REFUSED_ARCHITECTURES:
+        raise StreamquantError(
+            "no vocabulary rules for this architecture",
+            where="config.json, architectures",
+            found=f"{hf_architecture} ({gguf_arch})",
+            required=", ".join(RULES),
+        )
+    return RULES[gguf_arch]
+
+
+def _refuse_unreadable(files: TokenizerFiles) -> None:
+    if files.config.get("tokenizer_class") == "HybridDNATokenizer":
+        raise StreamquantError("unknown tokenizer class", where=str(files.folder), found="HybridDNATokenizer")
+    if files.tokenizer is not None or (files.folder / "tokenizer.model").is_file():
+        return
+    others = [name for name in ("tekken.json", "vocab.json", "merges.txt") if (files.folder / name).is_file()]
+    raise StreamquantError(
+        "no tokenizer",
+        where=str(files.folder),
+        found=", ".join(others) or "neither tokenizer.json nor tokenizer.model",
+        required="tokenizer.json or tokenizer.model",
+        hint="write tokenizer.json with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        if others
+        else "copy the tokenizer files of the model into the folder",
+    )
+
+
+def _is_byte_fallback(files: TokenizerFiles) -> bool:
+    """Tell SentencePiece-like BPE (characters, unknown ones as bytes) from byte-level BPE (GPT-2's)."""
+    if files.tokenizer is None:
+        raise StreamquantError(
+            "no tokenizer.json, and tokenizer.model is of no use for this architecture",
+            where=str(files.folder),
+            required="tokenizer.json",
+        )
+    if BYTES in definition_of(files.tokenizer):
+        return False
+    if files.tokenizer["model"].get("byte_fallback"):
+        return True
+    raise StreamquantError(
+        "unknown kind of tokenizer",
+        where=str(files.folder / "tokenizer.json"),
+        found="BPE that is neither byte-level (a ByteLevel pre_tokenizer) nor byte-fallback (model.byte_fallback)",
+        required="one of the two",
+    )
+
+
+def _write_spm(
+    writer: Any, files: TokenizerFiles, pieces: Pieces | None, vocab_size: int, pre: str | None
+) -> Iterable[str]:
+    if pre not in (None, "default"):
+        raise UsageError(
+            "--pre is for byte-level BPE; this tokenizer is SentencePiece", found=repr(pre), required="no --pre"
+        )
+    notes: list[str] = []
+    if pieces is None:
+        pieces = pieces_from_merges(files, vocab_size)
+        notes += _write_space_prefix(writer, files, forced=pre is not None)
+    _write_tokens(writer, "llama", "default", pieces.tokens, pieces.types, pieces.scores)
+    return [*pieces.notes, *notes, *write_special(writer, files, merges=False)]
+
+
+def _write_space_prefix(writer: Any, files: TokenizerFiles, *, forced: bool) -> Iterable[str]:
+    try:
+        prefix, notes = space_prefix(files)
+    except StreamquantError:
+        if not forced:
+            raise
+        return ("tokenizer.json's normalizer or pre_tokenizer is unknown; nothing was checked (--pre default)",)
+    asked = files.config.get("add_prefix_space")
+    if asked is None and not prefix:
+        writer.add_add_space_prefix(False)
+        return (*notes, "tokenizer.ggml.add_space_prefix = false: tokenizer.json puts no space before text")
+    if asked is not None and asked != prefix:
+        return (
+            *notes,
+            f"add_prefix_space = {asked} in tokenizer_config.json, but tokenizer.json does otherwise: the first wins",
+        )
+    return notes
+
+
+def _write_bpe(writer: Any, files: TokenizerFiles, vocab_size: int, pre: str | None) -> Iterable[str]:
+    assert files.tokenizer is not None
+    assert files.backend is not None
+    bos = content_of(files.config.get("bos_token"))
+    name, notes = choose_pre(
+        files.tokenizer,
+        files.backend,
+        bos_id=None if bos is None else files.backend.token_to_id(bos),
+        pre=pre,
+        where=str(files.folder / "tokenizer.json"),
+    )
+    tokens, types = _bpe_tokens(files, vocab_size)
+    _write_tokens(writer, "gpt2", name, tokens, types)
+    padding = types.count(int(gguf.TokenType.UNUSED))
+    padded = (f"{padding} ids have no token: [PADn], unused",) if padding else ()
+    return [*notes, *padded, *write_special(writer, files, merges=True)]
+
+
+def _bpe_tokens(files: TokenizerFiles, vocab_size: int) -> tuple[list[str], list[int]]:
+    """Return text and gguf token type by id; added tokens as plain text, all others in the byte-level alphabet."""
+    backend = files.backend
+    assert backend is not None
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [int(gguf.TokenType.UNUSED)] * vocab_size
+    added = backend.get_added_tokens_decoder()
+    for text, number in backend.get_vocab(with_added_tokens=True).items():
+        token = added.get(number)
+        tokens[number], types[number] = text, int(gguf.TokenType.NORMAL)
+        if token is not None:
+            # llama.cpp compares added tokens with raw text, so a token that is matched in raw text is written as such.
+            raw = text if token.normalized else _raw_text(backend, text)
+            types[number] = added_type(raw, token.special)
+            spaced = types[number] == gguf.TokenType.USER_DEFINED
+            tokens[number] = raw.replace("▁", " ") if spaced else raw
+    return tokens, types
+
+
+def _raw_text(backend: Any, text: str) -> str:
+    ids = backend.encode(text, add_special_tokens=False).ids
+    return str(backend.decode(ids, skip_special_tokens=False))
+
+
+def _write_tokens(
+    writer: Any, model: str, pre: str, tokens: list[str], types: list[int], scores: list[float] | None = None
+) -> None:
+    writer.add_tokenizer_model(model)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    if scores is not None:
+        writer.add_token_scores(scores)
+    writer.add_token_types(types)
+
+
+def _apply_llama_rules(writer: Any, files: TokenizerFiles, vocab_size: int) -> None:
+    if vocab_size == CODELLAMA_VOCAB:
+        write_fill_in_the_middle(writer, files, CODELLAMA_IDS)
+    if vocab_size == GRANITE_VOCAB:
+        writer.kv_data[0].pop(gguf.Keys.Tokenizer.ADD_BOS, None)
+        writer.add_add_bos_token(False)
+
+
+def _check_texts(writer: Any, files: TokenizerFiles) -> None:
+    """Refuse what llama.cpp refuses to load: a text that two ids share (llama-vocab.cpp, load)."""
+    owner: dict[str, int] = {}
+    for number, text in enumerate(writer.kv_data[0][gguf.Keys.Tokenizer.LIST].value):
+        if text in owner:
+            raise StreamquantError(
+                "two tokens have one text; llama.cpp would refuse the file",
+                where=str(files.folder),
+                found=f"{text!r}: ids {owner[text]} and {number}",
+            )
+        owner[text] = number
+
+
+def _notes_on_bos(files: TokenizerFiles, metadata: Mapping[str, GGUFValue]) -> Iterable[str]:
+    """Tell where llama.cpp adds BOS of itself and tokenizer.json does not."""
+    if gguf.Keys.Tokenizer.ADD_BOS in metadata or gguf.Keys.Tokenizer.BOS_ID not in metadata or files.backend is None:
+        return
+    bos = metadata[gguf.Keys.Tokenizer.BOS_ID].value
+    group = group_of(metadata[gguf.Keys.Tokenizer.PRE].value)
+    adds = metadata[gguf.Keys.Tokenizer.MODEL].value == "llama" or (group is not None and group.adds_bos)
+    if adds and files.backend.encode("a").ids[:1] != [bos]:
+        yield f"llama.cpp adds BOS ({bos}) before every text, tokenizer.json by itself does not"

@@ -1,0 +1,1 @@
+"""The variants, and which tensor gets which format in each."""

@@ -1,0 +1,119 @@
+"""config.json's quantization_config, made by compressed-tensors' own QuantizationConfig, never by hand.
+
+compressed-tensors imports torch and transformers: seconds and hundreds of megabytes. So it runs in a process of its
+own, beside the conversion (`python -m convert.quantization_config FP8_DYNAMIC` prints JSON), and what it said
+is kept in the user's cache folder, by its version.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from streamquant.files.folders import cache_folder
+from streamquant.quant.errors import StreamquantError
+
+IGNORE = ("lm_head", "model.embed_tokens")
+"""Modules that stay unquantized. llm-compressor's documented example leaves the embeddings out of this list, and FP8
+embeddings load without an error and are wrong (transformers) or not at all (vLLM)."""
+
+CACHE_VERSION = 1
+"""Raise it when `quantization_config` changes."""
+
+
+class QuantizationConfigs:
+    """The quantization_config of some schemes: from the cache, or computed in the background."""
+
+    def __init__(self, schemes: Iterable[str]) -> None:
+        self._configs = {scheme: _read_cache(scheme) for scheme in sorted(set(schemes))}
+        self._missing = [scheme for scheme, config in self._configs.items() if config is None]
+        self._process: subprocess.Popen[str] | None = None
+        if self._missing:
+            # -P: a folder named `convert` in the user's working directory is not ours
+            command = [sys.executable, "-P", "-m", __name__, *self._missing]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+
+    def __getitem__(self, scheme: str) -> dict[str, Any]:
+        """The quantization_config of `scheme`; waits for it. Raises StreamquantError if compressed-tensors fails."""
+        config = self._configs[scheme]
+        if config is None:
+            self._wait()
+            config = self._configs[scheme]
+            assert config is not None, "the process answers for every scheme that it was given"
+        return config
+
+    def close(self) -> None:
+        """Stop the background process if it is still running."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+
+    def _wait(self) -> None:
+        assert self._process is not None, "a scheme is missing, so the process was started"
+        out, err = self._process.communicate()
+        if self._process.returncode != 0:
+            raise StreamquantError(
+                "compressed-tensors could not describe the scheme",
+                where=", ".join(self._missing),
+                found=err.strip().rpartition("\n")[2] or f"exit code {self._process.returncode}",
+                hint="reinstall compressed-tensors, torch and transformers in the versions of constraints.txt",
+            )
+        for scheme, config in json.loads(out).items():
+            self._configs[scheme] = config
+            _write_cache(scheme, config)
+
+
+def _cache_path(scheme: str) -> Path:
+    version = importlib.metadata.version("compressed-tensors")
+    return cache_folder() / f"quantization_config-{CACHE_VERSION}-{version}-{scheme}.json"
+
+
+def _read_cache(scheme: str) -> dict[str, Any] | None:
+    """What the installed version of compressed-tensors said before; None if it was not asked or the file is damaged."""
+    try:
+        config = json.loads(_cache_path(scheme).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and scheme in config.get("config_groups", {}) else None
+
+
+def _write_cache(scheme: str, config: dict[str, Any]) -> None:
+    """Keep it for the next run; a cache folder that cannot be written is no fault."""
+    path = _cache_path(scheme)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(config))
+        partial.replace(path)
+
+
+def quantization_config(scheme: str) -> dict[str, Any]:
+    """The quantization_config that llm-compressor's model_free_ptq writes for a preset scheme with IGNORE.
+
+    Imports compressed-tensors, and so torch. (compressed_tensors/quantization/quant_config.py)
+    """
+    from compressed_tensors import __version__
+    from compressed_tensors.base import COMPRESSION_VERSION_NAME, TRANSFORM_CONFIG_NAME
+    from compressed_tensors.config import CompressionFormat
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
+
+    preset = preset_name_to_scheme(scheme, ["Linear"])
+    preset.format = CompressionFormat.float_quantized.value
+    config = QuantizationConfig(
+        config_groups={scheme: preset},
+        ignore=list(IGNORE),
+        quantization_status=QuantizationStatus.COMPRESSED,
+        format=CompressionFormat.float_quantized.value,
+    )
+    return {COMPRESSION_VERSION_NAME: __version__, TRANSFORM_CONFIG_NAME: {}, **config.model_dump(mode="json")}
+
+
+if __name__ == "__main__":
+    json.dump({scheme: quantization_config(scheme) for scheme in sys.argv[1:]}, sys.stdout)

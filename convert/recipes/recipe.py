@@ -1,0 +1,279 @@
+"""Which tensor gets which format in a variant, and why.
+
+The rules for GGUF are llama.cpp's: those of convert_hf_to_gguf.py (conversion/base.py, ModelBase.prepare_tensors) for
+F32, F16, BF16 and Q8_0, those of llama-quantize (mix.py) for the rest. The rule for FP8 is llm-compressor's for
+`targets=["Linear"]`, by the role of the tensor in the architecture and not by its name.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from gguf.constants import LlamaFileType
+
+from streamquant.convert.architectures.base import ModelDescription, TensorKind, TensorRule
+from streamquant.convert.recipes.mix import DEFAULTS, UNQUANTIZED, MixModel, MixTensor, choose_mix
+from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides
+from streamquant.convert.recipes.recipe_file import RecipeFile
+from streamquant.convert.source.checkpoint import SourceTensor
+from streamquant.quant.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The format of a tensor in a variant, and the reason, as a user reads it in the plan."""
+
+    format: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a user asked for beside the file type of a GGUF."""
+
+    imatrix: bool = False
+    """Whether there is an importance matrix: some rules depend on it."""
+    overrides: Overrides = NO_OVERRIDES
+
+
+Tensors = Sequence[tuple[SourceTensor, TensorRule]]
+Choose = Callable[[Tensors, ModelDescription, Wishes], dict[str, Choice]]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One variant: how it is called on the command line and in file names, and how it chooses."""
+
+    spec: str
+    """As on the command line: "fp8-dynamic", "gguf:Q8_0"."""
+    container: str
+    """"gguf" or "safetensors"."""
+    label: str
+    """As in names of files and folders: "Q8_0", "FP8-dynamic"."""
+    description: str
+    choose: Choose
+    """All tensors of the model with their rules, and wishes -> the choice for each, by source name."""
+    scheme: str | None = None
+    """The preset of compressed-tensors, for safetensors."""
+    base: str | None = None
+    """llama-quantize's file type, for GGUF: "Q4_K_M" of "gguf:Q4_K_L"."""
+    file: RecipeFile | None = None
+    """Where the variant comes from a recipe file; it takes no other overrides."""
+
+    @property
+    def file_type(self) -> int | None:
+        """general.file_type, for GGUF."""
+        return None if self.base is None else int(_file_type(self.base))
+
+
+def _gguf_fixed(tensor: SourceTensor, rule: TensorRule) -> Choice | None:
+    """The tensors that every GGUF stores as F32."""
+    if len(tensor.shape) <= 1:
+        return Choice("F32", "one-dimensional tensors are F32")
+    if rule.gguf_name.endswith("_norm.weight"):
+        return Choice("F32", "norms are F32")
+    if not rule.gguf_name.endswith(".weight"):
+        return Choice("F32", "only weights are quantized")
+    return None
+
+
+def _gguf_choice(file_type: str, own: Overrides, reason_of_ends: str | None = None) -> Choose:
+    """The rule of llama-quantize for a file type, which for F32, F16, BF16 and Q8_0 is the converter's too."""
+
+    def choose(tensors: Tensors, model: ModelDescription, wishes: Wishes) -> dict[str, Choice]:
+        overrides = _joined(own, wishes.overrides)
+        every = [MixTensor(rule.gguf_name, tensor.shape) for tensor, rule in tensors]
+        mixed = choose_mix(file_type, every, _mix_model(model), imatrix=wishes.imatrix, overrides=overrides)
+        choices = {}
+        for tensor, rule in tensors:
+            kept = tensor.dtype, "--leave-output-tensor: as in the source"
+            name, reason = mixed.get(rule.gguf_name, kept)
+            if reason_of_ends is not None and reason.startswith(("--output-tensor-type", "--token-embedding-type")):
+                reason = reason_of_ends if name == own.output_tensor_type else reason
+            choices[tensor.name] = _gguf_fixed(tensor, rule) or Choice(name, reason)
+        return choices
+
+    return choose
+
+
+def _joined(own: Overrides, wished: Overrides) -> Overrides:
+    """A variant's own overrides, with those of the command line before them."""
+    if not own:
+        return wished
+    return replace(
+        wished,
+        output_tensor_type=wished.output_tensor_type or own.output_tensor_type,
+        token_embedding_type=wished.token_embedding_type or own.token_embedding_type,
+        tensor_types=wished.tensor_types + own.tensor_types,
+        pure=wished.pure or own.pure,
+        leave_output_tensor=wished.leave_output_tensor or own.leave_output_tensor,
+        tensors=own.tensors,
+    )
+
+
+def _mix_model(model: ModelDescription) -> MixModel:
+    heads = {
+        key: int(model.metadata[f"{model.gguf_arch}.attention.{key}"].value) for key in ("head_count", "head_count_kv")
+    }
+    return MixModel(model.gguf_arch, model.block_count, heads["head_count"], heads["head_count_kv"])
+
+
+def _fp8_choice(prefix: str) -> Choose:
+    """Linear layers to FP8; everything else as it is in the source."""
+
+    def choose(tensors: Tensors, _model: ModelDescription, _wishes: Wishes) -> dict[str, Choice]:
+        return {
+            tensor.name: Choice(f"{prefix}_{tensor.dtype}", "linear layer")
+            if rule.kind is TensorKind.LINEAR
+            else Choice(tensor.dtype, f"{rule.kind.value}: kept as in the source")
+            for tensor, rule in tensors
+        }
+
+    return choose
+
+
+def _file_type(base: str) -> LlamaFileType:
+    return LlamaFileType[f"MOSTLY_{base}" if base != "F32" else "ALL_F32"]
+
+
+def _gguf(name: str, description: str) -> Recipe:
+    """A file type of llama-quantize; with the ending _L or _XL the community's form with larger ends."""
+    if name not in LARGE_ENDS:
+        return Recipe(f"gguf:{name}", "gguf", name, description, _gguf_choice(name, NO_OVERRIDES), base=name)
+    ends = Overrides(output_tensor_type="Q8_0", token_embedding_type="Q8_0")
+    choose = _gguf_choice(LARGE_ENDS[name], ends, "embeddings and output at Q8_0")
+    return Recipe(f"gguf:{name}", "gguf", name, description, choose, base=LARGE_ENDS[name])
+
+
+def recipe_of(file: RecipeFile) -> Recipe:
+    """The variant that a recipe file describes.
+
+    Raises UsageError if its base is no file type, or its label that of another variant.
+    """
+    base, label = _gguf_name("gguf", file.base).removeprefix("gguf:"), file.label
+    if f"gguf:{base}" not in RECIPES or base in LARGE_ENDS:
+        known = [recipe.label for recipe in RECIPES.values() if recipe.base == recipe.label]
+        raise UsageError(
+            "unknown base", where=f"recipe {label!r}", found=file.base, required=f"a file type: {', '.join(known)}"
+        )
+    taken = {*NOT_YET, *ALIASES, *(recipe.label.upper() for recipe in RECIPES.values())}
+    if label.upper() in taken:
+        raise UsageError(
+            "label of another variant", where=f"recipe {label!r}", found=label, hint="choose another label"
+        )
+    if base in UNQUANTIZED and (file.overrides.tensor_types or file.overrides.pure):
+        raise UsageError(
+            "no overrides by pattern here",
+            where=f"recipe {label!r}",
+            found=f"base {base}",
+            required="a quantized file type: llama-quantize leaves the others alone",
+            hint="name the tensors one by one below `tensors`",
+        )
+    description = file.note or f"{base} with overrides"
+    choose = _gguf_choice(base, file.overrides)
+    return Recipe(f"gguf:{label}", "gguf", label, description, choose, base=base, file=file)
+
+
+def _fp8(name: str, prefix: str, scheme: str, description: str) -> Recipe:
+    label = name.replace("fp8", "FP8")
+    return Recipe(name, "safetensors", label, description, _fp8_choice(prefix), scheme=scheme)
+
+
+LARGE_ENDS = {"Q3_K_XL": "Q3_K_L", "Q4_K_L": "Q4_K_M", "Q5_K_L": "Q5_K_M", "Q6_K_L": "Q6_K"}
+"""The community's names for a file type with embeddings and output at Q8_0 -> the file type."""
+
+ALIASES = {
+    **{"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"},
+    **{str(int(_file_type(name))): name for name in DEFAULTS},
+}
+"""llama-quantize's other names, and its numbers."""
+
+GGUF_DESCRIPTIONS = {
+    "F32": "32-bit float",
+    "F16": "16-bit float",
+    "BF16": "bfloat16, lossless from BF16",
+    "Q8_0": "8.5 bits, practically lossless",
+    "Q6_K_L": "Q6_K with embeddings and output at Q8_0",
+    "Q6_K": "6.6 bits, very high quality",
+    "Q5_K_L": "Q5_K_M with embeddings and output at Q8_0",
+    "Q5_K_M": "5.7 bits, high quality",
+    "Q5_K_S": "5.5 bits, high quality",
+    "Q4_K_L": "Q4_K_M with embeddings and output at Q8_0",
+    "Q4_K_M": "4.8 bits, good quality, what most people run",
+    "Q4_K_S": "4.6 bits, slightly lower quality",
+    "IQ4_NL": "4.5 bits, non-linear, fast on CPUs",
+    "IQ4_XS": "4.3 bits, non-linear, smaller than Q4_K_S at about its quality",
+    "Q3_K_XL": "Q3_K_L with embeddings and output at Q8_0",
+    "Q3_K_L": "4.3 bits, lower quality",
+    "Q3_K_M": "3.9 bits, low quality",
+    "Q3_K_S": "3.5 bits, low quality",
+    "Q2_K": "3.0 bits, very low quality",
+    "Q2_K_S": "2.8 bits, very low quality; needs an importance matrix",
+    "Q5_1": "6.0 bits, legacy",
+    "Q5_0": "5.5 bits, legacy",
+    "Q4_1": "5.0 bits, legacy",
+    "Q4_0": "4.5 bits, legacy, fast on CPUs",
+    "MXFP4_MOE": "experts at MXFP4, the rest at Q8_0",
+    "TQ2_0": "2.1 bits, for ternary models",
+    "TQ1_0": "1.7 bits, for ternary models",
+}
+"""Every file type that is made."""
+
+NOT_YET = {
+    name: f"of {DEFAULTS[name]}, which is not among the formats yet"
+    for name in DEFAULTS
+    if name not in GGUF_DESCRIPTIONS
+}
+"""File types of llama.cpp that cannot be made yet, and what they are."""
+
+RECIPES: dict[str, Recipe] = {
+    recipe.spec: recipe
+    for recipe in (
+        _fp8("fp8-dynamic", "FP8_CHANNEL", "FP8_DYNAMIC", "E4M3, a scale per output channel; activations per token"),
+        _fp8("fp8-block", "FP8_BLOCK", "FP8_BLOCK", "E4M3, a scale per 128x128 block; activations per group of 128"),
+        *(_gguf(name, description) for name, description in GGUF_DESCRIPTIONS.items()),
+    )
+}
+"""Every variant that can be asked for, by its spelling on the command line."""
+
+NEED_IMATRIX = ("gguf:Q2_K_S",)
+"""Those that are only made with an importance matrix (but where no row fits their format)."""
+
+
+def parse_variants(specs: Sequence[str], files: Sequence[RecipeFile] = ()) -> list[Recipe]:
+    """["fp8-dynamic", "gguf:Q8_0,Q4_K_M"] and recipe files -> recipes, in order, without repetitions.
+
+    llama-quantize's numbers of file types are taken too. Raises UsageError for a variant that does not exist or cannot
+    be made yet, and for two recipe files of one label.
+
+    >>> [recipe.spec for recipe in parse_variants(["gguf:q8_0,Q4_K,18", "fp8-block"])]
+    ['gguf:Q8_0', 'gguf:Q4_K_M', 'gguf:Q6_K', 'fp8-block']
+    """
+    recipes: dict[str, Recipe] = {}
+    for spec in specs:
+        family, colon, types = spec.strip().partition(":")
+        family = family.lower()
+        names = [_gguf_name(family, name) for name in types.split(",")] if colon else [family]
+        for name in names:
+            if name not in RECIPES:
+                raise UsageError("unknown variant", found=name, required=", ".join(RECIPES))
+            recipes[name] = RECIPES[name]
+    for file in files:
+        recipe = recipe_of(file)
+        if recipe.spec in recipes:
+            raise UsageError("two recipes of one label", found=file.label, hint="choose another label for one of them")
+        recipes[recipe.spec] = recipe
+    if not recipes:
+        raise UsageError("no variant asked for", required=f"--recipe, or --to with one of {', '.join(RECIPES)}")
+    return list(recipes.values())
+
+
+def _gguf_name(family: str, name: str) -> str:
+    name = name.strip().upper()
+    name = ALIASES.get(name, name)
+    if name in NOT_YET:
+        raise UsageError(
+            "variant cannot be made yet",
+            found=f"{family}:{name}, {NOT_YET[name]}",
+            required=", ".join(RECIPES),
+        )
+    return f"{family}:{name}"

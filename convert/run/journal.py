@@ -1,0 +1,182 @@
+"""What is done of a conversion: a file of JSON lines that survives kill -9, and is believed only as far as it can be.
+
+    {"journal": 1, "fingerprint": "...", "variants": {}} the plan that this journal belongs to
+    {"chunk": 17, "hashes": ["...", ...]}                written; a hash of each run of bytes, checked on resume
+    {"file": "...", "sha256": "...", "tensors": {...}}   complete, on disk, about to get its final name
+    {"source": "...", "sha256": "..."}                   a source shard, read to its end
+
+Lines are appended with one write each. A line that a crash tore is dropped. A chunk whose bytes did not reach the disk
+(power loss) has another hash than its line says and is converted again.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamquant.quant.errors import StreamquantError
+
+WORK_FOLDER = ".streamquant"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The plan that a journal belongs to."""
+
+    fingerprint: str
+    variants: Mapping[str, str]
+    """Spec -> fingerprint of the variant."""
+
+
+@dataclass
+class Progress:
+    """What a journal says is done."""
+
+    chunks: dict[int, list[str]] = field(default_factory=dict)
+    """Chunk number -> hashes of the bytes written, in the order of the chunk's outputs and parts."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Path -> {"sha256": ..., "tensors": {"PART:TENSOR": hash}}."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Source file name -> sha256."""
+
+    def add(self, line: object) -> None:
+        """Take over a line of the journal. Raises ValueError if it is none."""
+        match line:
+            case {"chunk": int(number), "hashes": list(hashes)} if all(isinstance(item, str) for item in hashes):
+                self.chunks[number] = hashes
+            case {"file": str(path), "sha256": str(sha256), "tensors": dict(tensors)}:
+                self.files[path] = {"sha256": sha256, "tensors": tensors}
+            case {"source": str(name), "sha256": str(sha256)}:
+                self.sources[name] = sha256
+            case _:
+                raise ValueError("not a line of a journal")
+
+
+class Journal:
+    """The journal of one output folder; holding it open locks the folder against a second run."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / WORK_FOLDER
+        self.path = self.folder / "journal.jsonl"
+        self._lock = threading.Lock()
+        self._file: int | None = None
+        self._guard = self._take_lock(out)
+
+    def _take_lock(self, out: Path) -> int:
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            guard = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(guard)
+                raise StreamquantError(
+                    "another streamquant is writing to this folder",
+                    where=str(out),
+                    hint="wait for it or choose another --out",
+                ) from error
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(guard), (self.folder / "lock").stat()):
+                    return guard
+            os.close(guard)  # a run that has just ended removed this lock: it no longer keeps anybody out
+
+    def head(self) -> Head | None:
+        """The plan of the unfinished run in this folder, or None. Raises StreamquantError for a foreign file."""
+        return self._read()[0]
+
+    def open(self, head: Head) -> Progress:
+        """Start a journal for a plan, or go on with the one that is there.
+
+        Raises StreamquantError if an unfinished run of another plan is there.
+        """
+        found, progress = self._read()
+        if found is not None and found.fingerprint != head.fingerprint:
+            raise StreamquantError(
+                "the folder holds an unfinished run of another plan",
+                where=str(self.path),
+                found=f"plan {found.fingerprint[:12]}: {', '.join(found.variants)}",
+                required=f"plan {head.fingerprint[:12]}: the same source (unchanged), variants, options and version",
+                hint="repeat the command that began it, or remove the folder and start again",
+            )
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        if found is None:
+            self._append({"journal": VERSION, "fingerprint": head.fingerprint, "variants": dict(head.variants)})
+        return progress
+
+    def chunk(self, number: int, hashes: list[str]) -> None:
+        """Record that all bytes of a chunk were written."""
+        self._append({"chunk": number, "hashes": hashes})
+
+    def file(self, path: str, sha256: str, tensors: dict[str, str]) -> None:
+        """Record that a file is complete and on disk; the caller renames it next."""
+        self._append({"file": path, "sha256": sha256, "tensors": tensors}, sync=True)
+
+    def source(self, name: str, sha256: str) -> None:
+        """Record the hash of a source file."""
+        self._append({"source": name, "sha256": sha256})
+
+    def remove(self) -> None:
+        """The run is complete: forget it."""
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Release the lock and the file; what was recorded stays."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        with contextlib.suppress(OSError):
+            if not self.path.exists():
+                (self.folder / "lock").unlink()
+                self.folder.rmdir()
+        os.close(self._guard)
+
+    def _append(self, line: dict[str, Any], *, sync: bool = False) -> None:
+        assert self._file is not None, "open() comes first"
+        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            written = os.write(self._file, data)
+            if written != len(data):  # a torn line must not run into the next one
+                os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+                raise OSError(28, os.strerror(28), str(self.path))
+            if sync:
+                os.fsync(self._file)
+
+    def _read(self) -> tuple[Head | None, Progress]:
+        """What the complete lines say; cuts off a torn one."""
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return None, Progress()
+        whole = data.rfind(b"\n") + 1
+        if whole != len(data):
+            os.truncate(self.path, whole)
+        head, progress = None, Progress()
+        for number, text in enumerate(data[:whole].splitlines(), 1):
+            try:
+                line = json.loads(text)
+                if head is None:
+                    head = _head(line)
+                else:
+                    progress.add(line)
+            except (ValueError, RecursionError) as error:
+                raise StreamquantError(
+                    "cannot read the journal of an unfinished run",
+                    where=str(self.path),
+                    found=f"line {number}: {error}",
+                    hint="remove the output folder and start again",
+                ) from error
+        return head, progress
+
+
+def _head(line: object) -> Head:
+    match line:
+        case {"journal": int(version), "fingerprint": str(fingerprint), "variants": dict(variants)}:
+            if version == VERSION:
+                return Head(fingerprint, variants)
+    raise ValueError(f"not the head of a journal of version {VERSION}")

@@ -1,0 +1,321 @@
+"""A Hugging Face checkpoint: its shards and index -> tensors with dtype, shape and byte range. No weight is read here.
+
+The headers are checked by our own rules before anything else; afterwards only byte ranges are read, and nothing in the
+folder is ever written. A checkpoint of the Hub is the same thing: convert/source/open.py makes it.
+"""
+
+import hashlib
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamquant.files.safetensors_file import StoredTensor, read_header
+from streamquant.files.strict_json import read_json_object
+from streamquant.hub.repo import HubRepo
+from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.quant.widen import SOURCE_DTYPES
+
+SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+WEIGHT_SUFFIXES = frozenset(
+    (
+        *(".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml"),
+        *(".h5", ".msgpack", ".onnx", ".npz", ".npy", ".tflite", ".mlmodel"),
+    )
+)
+MAX_CONFIG = 8 * 1024 * 1024
+"""Bytes of config.json: a thousand times the usual; small values take a hundred times their text in memory."""
+MAX_SIDE_FILE = 128 * 1024 * 1024
+"""Larger files without a known suffix hold weights, whatever they are called."""
+SIDE_FOLDERS = ("additional_chat_templates",)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A tensor of the checkpoint: bytes [start, stop) of `file`, little endian, row-major."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix; 1 for a vector or scalar."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def row_length(self) -> int:
+        """Weights in a row: all of them for a vector."""
+        return self.count // self.rows
+
+    @property
+    def count(self) -> int:
+        """Weights in the tensor."""
+        return (self.stop - self.start) // SOURCE_DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A shard as it was when the plan was made; a change of any field means another source."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    """0 for a shard of the Hub."""
+    header_sha256: str
+    etag: str | None = None
+    """The hash of the whole file by which the Hub knows it; None in a local folder."""
+
+    @property
+    def identity(self) -> list[str | int]:
+        """What a fingerprint says of the file."""
+        known = [] if self.etag is None else [self.etag]
+        return [self.name, self.size, self.mtime_ns, self.header_sha256, *known]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint, its headers read and checked: a local folder, or a repo of the Hub."""
+
+    folder: Path
+    """Holds the shards, unless they are remote, and all files that planning reads. Its name is the model's."""
+    config: Mapping[str, Any]
+    files: tuple[SourceFile, ...]
+    tensors: Mapping[str, SourceTensor]
+    """By name, in the order of their data on disk: files by name, tensors by offset."""
+    side_files: tuple[str, ...]
+    """Files that belong to the model and hold no weights, relative to the folder."""
+    ignored_files: tuple[str, ...]
+    """Files in the folder that are not part of the checkpoint or hold weights in another form."""
+    hub: HubRepo | None = None
+    """Where it comes from, if it comes from the Hub."""
+    remote: bool = False
+    """Whether shards have to be fetched from `hub`."""
+
+    @property
+    def name(self) -> str:
+        """The name of the model: that of its folder."""
+        return self.folder.name
+
+    @property
+    def parameter_count(self) -> int:
+        """Weights in all tensors."""
+        return sum(tensor.count for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.stop - tensor.start for tensor in self.tensors.values())
+
+    def check_unchanged(self) -> None:
+        """Raise StreamquantError if a shard was replaced, truncated or touched since the headers were read.
+
+        Shards of the Hub cannot change: their commit and hashes are known.
+        """
+        for file in () if self.remote else self.files:
+            now = stat_shard(self.folder / file.name)
+            if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
+                raise StreamquantError(
+                    "a source file changed while it was being converted",
+                    where=str(self.folder / file.name),
+                    found=f"{now.st_size:,} bytes, modified at {now.st_mtime_ns} ns",
+                    required=f"{file.size:,} bytes, modified at {file.mtime_ns} ns",
+                    hint="wait until the download is complete, remove the output folder, and convert again",
+                )
+
+    def where(self, shard: str) -> str:
+        """A shard as messages name it."""
+        return f"{self.hub}/{shard}" if self.remote else str(self.folder / shard)
+
+
+def open_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) -> Checkpoint:
+    """Read the config, the index and the headers of all shards of a local checkpoint.
+
+    Tensors of other dtypes than `dtypes` (safetensors' names) are refused. Raises UsageError without such a folder,
+    StreamquantError for everything in it that is missing or broken.
+    """
+    if not folder.is_dir():
+        raise UsageError(
+            "no such model folder",
+            where=str(folder),
+            required="a folder with config.json and safetensors",
+            hint="download the model first: hf download ORG/MODEL --local-dir DIR",
+        )
+    folder = folder.resolve()
+    config = read_config(folder)
+    names, weight_map = read_index(folder)
+    files: list[SourceFile] = []
+    stored: dict[str, Collection[StoredTensor]] = {}
+    for name in names:
+        before = stat_shard(folder / name)
+        entries, _, header = read_header(folder / name)
+        files.append(SourceFile(name, before.st_size, before.st_mtime_ns, hashlib.sha256(header).hexdigest()))
+        stored[name] = entries.values()
+    tensors = collect_tensors(stored, weight_map, str(folder), dtypes)
+    side, ignored = _other_files(folder, {*names, INDEX, CONFIG})
+    return Checkpoint(folder, config, tuple(files), tensors, side, ignored)
+
+
+def collect_tensors(
+    stored: Mapping[str, Collection[StoredTensor]],
+    weight_map: Mapping[str, str] | None,
+    where: str,
+    dtypes: Collection[str] = SOURCE_DTYPES,
+) -> dict[str, SourceTensor]:
+    """Shard -> its tensors, in their order, to the tensors of a checkpoint by name, compared with the index.
+
+    Raises StreamquantError for a tensor that occurs twice, is empty or of another dtype, for none at all, and for an
+    index that says something else.
+    """
+    tensors: dict[str, SourceTensor] = {}
+    for name, entries in stored.items():
+        for tensor in entries:
+            _add(tensors, tensor, name, where, dtypes)
+    if weight_map is not None:
+        _compare_with_index(weight_map, tensors, where)
+    if not tensors:
+        raise StreamquantError("checkpoint without tensors", where=where)
+    return tensors
+
+
+def stat_shard(path: Path) -> os.stat_result:
+    """What the file system says of a shard. Raises StreamquantError if it is not there."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise StreamquantError(
+            "missing shard", where=str(path), found=error.strerror, hint="download the missing file"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. Raises StreamquantError if there is none, or it is not a JSON object."""
+    if not (folder / CONFIG).is_file():
+        raise StreamquantError(
+            "not a Hugging Face checkpoint", where=str(folder), found="no config.json", required="config.json"
+        )
+    return read_json_object(folder / CONFIG, MAX_CONFIG)
+
+
+def read_index(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The shards in their order and the weight map (tensor name -> file name), None for a checkpoint of one file.
+
+    Raises StreamquantError if there are no weights, or the index is not one or names a file elsewhere.
+    """
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE_FILE).is_file():
+            raise _no_weights(folder)
+        return [SINGLE_FILE], None
+    weight_map = read_weight_map(folder)
+    return sorted(set(weight_map.values())), weight_map
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, by the index of a folder, which is there. Raises StreamquantError as read_index."""
+    weight_map = read_json_object(folder / INDEX).get("weight_map")
+    where = f"{folder / INDEX}, weight_map"
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise StreamquantError("broken index", where=where, required="an object: tensor name -> file name")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not file.isprintable() or Path(file).name != file or file in ("", ".", ".."):
+            raise StreamquantError(
+                "index names a file outside the checkpoint's folder",
+                where=f"{where}, tensor {tensor!r}",
+                found=repr(file),
+                required="a plain file name",
+            )
+        if not file.endswith(".safetensors"):
+            raise StreamquantError(
+                "index names a file that is not safetensors", where=f"{where}, tensor {tensor!r}", found=file
+            )
+    return weight_map
+
+
+def _no_weights(folder: Path) -> StreamquantError:
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
+    found, hint = "no safetensors", "download the model's weights"
+    if shards:
+        found, hint = f"{', '.join(shards[:3])} without an index", f"download {INDEX}"
+    elif pickles:
+        found = f"{', '.join(pickles[:3])}: pickle files run code when they are loaded and are never read"
+        hint = "convert them to safetensors first"
+    return StreamquantError(
+        "no weights to convert", where=str(folder), found=found, required=f"{SINGLE_FILE} or {INDEX}", hint=hint
+    )
+
+
+def _add(
+    tensors: dict[str, SourceTensor], stored: StoredTensor, file: str, folder: str, dtypes: Collection[str]
+) -> None:
+    where = f"{folder}/{file}, tensor {stored.name!r}"
+    if stored.name in tensors:
+        raise StreamquantError("tensor occurs twice", where=where, found=f"also in {tensors[stored.name].file}")
+    if stored.dtype not in dtypes:
+        raise StreamquantError(
+            "dtype cannot be converted",
+            where=where,
+            found=stored.dtype,
+            required=", ".join(dtypes),
+            hint="streamquant starts from the unquantized checkpoint",
+        )
+    if stored.start == stored.stop:
+        raise StreamquantError("tensor without weights", where=where, found=f"shape {list(stored.shape)}")
+    tensors[stored.name] = SourceTensor(stored.name, stored.dtype, stored.shape, file, stored.start, stored.stop)
+
+
+def _compare_with_index(weight_map: Mapping[str, str], tensors: dict[str, SourceTensor], folder: str) -> None:
+    where = f"{folder}/{INDEX}"
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise StreamquantError(
+                "tensor of the index is in no shard",
+                where=where,
+                found=f"no {name!r} in {file}",
+                hint="download it again",
+            )
+        if tensors[name].file != file:
+            raise StreamquantError(
+                "index and shards disagree", where=f"{where}, {name!r}", found=tensors[name].file, required=file
+            )
+    for name, tensor in tensors.items():
+        if name not in weight_map:
+            raise StreamquantError(
+                "tensor of a shard is not in the index",
+                where=f"{folder}/{tensor.file}, tensor {name!r}",
+                hint=f"shards and {INDEX} are of different versions; download both again",
+            )
+
+
+def _other_files(folder: Path, known: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What else lies in the folder: (side files that come along, files that do not)."""
+    side: list[str] = []
+    ignored: list[str] = []
+    for path in sorted(folder.iterdir()):
+        if path.name in known or path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if path.name in SIDE_FOLDERS:
+                side += [f"{path.name}/{child.name}" for child in sorted(path.iterdir()) if _is_side_file(child)]
+            else:
+                ignored.append(f"{path.name}/")
+        else:
+            (side if _is_side_file(path) else ignored).append(path.name)
+    return tuple(side), tuple(ignored)
+
+
+def _is_side_file(path: Path) -> bool:
+    return path.is_file() and may_be_side_file(path.name, path.stat().st_size)
+
+
+def may_be_side_file(name: str, size: int) -> bool:
+    """Whether a file of this name and size belongs to a model and holds no weights."""
+    holds_weights = Path(name).suffix.lower() in WEIGHT_SUFFIXES or name.endswith(".index.json")
+    return not holds_weights and size <= MAX_SIDE_FILE

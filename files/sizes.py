@@ -1,0 +1,31 @@
+"""Sizes as users write and read them."""
+
+import re
+
+from streamquant.quant.errors import UsageError
+
+
+def parse_size(text: str, where: str) -> int:
+    """Bytes of a size as llama.cpp writes it: decimal, with K, M, G or T. Raises UsageError, which names `where`.
+
+    >>> parse_size("45G", "--split-max-size")
+    45000000000
+    """
+    match = re.fullmatch(r"([1-9]\d*)([KMGT]?)B?", text.strip().upper())
+    if match is None:
+        raise UsageError("not a size", where=where, found=repr(text), required="a number with K, M, G or T, like 40G")
+    exponent = " KMGT".index(match[2] or " ")
+    return int(match[1]) * int(1000**exponent)
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units, as disks and the Hub count them.
+
+    >>> human_bytes(431_234_567_890), human_bytes(999)
+    ('431.23 GB', '999 B')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -1,0 +1,428 @@
+"""The layer-streamed forward pass: many models in lock step, one decoder layer in memory at a time.
+
+The layers are transformers' own modules, built on the meta device and filled for as long as they are needed: read
+layer i of each model, push all rows of tokens through it, keep the hidden states, drop the weights. Each weight is read
+once however many tokens there are, and memory is that of two layers and the hidden states, whatever the depth: while
+one layer computes, a thread reads the next.
+"""
+
+import ctypes
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamquant.model.variants.variant import EMBEDDINGS, FINAL_NORM, Variant
+from streamquant.quant.errors import StreamquantError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+DType = Literal["bf16", "f32"]
+Tokens = NDArray[np.int64]
+"""int64[chunks, context]: token ids, each row a text of its own from position 0."""
+
+TORCH_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+BATCH_TOKENS = 2048
+"""Tokens that go through a layer at a time, as many as llama.cpp's n_batch; whole chunks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How to compute. The defaults fit the machine: see `default_setting`."""
+
+    device: str = "cpu"
+    dtype: DType = "f32"
+    """Of weights and hidden states. Logits and statistics are float32 and float64 in either case."""
+    weights_only: bool = False
+    """Leave activations as they are where the runtime would quantize them."""
+    batch_tokens: int = BATCH_TOKENS
+    memory_limit: int | None = None
+    """Bytes of hidden states that are kept in memory; more go to a file. None: a quarter of what is free."""
+    scratch: Path | None = None
+    """Folder of that file, None for the system's. It is removed at the end, and by the system after a crash."""
+
+
+def default_setting(device: str = "auto") -> Setting:
+    """cuda and bf16 where there is a GPU, else cpu and f32: on CPUs without AMX, BF16 is several times slower."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("no such device", found=device, required="cpu: torch sees no CUDA GPU here")
+    return Setting(device=device, dtype="bf16" if device.startswith("cuda") else "f32")
+
+
+InputObserver = Callable[[str, "torch.Tensor"], None]
+"""Gets the HF name of a linear layer ("model.layers.0.mlp.up_proj") and its input, [chunks, tokens, n]."""
+
+
+@dataclass(eq=False)
+class Lane:
+    """One model of the lock step, and how it is computed where that differs from the setting."""
+
+    variant: Variant
+    dtype: DType | None = None
+    batch_tokens: int | None = None
+    weights_only: bool | None = None
+    on_input: InputObserver | None = None
+    on_weight: "Callable[[str, int, torch.Tensor], None] | None" = None
+    """Gets name, first row and float32 rows of every tensor while it is decoded, in the reading thread."""
+    hidden: "torch.Tensor | None" = field(default=None, init=False)
+    """[chunks, context, hidden_size] after the last layer that ran; before the final norm."""
+    bytes_read: int = field(default=0, init=False)
+
+    def torch_dtype(self, setting: Setting) -> "torch.dtype":
+        """The dtype that this lane computes in."""
+        import torch
+
+        return getattr(torch, TORCH_DTYPES[self.dtype or setting.dtype])
+
+    def batch(self, setting: Setting, context: int) -> int:
+        """Chunks that go through a layer at a time."""
+        return max(1, (self.batch_tokens or setting.batch_tokens) // context)
+
+    def quantizes_inputs(self, setting: Setting) -> bool:
+        """Whether quantized activations are emulated."""
+        weights_only = setting.weights_only if self.weights_only is None else self.weights_only
+        return not weights_only
+
+
+LayerObserver = Callable[[int, int, Lane], None]
+"""Gets (layer, number of the lane, lane) when the lane's hidden states are those after the layer; -1: embeddings."""
+
+
+def run_layers(
+    lanes: Sequence[Lane],
+    tokens: Tokens,
+    setting: Setting,
+    on_layer: LayerObserver = lambda _layer, _number, _lane: None,
+) -> None:
+    """Run all decoder layers of all lanes over `tokens`, in lock step; leaves `Lane.hidden` for the head.
+
+    Raises StreamquantError if a token is not in a vocabulary, and what reading raises. The hidden states live until the
+    lanes are dropped.
+    """
+    import torch
+
+    check_tokens(lanes, tokens)
+    models = [_Model(lane, tokens.shape, setting) for lane in lanes]
+    with torch.inference_mode():
+        for number, model in enumerate(models):
+            model.embed(tokens)
+            on_layer(-1, number, lanes[number])
+        steps = [
+            (layer, number)
+            for layer in range(max((model.layers for model in models), default=0))
+            for number, model in enumerate(models)
+            if layer < model.layers
+        ]
+        last_of_layer = dict(steps)
+        for (layer, number), weights in _ahead(steps, lambda step: models[step[1]].read(step[0])):
+            models[number].step(layer, weights)
+            del weights
+            # Once a layer: the next model takes what one leaves. Mapping the same pages again was a tenth of the time.
+            if number == last_of_layer[layer]:
+                release_memory()
+            on_layer(layer, number, lanes[number])
+
+
+def release_memory() -> None:
+    """Give free memory back to the system: malloc of glibc keeps it, scattered, and several MB more with each layer."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def check_tokens(lanes: Sequence[Lane], tokens: Tokens) -> None:
+    """Raise StreamquantError if there are no tokens, or a token has no row in the embeddings of a lane."""
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise StreamquantError("no tokens to run", found=f"shape {list(tokens.shape)}", required="[chunks, context]")
+    for lane in lanes:
+        size = lane.variant.description.vocab_size
+        if int(tokens.max()) >= size or int(tokens.min()) < 0:
+            raise StreamquantError(
+                "a token is not in the vocabulary",
+                where=str(lane.variant.path),
+                found=int(tokens.max()) if int(tokens.max()) >= size else int(tokens.min()),
+                required=f"0 to {size - 1}",
+                hint="the tokenizer is not that of this model",
+            )
+
+
+def _ahead(
+    steps: Sequence[tuple[int, int]], read: "Callable[[tuple[int, int]], dict[str, torch.Tensor]]"
+) -> "Iterator[tuple[tuple[int, int], dict[str, torch.Tensor]]]":
+    """Each step with what `read` gives for it, which a thread reads while the caller works on the step before."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        coming: Future[dict[str, torch.Tensor]] | None = None
+        for at, step in enumerate(steps):
+            weights = coming.result() if coming is not None else read(step)
+            coming = reader.submit(read, steps[at + 1]) if at + 1 < len(steps) else None
+            yield step, weights
+            del weights
+
+
+class _Model:
+    """A lane with its skeleton on the meta device, rotary tables, masks and hidden states."""
+
+    def __init__(self, lane: Lane, shape: tuple[int, ...], setting: Setting) -> None:
+        import torch
+
+        self.lane, self.setting = lane, setting
+        self.dtype, self.device = lane.torch_dtype(setting), torch.device(setting.device)
+        self.batch = lane.batch(setting, shape[1])
+        self.skeleton = build_skeleton(lane.variant)
+        self.layers = lane.variant.description.block_count
+        size = (shape[0], shape[1], lane.variant.config["hidden_size"])
+        lane.hidden = allocate_hidden(size, self.dtype, setting)
+        positions = torch.arange(shape[1], device=self.device)[None]
+        self.rotary = rotary_tables(self.skeleton, lane.variant, positions, self.dtype)
+        self.positions = positions
+
+    def embed(self, tokens: Tokens) -> None:
+        """The hidden states before the first layer; only the rows that occur are read."""
+        import torch
+
+        assert self.lane.hidden is not None
+        for first in range(0, len(tokens), self.batch):
+            ids, inverse = np.unique(tokens[first : first + self.batch], return_inverse=True)
+            rows = self.lane.variant.rows(EMBEDDINGS, ids.tolist()).to(self.dtype)
+            picked = rows[torch.from_numpy(inverse.reshape(-1))]
+            self.lane.hidden[first : first + self.batch] = picked.reshape(-1, tokens.shape[1], rows.shape[1])
+
+    def read(self, layer: int) -> "dict[str, torch.Tensor]":
+        """The weights of a layer by their names in it, on the device."""
+        variant, prefix = self.lane.variant, f"model.layers.{layer}."
+        weights = {}
+        for name in variant.layer_names(layer):
+            weights[name.removeprefix(prefix)] = variant.read(name, self.dtype, self._observer(name)).to(self.device)
+            self.lane.bytes_read += variant.tensors[name].nbytes if name in variant.tensors else 0
+        return weights
+
+    def _observer(self, name: str) -> "Callable[[int, torch.Tensor], None] | None":
+        observe = self.lane.on_weight
+        if observe is None or name not in self.lane.variant.tensors:
+            return None
+        return lambda first, block: observe(name, first, block)
+
+    def step(self, layer: int, weights: "dict[str, torch.Tensor]") -> None:
+        """Push all rows through a layer, and empty it again."""
+        module = self.skeleton.model.layers[layer]
+        module.load_state_dict(weights, strict=False, assign=True)
+        left = [name for name, parameter in module.named_parameters() if parameter.device.type == "meta"]
+        if left:
+            raise StreamquantError(
+                "transformers' layer has a tensor that the variant does not have",
+                where=str(self.lane.variant.path),
+                found=f"no {left[0]!r} in layer {layer}",
+            )
+        mask = causal_mask(self.skeleton.config, layer, self.positions)
+        hidden = self.lane.hidden
+        assert hidden is not None
+        with ExitStack() as hooks:
+            self._hook(hooks, module, f"model.layers.{layer}.")
+            for first in range(0, len(hidden), self.batch):
+                rows = hidden[first : first + self.batch]
+                output = module(
+                    rows.to(self.device),
+                    attention_mask=mask,
+                    position_ids=self.positions,
+                    past_key_values=None,
+                    use_cache=False,
+                    position_embeddings=self.rotary,
+                )
+                rows.copy_(output[0] if isinstance(output, tuple) else output)
+        module.to("meta")
+
+    def _hook(self, hooks: ExitStack, module: Any, prefix: str) -> None:
+        """Watch and quantize the inputs of the linear layers while `hooks` is open."""
+        import torch
+
+        last: list[Any] = [None, None, None]  # q, k and v have one input, and gate and up: it is quantized once
+        for name, linear in module.named_modules():
+            if not isinstance(linear, torch.nn.Linear):
+                continue
+            observe = self.lane.on_input
+            quantize = (
+                self.lane.variant.input_quantizer(prefix + name) if self.lane.quantizes_inputs(self.setting) else None
+            )
+
+            def before(
+                _module: Any, arguments: Any, name: str = name, observe: Any = observe, quantize: Any = quantize
+            ) -> Any:
+                (x,) = arguments
+                if observe is not None:
+                    observe(prefix + name, x)
+                if quantize is None:
+                    return None
+                if last[0] is not x or last[1] is not quantize:
+                    last[:] = [x, quantize, quantize(x)]
+                return (last[2],)
+
+            if observe is not None or quantize is not None:
+                hooks.callback(linear.register_forward_pre_hook(before).remove)
+
+
+def build_skeleton(variant: Variant) -> Any:
+    """transformers' model of the variant's class on the meta device: no weights, no memory. Attention: sdpa."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    settings = {key: value for key, value in variant.config.items() if key not in ("dtype", "torch_dtype")}
+    config = CONFIG_MAPPING[variant.config["model_type"]].from_dict(settings)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def rotary_tables(
+    skeleton: Any, variant: Variant, positions: "torch.Tensor", dtype: "torch.dtype"
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """cos and sin [1, context, head_dim]: by transformers' rotary module, with the frequencies of the file if it has
+    its own (GGUF)."""
+    import torch
+
+    module = type(skeleton.model.rotary_emb)(config=skeleton.config)
+    own = variant.rotary()
+    if own is not None:
+        module.inv_freq, module.attention_scaling = own
+        module.original_inv_freq = own[0]
+    module = module.to(positions.device)
+    cos, sin = module(torch.empty(0, dtype=dtype, device=positions.device), positions)
+    return cos, sin
+
+
+def inverse_frequencies(variant: Variant) -> "tuple[torch.Tensor, float]":
+    """(float32[head_dim / 2], factor): the rotation per position of a variant, as it will be computed."""
+    own = variant.rotary()
+    if own is not None:
+        return own
+    skeleton = build_skeleton(variant)
+    module = type(skeleton.model.rotary_emb)(config=skeleton.config)
+    return module.inv_freq.float(), float(module.attention_scaling)
+
+
+def causal_mask(config: Any, layer: int, positions: "torch.Tensor") -> "torch.Tensor | None":
+    """bool[1, 1, context, context], True where a position is seen; None for plain causal attention.
+
+    A window as in transformers' masking_utils.py: a token sees itself and the sliding_window - 1 tokens before it.
+    """
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if types is not None and types[layer] != "sliding_attention":
+        window = None
+    if window is None or window >= positions.shape[1]:
+        return None
+    distance = positions[0][:, None] - positions[0][None, :]
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+# Hidden states
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a device."""
+    import torch
+
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def allocate_hidden(shape: tuple[int, ...], dtype: "torch.dtype", setting: Setting) -> "torch.Tensor":
+    """Room for hidden states: on the device, in memory, or mapped to a file that has no name, by what fits."""
+    import torch
+
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    limit = free_memory(setting.device) // 4 if setting.memory_limit is None else setting.memory_limit
+    if nbytes <= limit:
+        return torch.empty(shape, dtype=dtype, device=setting.device)
+    folder = setting.scratch
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix="streamquant-hidden-", dir=folder)
+    try:
+        os.truncate(handle, nbytes)
+        return torch.from_file(name, shared=True, size=int(np.prod(shape)), dtype=dtype).reshape(shape)
+    except OSError as error:
+        raise StreamquantError(
+            "no room for the hidden states", where=name, found=error.strerror, required=f"{nbytes:,} bytes"
+        ) from error
+    finally:
+        os.close(handle)
+        Path(name).unlink()
+
+
+# The head
+
+
+class Head:
+    """Final norm and output matrix of a variant: hidden states -> logits.
+
+    Logits are float32 sums of products that are exact in float32, also where weights and hidden states are BF16: a
+    BF16 head, as transformers has it, would round logits to three digits.
+    """
+
+    def __init__(self, lane: Lane, setting: Setting) -> None:
+        import torch
+
+        variant = lane.variant
+        self.dtype, self.device = lane.torch_dtype(setting), torch.device(setting.device)
+        self.norm = build_skeleton(variant).model.norm
+        self.norm.load_state_dict({"weight": variant.read(FINAL_NORM, self.dtype).to(self.device)}, assign=True)
+        observe = lane.on_weight
+        name = variant.head_name
+        on_block = None if observe is None else lambda first, block: observe(name, first, block)
+        self.weight = variant.read(name, self.dtype, on_block).to(self.device)
+        lane.bytes_read += variant.tensors[name].nbytes
+        self.quantize = None
+        if lane.quantizes_inputs(setting):
+            self.quantize = variant.input_quantizer(name.removesuffix(".weight"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output matrix in memory."""
+        return int(self.weight.numel() * self.weight.element_size())
+
+    def logits(self, hidden: "torch.Tensor") -> "torch.Tensor":
+        """[rows, hidden_size] before the final norm -> float32[rows, vocabulary], on the device."""
+        import torch
+
+        with torch.inference_mode():
+            x = self.norm(hidden.to(self.device, self.dtype))
+            if self.quantize is not None:
+                x = self.quantize(x[None])[0]
+            if self.dtype == torch.float32:
+                return torch.nn.functional.linear(x, self.weight)
+            x = x.float()
+            out = torch.empty((len(x), len(self.weight)), dtype=torch.float32, device=self.device)
+            for first in range(0, len(self.weight), 8192):
+                torch.matmul(x, self.weight[first : first + 8192].float().T, out=out[:, first : first + 8192])
+            return out
+
+
+def scored_positions(context: int) -> tuple[int, int]:
+    """(first, stop) of the positions whose next token is scored: as llama-perplexity, the second half of each chunk.
+
+    >>> scored_positions(512)
+    (256, 511)
+    """
+    return context // 2, context - 1
+
+
+def all_logits(variant: Variant, tokens: Tokens, setting: Setting) -> "torch.Tensor":
+    """float32[chunks, context, vocabulary]: for small models and tests; nothing else holds logits whole."""
+    import torch
+
+    lane = Lane(variant)
+    run_layers([lane], tokens, setting)
+    head = Head(lane, setting)
+    assert lane.hidden is not None
+    return torch.stack([head.logits(rows) for rows in lane.hidden])

@@ -1,0 +1,327 @@
+"""A compressed-tensors checkpoint, decoded by that library's own code, its quantization_config honoured.
+
+What the weights mean, which modules are quantized and what happens to activations is decided by compressed-tensors:
+QuantizationConfig reads the config, its matching finds the scheme of a module, the compressor of the format decodes,
+and its fake quantization is what `input_quantizer` applies (quantization/lifecycle/forward.py of compressed-tensors,
+which is what transformers runs).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from streamquant.convert.architectures import TensorKind, TensorRule
+from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
+from streamquant.model.activations import E4M3_MULTIPLE, through_e4m3
+from streamquant.model.problem import Problem
+from streamquant.model.variants.variant import (
+    FolderVariant,
+    VariantTensor,
+    check_finite,
+    missing_tensor,
+    rows_per_block,
+    wrong_shape,
+)
+from streamquant.quant.errors import StreamquantError
+
+if TYPE_CHECKING:
+    import torch
+
+ROW_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
+"""Formats whose weight has the shape of the weights: they are decoded by rows. Others are decoded whole."""
+FLOATS = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A linear layer or embedding: its scheme, None where it is not quantized, and its stored tensors by local name."""
+
+    scheme: Any
+    compressor: Any
+    stored: Mapping[str, SourceTensor]
+
+
+class CompressedVariant(FolderVariant):
+    """A folder with quant_method "compressed-tensors" in its quantization_config."""
+
+    kind = "compressed-tensors"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self._quantization = self._read_quantization(checkpoint.config["quantization_config"])
+        self._modules: dict[str, Module] = {}
+        self._quantizers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        """Of modules whose inputs are quantized in the same way the same, so that q, k and v can share the result."""
+        self.tensors = {}
+        for rule in self.description.rules.values():
+            self._add(rule)
+        stored = {t.name for module in self._modules.values() for t in module.stored.values()}
+        self._note_unexplained(stored | set(self.tensors))
+
+    def _read_quantization(self, settings: object) -> Any:
+        where = f"{self.path / 'config.json'}, quantization_config"
+        if not isinstance(settings, dict) or settings.get("quant_method") != "compressed-tensors":
+            found = settings.get("quant_method") if isinstance(settings, dict) else type(settings).__name__
+            raise StreamquantError(
+                "unknown quantization", where=where, found=found, required="quant_method 'compressed-tensors'"
+            )
+        for key in ("transform_config", "sparsity_config"):
+            if settings.get(key):
+                raise StreamquantError(
+                    f"{key} is not supported", where=where, found=str(settings[key])[:200], required="none"
+                )
+        from compressed_tensors.quantization import QuantizationConfig
+        from pydantic import ValidationError
+
+        try:
+            config = QuantizationConfig.model_validate(
+                {key: value for key, value in settings.items() if key in QuantizationConfig.model_fields}
+            )
+        except (ValidationError, ValueError) as error:
+            found = str(error).replace("\n", "; ")[:300]
+            raise StreamquantError("compressed-tensors refuses the config", where=where, found=found) from error
+        if config.kv_cache_scheme is not None:
+            self.problems.append(
+                Problem("kv-cache", "note", "the quantized key-value cache is not emulated", where=where)
+            )
+        return config
+
+    def _scheme(self, module: str, kind: TensorKind) -> Any:
+        """The scheme of a module, as compressed-tensors' apply_quantization_config finds it; None: not quantized."""
+        import torch
+        from compressed_tensors.utils.match import match_targets
+
+        blank = torch.nn.Embedding if kind is TensorKind.EMBEDDING else torch.nn.Linear
+        with torch.device("meta"):
+            instance = blank(1, 1)
+        targets = {target: scheme for scheme in self._quantization.config_groups.values() for target in scheme.targets}
+        if match_targets(module, instance, self._quantization.ignore):
+            return None
+        matched = match_targets(module, instance, targets)
+        return targets[matched[0]] if matched else None
+
+    def _add(self, rule: TensorRule) -> None:
+        """Match a rule with what the files hold."""
+        name = rule.hf_name
+        module, _, _ = name.rpartition(".")
+        quantizable = rule.kind in (TensorKind.LINEAR, TensorKind.HEAD, TensorKind.EMBEDDING)
+        scheme = self._scheme(module, rule.kind) if quantizable else None
+        if scheme is not None and scheme.weights is not None and self._add_quantized(rule, module, scheme):
+            return
+        tensor = self.checkpoint.tensors.get(name)
+        if tensor is None:
+            if rule.required:
+                raise missing_tensor(rule, self.path, name)
+            return
+        if tensor.shape != rule.shape:
+            raise wrong_shape(rule, self.path / tensor.file, name, tensor.shape)
+        if tensor.dtype not in FLOATS:
+            self.problems.append(
+                Problem(
+                    "quantized-tensor",
+                    "error",
+                    "a quantized tensor that quantization_config leaves out: runtimes take its codes for weights, "
+                    "or refuse the file",
+                    where=f"{tensor.file}, tensor {name!r}",
+                    found=tensor.dtype,
+                    required="BF16, or a target in quantization_config",
+                )
+            )
+        self.tensors[name] = VariantTensor(name, tensor.dtype, tensor.shape, tensor.stop - tensor.start)  # type: ignore[index] # filled here, read-only outside
+
+    def _add_quantized(self, rule: TensorRule, module: str, scheme: Any) -> bool:
+        """Add a tensor that a scheme covers; False if it is stored as plain floats all the same."""
+        import torch
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.compressors.format import infer_module_format
+
+        named = scheme.format or self._quantization.format
+        if named in (None, "mixed-precision"):
+            named = infer_module_format(torch.nn.Linear, scheme)
+        format_name = getattr(named, "value", named)
+        compressor = BaseCompressor.get_value_from_registry(format_name)
+        present = self.checkpoint.tensors
+        wanted = compressor.compression_param_names(scheme)
+        stored = {local: present[f"{module}.{local}"] for local in wanted if f"{module}.{local}" in present}
+        weight = stored.get("weight")
+        if weight is not None and weight.dtype in FLOATS and len(stored) == 1:
+            self.problems.append(
+                Problem(
+                    "unquantized-tensor",
+                    "warning",
+                    "a tensor is not quantized although quantization_config says so",
+                    where=f"{weight.file}, tensor {rule.hf_name!r}",
+                    found=weight.dtype,
+                    required=format_name,
+                )
+            )
+            return False
+        for local in wanted:
+            if local not in stored and "zero_point" not in local:
+                if not any(name.startswith(f"{module}.") for name in present) and not rule.required:
+                    return False  # a tied head
+                raise missing_tensor(rule, self.path, f"{module}.{local}")
+        if weight is not None and format_name in ROW_FORMATS and weight.shape != rule.shape:
+            raise wrong_shape(rule, self.path / weight.file, rule.hf_name, weight.shape)
+        for local in ("input_scale", "input_zero_point", "input_global_scale"):
+            if f"{module}.{local}" in present:
+                stored[local] = present[f"{module}.{local}"]
+        self._modules[rule.hf_name] = Module(scheme, compressor, stored)
+        codes = weight or next(iter(stored.values()))
+        self.tensors[rule.hf_name] = VariantTensor(  # type: ignore[index] # filled here, read-only outside
+            rule.hf_name, codes.dtype, rule.shape, sum(tensor.stop - tensor.start for tensor in stored.values())
+        )
+        return True
+
+    # Reading
+
+    def blocks(self, name: str) -> "Iterator[tuple[int, torch.Tensor]]":
+        """See Variant.blocks."""
+        module = self._modules.get(name)
+        if module is None:
+            yield from self._float_blocks(self.checkpoint.tensors[name])
+            return
+        rows, n = self.tensors[name].shape
+        step = self._row_step(module, n)
+        if step is None:
+            yield 0, self._decoded(name, module, 0, rows)
+            return
+        for first in range(0, rows, step):
+            yield first, self._decoded(name, module, first, min(first + step, rows))
+
+    def _row_step(self, module: Module, n: int) -> int | None:
+        """Rows that can be decoded at a time, None where it must be the whole tensor."""
+        weights = module.scheme.weights
+        by_rows = "weight" in module.stored and weights.strategy in ("tensor", "channel", "block", "group")
+        if not by_rows or not issubclass(module.compressor, _naive()):
+            return None
+        return rows_per_block(n, weights.block_structure[0] if weights.strategy == "block" else 1)
+
+    def _decoded(self, name: str, module: Module, first: int, last: int) -> "torch.Tensor":
+        """float32 rows [first, last): compressed-tensors' decompress with scales widened to float32, which is exact."""
+        import torch
+
+        rows = self.tensors[name].shape[0]
+        height = module.scheme.weights.block_structure[0] if module.scheme.weights.strategy == "block" else 1
+        state = {}
+        for local, tensor in module.stored.items():
+            if local.startswith("input_"):
+                continue
+            if (first, last) == (0, rows) or not tensor.shape:
+                value = self._whole(tensor)
+            elif tensor.shape[0] == rows:
+                value = self._stored_rows(tensor, first, last)
+            elif tensor.shape[0] == -(-rows // height) and height > 1:
+                value = self._stored_rows(tensor, first // height, -(-last // height))
+            else:
+                value = self._whole(tensor)
+            state[local] = value.float() if local.endswith("_scale") and tensor.dtype in FLOATS else value
+        try:
+            decoded = module.compressor.decompress(state, module.scheme)["weight"]
+        except (ValueError, RuntimeError, KeyError, AssertionError) as error:
+            raise StreamquantError(
+                "compressed-tensors cannot decode a tensor",
+                where=f"{self.path}, tensor {name!r}",
+                found=f"{type(error).__name__}: {error}",
+            ) from error
+        block = decoded.to(torch.float32)
+        if block.shape != (last - first, self.tensors[name].shape[1]):
+            raise StreamquantError(
+                "a tensor has another shape when it is decoded",
+                where=f"{self.path}, tensor {name!r}",
+                found=list(block.shape),
+                required=[last - first, self.tensors[name].shape[1]],
+            )
+        check_finite(block, name, self.path, first)
+        return block
+
+    def rows(self, name: str, ids: Sequence[int]) -> "torch.Tensor":
+        """See Variant.rows."""
+        import torch
+
+        module = self._modules.get(name)
+        if module is None:
+            tensor = self.checkpoint.tensors[name]
+            return torch.cat([self._stored_rows(tensor, number, number + 1).float() for number in ids])
+        return torch.cat([block for _, block in self.blocks(name)])[torch.tensor(list(ids))]
+
+    # Activations
+
+    def input_quantizer(self, module: str) -> "Callable[[torch.Tensor], torch.Tensor] | None":
+        """compressed-tensors' fake quantization of the input of a module, float[batch, tokens, n] -> the same."""
+        found = self._modules.get(f"{module}.weight")
+        if found is None or found.scheme.input_activations is None:
+            return None
+        import torch
+        from compressed_tensors.quantization import QuantizationStatus
+        from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+        arguments = found.scheme.input_activations
+        size = arguments.group_size
+        n = self.tensors[f"{module}.weight"].shape[1]
+        if arguments.strategy in ("group", "tensor_group") and size and n % size:
+            self._note_ragged(n, size)
+            return None
+        same = arguments.model_dump_json() if arguments.dynamic is True else module
+        if same in self._quantizers:
+            return self._quantizers[same]
+        holder = torch.nn.Module()
+        holder.quantization_status = QuantizationStatus.COMPRESSED
+        for local, tensor in found.stored.items():
+            if local.startswith("input_"):
+                setattr(holder, local, self._whole(tensor).float())
+
+        fast = _group_of_fast(arguments, n)
+
+        def quantized(x: "torch.Tensor") -> "torch.Tensor":
+            if fast is not None and x.device.type == "cpu" and x.dtype == torch.float32:
+                return through_e4m3(x, fast(x.shape[-1]))
+            return forward_quantize(holder.to(x.device), x, "input", arguments).to(x.dtype)
+
+        self._quantizers[same] = quantized
+        return quantized
+
+    def _note_ragged(self, n: int, size: int) -> None:
+        problem = Problem(
+            "activation-groups",
+            "warning",
+            "inputs cannot be quantized in groups: compressed-tensors refuses them; computed with plain inputs",
+            found=f"rows of {n}",
+            required=f"a multiple of {size}",
+        )
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def activations(self) -> str | None:
+        """See Variant.activations."""
+        lines = set()
+        for module in self._modules.values():
+            if module.scheme.input_activations is not None:
+                given = module.scheme.input_activations.model_dump(mode="json")
+                when = {True: "dynamic", False: "static"}.get(given["dynamic"], given["dynamic"])
+                group = f" of {given['group_size']}" if given["group_size"] else ""
+                lines.add(f"{given['type']}{given['num_bits']} per {given['strategy']}{group}, {when}")
+        return "; ".join(sorted(lines)) or None
+
+
+def _group_of_fast(arguments: Any, n: int) -> Callable[[int], int] | None:
+    """Row length -> values that share a scale, where `through_e4m3` computes as compressed-tensors does; else None."""
+    plain = (
+        arguments.type == "float"
+        and arguments.num_bits == 8
+        and arguments.symmetric
+        and arguments.dynamic is True
+        and arguments.scale_dtype is None
+    )
+    if plain and arguments.strategy == "token" and n % E4M3_MULTIPLE == 0:
+        return lambda length: length
+    size = int(arguments.group_size or 0) if plain and arguments.strategy == "group" else 0
+    if size and n % size == 0 and size % E4M3_MULTIPLE == 0:
+        return lambda _length: size
+    return None
+
+
+def _naive() -> type:
+    from compressed_tensors.compressors.naive_quantized import NaiveQuantizationCompressor
+
+    return NaiveQuantizationCompressor  # type: ignore[no-any-return]

@@ -1,0 +1,263 @@
+"""A GGUF file or split set as a variant: decoded by the package gguf, names and row order of llama.cpp undone.
+
+Hyperparameters and rotary frequencies are those that llama.cpp would take from the file (model/variants/gguf_model.py).
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from streamquant.convert.architectures import TensorRule, describe, rope_row_order
+from streamquant.files.gguf_file import GgufHeader, GgufTensor, read_header
+from streamquant.model.activations import DOT_TYPES, QUANTIZERS
+from streamquant.model.problem import Problem
+from streamquant.model.variants.gguf_model import GgufModel, check_file_type, read_model
+from streamquant.model.variants.variant import (
+    Variant,
+    VariantTensor,
+    check_finite,
+    missing_tensor,
+    read_bytes,
+    rows_per_block,
+    wrong_shape,
+)
+from streamquant.quant.errors import StreamquantError
+
+if TYPE_CHECKING:
+    import torch
+
+SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+NOT_DECODED = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "Q1_0", "Q2_0"})
+"""Types that gguf.quants has no decoder for, found by asking it at the first tensor; these are known beforehand."""
+
+
+def first_of_split(path: Path) -> Path:
+    """The first file of the split set that `path` belongs to, or `path` itself."""
+    match = SPLIT.fullmatch(path.name)
+    if match is None:
+        return path
+    return path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
+
+
+class GgufVariant(Variant):
+    """A model in GGUF. `path` is the file, or the first file of its split set."""
+
+    kind = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = first_of_split(path)
+        self.problems = []
+        headers = read_split_set(self.path)
+        self.files = tuple(headers)
+        self.metadata: dict[str, Any] = next(iter(headers.values())).metadata
+        self._stored: dict[str, tuple[Path, GgufTensor]] = {}
+        for file, header in headers.items():
+            for tensor in header.tensors:
+                if tensor.name in self._stored:
+                    raise StreamquantError(
+                        "tensor occurs twice",
+                        where=f"{file}, tensor {tensor.name!r}",
+                        found=f"also in {self._stored[tensor.name][0].name}",
+                    )
+                self._stored[tensor.name] = file, tensor
+        stored = {name: tensor for name, (_, tensor) in self._stored.items()}
+        model: GgufModel = read_model(self.path, self.metadata, stored)
+        self.config = model.config
+        self._rope = model.rope
+        self.problems += model.problems
+        self.description = describe(self.config)
+        self.tensors = {}
+        for rule in self.description.rules.values():
+            self._add(rule)
+        self._note_unread()
+        self.problems += check_file_type(self.path, self.metadata, stored.values())
+        self._orders: dict[str, NDArray[np.int64]] = {}
+
+    @property
+    def label(self) -> str:
+        """The name of the file, without suffix and split number."""
+        match = SPLIT.fullmatch(self.path.name)
+        return match["stem"] if match else self.path.stem
+
+    def _add(self, rule: TensorRule) -> None:
+        if rule.gguf_name not in self._stored:
+            if rule.required and not rule.hf_name.endswith(".bias"):
+                raise missing_tensor(rule, self.path, rule.gguf_name)
+            return
+        file, tensor = self._stored[rule.gguf_name]
+        if tensor.shape != rule.shape:
+            raise wrong_shape(rule, file, rule.gguf_name, tensor.shape)
+        if tensor.stored_as in NOT_DECODED:
+            raise StreamquantError(
+                "a type that the package gguf cannot decode",
+                where=f"{file}, tensor {tensor.name!r}",
+                found=tensor.stored_as,
+                required="a float type, or a quantized type with a decoder in gguf.quants",
+            )
+        self.tensors[rule.hf_name] = VariantTensor(  # type: ignore[index] # filled here, read-only outside
+            rule.hf_name, tensor.stored_as, tensor.shape, tensor.stop - tensor.start
+        )
+
+    def _note_unread(self) -> None:
+        known = {rule.gguf_name for rule in self.description.rules.values()}
+        known |= {"rope_freqs.weight"} if self.description.gguf_arch == "llama" else set()
+        for name, (file, tensor) in self._stored.items():
+            if name not in known:
+                self.problems.append(
+                    Problem(
+                        "unknown-tensor",
+                        "error",
+                        "a tensor that llama.cpp does not read: it refuses the file",
+                        where=f"{file.name}, tensor {name!r}",
+                        found=f"{tensor.stored_as} {list(tensor.shape)}",
+                        required=f"a tensor of arch {self.description.gguf_arch}",
+                    )
+                )
+
+    # Reading
+
+    def blocks(self, name: str) -> "Iterator[tuple[int, torch.Tensor]]":
+        """See Variant.blocks."""
+        import torch
+
+        rule = self.description.rules[name]
+        file, tensor = self._stored[rule.gguf_name]
+        if len(tensor.shape) == 1:
+            block = torch.from_numpy(self._decode(file, tensor, 0, 1)[0])
+            if rule.rope_heads is not None:
+                block = block[torch.from_numpy(np.argsort(self._order(rule)))]
+            check_finite(block, name, file, 0)
+            yield 0, block
+            return
+        rows = tensor.shape[0]
+        # llama.cpp's order mixes the rows of a head: whole heads are read, and their rows put back.
+        head = rows // rule.rope_heads if rule.rope_heads is not None else 1
+        step = rows_per_block((tensor.stop - tensor.start) // rows, head)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            block = torch.from_numpy(self._decode(file, tensor, first, last))
+            if rule.rope_heads is not None:
+                block = block[torch.from_numpy(np.argsort(rope_row_order(last - first, (last - first) // head)))]
+            check_finite(block, name, file, first)
+            yield first, block
+
+    def _order(self, rule: TensorRule) -> NDArray[np.int64]:
+        assert rule.rope_heads is not None
+        return rope_row_order(rule.shape[0], rule.rope_heads)
+
+    def _decode(self, file: Path, tensor: GgufTensor, first: int, last: int) -> NDArray[np.float32]:
+        """float32[last - first, n]: rows as they lie in the file; a vector is one row."""
+        rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+        row_bytes = (tensor.stop - tensor.start) // rows
+        raw = read_bytes(file, tensor.start + first * row_bytes, tensor.start + last * row_bytes)
+        return decode_rows(raw.reshape(last - first, row_bytes), tensor.stored_as)
+
+    def rows(self, name: str, ids: Sequence[int]) -> "torch.Tensor":
+        """See Variant.rows."""
+        import torch
+
+        rule = self.description.rules[name]
+        assert rule.rope_heads is None, "rows of q and k are read as a whole"
+        file, tensor = self._stored[rule.gguf_name]
+        row_bytes = (tensor.stop - tensor.start) // tensor.shape[0]
+        raw = np.empty((len(ids), row_bytes), np.uint8)
+        for at, number in enumerate(ids):
+            raw[at] = read_bytes(file, tensor.start + number * row_bytes, tensor.start + (number + 1) * row_bytes)
+        return torch.from_numpy(decode_rows(raw, tensor.stored_as))
+
+    def rotary(self) -> "tuple[torch.Tensor, float] | None":
+        """See Variant.rotary: llama.cpp's frequencies for this file, its rope_freqs.weight included."""
+        import torch
+
+        freqs = self._stored.get("rope_freqs.weight") if self.description.gguf_arch == "llama" else None
+        divisors = None if freqs is None else self._decode(freqs[0], freqs[1], 0, 1)[0]
+        frequencies, factor = self._rope.frequencies(divisors)
+        return torch.from_numpy(frequencies), factor
+
+    # Activations
+
+    def input_quantizer(self, module: str) -> "Callable[[torch.Tensor], torch.Tensor] | None":
+        """See Variant.input_quantizer: what llama.cpp's CPU backend does (model/activations.py)."""
+        tensor = self.tensors.get(f"{module}.weight")
+        if tensor is None or tensor.stored_as not in DOT_TYPES:
+            return None
+        return QUANTIZERS[DOT_TYPES[tensor.stored_as]]
+
+    def activations(self) -> str | None:
+        """See Variant.activations."""
+        kinds = {DOT_TYPES[t.stored_as] for t in self.tensors.values() if len(t.shape) > 1 and t.stored_as in DOT_TYPES}
+        return f"{', '.join(sorted(kinds))}, as llama.cpp's CPU backend" if kinds else None
+
+
+def decode_rows(raw: NDArray[np.uint8], stored_as: str) -> NDArray[np.float32]:
+    """uint8[r, bytes] of a ggml type -> float32[r, n], by gguf.quants.dequantize."""
+    kind = GGMLQuantizationType[stored_as]
+    if stored_as == "F32":
+        return raw.view(np.float32)
+    if stored_as == "F16":
+        return raw.view(np.float16).astype(np.float32)
+    with np.errstate(all="ignore"):  # NaN and infinity are looked for afterwards
+        return np.ascontiguousarray(dequantize(raw, kind), dtype=np.float32)
+
+
+def read_split_set(path: Path) -> dict[Path, GgufHeader]:
+    """The headers of a file, or of all files of the split set that it is the first of, by path in their order.
+
+    Raises StreamquantError for a file that is missing, truncated, of another set, or without its share of tensors.
+    (llama-gguf-split and src/llama-model-loader.cpp of llama.cpp: split.no counts from 0, split.tensors.count is that
+    of the set.)
+    """
+    match = SPLIT.fullmatch(path.name)
+    first = read_header(path)
+    count = first.metadata.get("split.count", 0)
+    if match is None or count in (0, 1):
+        if count not in (0, 1):
+            raise StreamquantError(
+                "one file of a split set, renamed",
+                where=str(path),
+                found=f"split.count {count}",
+                required=f"names like NAME-00001-of-{count:05d}.gguf",
+                hint="give the files their names back",
+            )
+        return {path: first}
+    if count != int(match["count"]):
+        raise StreamquantError("split set of another size than its names say", where=str(path), found=count)
+    headers = {path: first}
+    for number in range(2, count + 1):
+        sibling = path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
+        if not sibling.is_file():
+            raise StreamquantError(
+                "a file of the split set is missing", where=str(sibling), found="no such file", hint="download it"
+            )
+        headers[sibling] = read_header(sibling)
+    for number, (file, header) in enumerate(headers.items()):
+        found = header.metadata.get("split.no"), header.metadata.get("split.count")
+        if found != (number, count):
+            raise StreamquantError(
+                "a file of another split set, or out of order",
+                where=str(file),
+                found=f"split.no {found[0]}, split.count {found[1]}",
+                required=f"split.no {number}, split.count {count}",
+            )
+    tensors = sum(len(header.tensors) for header in headers.values())
+    if first.metadata.get("split.tensors.count") not in (None, tensors):
+        raise StreamquantError(
+            "the split set does not have all its tensors",
+            where=str(path),
+            found=f"{tensors} tensors",
+            required=f"{first.metadata['split.tensors.count']} tensors",
+            hint="files of two versions may be mixed; fetch the set again",
+        )
+    return headers
+
+
+def type_bits(stored_as: str) -> float:
+    """Bits per weight of a ggml type."""
+    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[stored_as]]
+    return float(8 * nbytes / block)

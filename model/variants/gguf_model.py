@@ -1,0 +1,318 @@
+"""What a GGUF file says of its model, read as llama.cpp reads it: config.json's terms, and the rotary frequencies.
+
+The inverse of convert/architectures. Keys, defaults and the arithmetic of rope are those of llama.cpp 11434
+(src/llama-model.cpp, load_hparams; src/llama-context.cpp; ggml_rope_yarn in ggml/src/ggml-cpu/ops.cpp): yarn's own keys
+besides factor, context and attn_factor are not read for these architectures.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from numpy.typing import NDArray
+
+from streamquant.convert.architectures import ARCHITECTURES, describe
+from streamquant.files.gguf_file import GgufTensor
+from streamquant.model.problem import Problem
+from streamquant.quant.errors import StreamquantError
+
+BETA_FAST, BETA_SLOW = 32.0, 1.0
+"""llama.cpp's yarn_beta_fast and yarn_beta_slow."""
+UNREAD_YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+"""Keys that llama.cpp does not read for these architectures -> the value that it takes for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufRope:
+    """Rope as llama.cpp computes it: theta, factor and context of the file; scaling is "none", "linear" or "yarn"."""
+
+    head_dim: int
+    theta: float
+    scaling: str
+    factor: float
+    context: int
+    attn_factor: float
+
+    def frequencies(self, divisors: NDArray[np.float32] | None) -> tuple[NDArray[np.float32], float]:
+        """(float32[head_dim / 2] in radians per position, factor of cos and sin); divisors are rope_freqs.weight."""
+        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        base = np.float32(1) / np.power(np.float64(self.theta), exponents.astype(np.float64)).astype(np.float32)
+        if divisors is not None:
+            base = base / divisors
+        scale = np.float32(1 / self.factor if self.factor != 0 and self.scaling != "none" else 1)
+        if self.scaling != "yarn":
+            return base * scale, self.attn_factor
+        low = max(0.0, math.floor(self._correction(BETA_FAST)))
+        high = min(self.head_dim - 1.0, math.ceil(self._correction(BETA_SLOW)))
+        ramp = (np.arange(self.head_dim // 2, dtype=np.float32) - low) / max(0.001, high - low)
+        mix = (1 - np.clip(ramp, 0, 1)).astype(np.float32)
+        factor = 1 / float(scale)
+        return base * scale * (1 - mix) + base * mix, self.attn_factor * (0.1 * math.log(max(factor, 1)) + 1)
+
+    def _correction(self, rotations: float) -> float:
+        """The dimension that turns so many times within the context (ggml_rope_yarn_corr_dim)."""
+        turns = self.context / (rotations * 2 * math.pi)
+        return self.head_dim * math.log(turns) / (2 * math.log(self.theta))
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """A model as its GGUF describes it: a config.json for transformers, rope, and what is doubtful."""
+
+    config: Mapping[str, Any]
+    rope: GgufRope
+    problems: list[Problem] = field(default_factory=list)
+
+
+class Keys:
+    """Checked reads of metadata; `arch.` is put before the names."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any], arch: str) -> None:
+        self.path, self.metadata, self.arch = path, metadata, arch
+
+    def refuse(self, name: str, what: str, required: str) -> StreamquantError:
+        """The error about a key."""
+        key = f"{self.arch}.{name}"
+        found = self.metadata.get(key, "no such key")
+        return StreamquantError(what, where=f"{self.path}, key {key!r}", found=str(found)[:100], required=required)
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A positive integer; without it the default, or an error."""
+        value = self.metadata.get(f"{self.arch}.{name}", default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]  # one value for each layer
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            raise self.refuse(name, "a hyperparameter that is missing or cannot be", "a positive integer")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number, not negative; without it the default, or an error."""
+        value = self.metadata.get(f"{self.arch}.{name}", default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise self.refuse(name, "a hyperparameter that is missing or cannot be", "a number of at least 0")
+        return float(value)
+
+    def text(self, name: str, default: str) -> str:
+        """A string, or the default."""
+        value = self.metadata.get(f"{self.arch}.{name}", default)
+        if not isinstance(value, str):
+            raise self.refuse(name, "a hyperparameter of the wrong type", "a string")
+        return value
+
+
+def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> GgufModel:
+    """Metadata and tensor infos of a GGUF (of all its files) -> its model.
+
+    Raises StreamquantError for an architecture without an inverse here, a key that is missing or makes no sense, and
+    for what is not a dense decoder.
+    """
+    arch = metadata.get("general.architecture")
+    family = next((name for name, found in ARCHITECTURES.items() if found.gguf_arch == arch), None)
+    if family is None:
+        raise StreamquantError(
+            "unknown architecture",
+            where=f"{path}, key 'general.architecture'",
+            found=str(arch)[:100],
+            required=", ".join(sorted({found.gguf_arch for found in ARCHITECTURES.values()})),
+        )
+    keys = Keys(path, metadata, str(arch))
+    if metadata.get(f"{arch}.expert_count"):
+        raise keys.refuse("expert_count", "a mixture of experts", "no experts")
+    problems: list[Problem] = []
+    config = read_config(keys, family, tensors)
+    rope = read_rope(keys, config, problems)
+    try:
+        describe(config)
+    except StreamquantError as error:
+        found = " ".join(str(error).split())
+        raise StreamquantError("the metadata does not describe a model", where=str(path), found=found) from error
+    check_vocabulary(keys, metadata, config, problems)
+    check_rope_freqs(path, tensors, rope)
+    return GgufModel(config, rope, problems)
+
+
+def read_config(keys: Keys, family: str, tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
+    """config.json for the class of transformers that computes what llama.cpp does."""
+    embeddings = tensors.get("token_embd.weight")
+    if embeddings is None or len(embeddings.shape) != 2:
+        raise StreamquantError("a tensor is missing", where=f"{keys.path}, tensor 'token_embd.weight'")
+    hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
+    head_dim = keys.count("attention.key_length", hidden // heads or 1)
+    if keys.count("attention.value_length", head_dim) != head_dim:
+        raise keys.refuse("attention.value_length", "values of another width than keys", str(head_dim))
+    if keys.count("rope.dimension_count", head_dim) != head_dim:
+        raise keys.refuse("rope.dimension_count", "heads that are rotated in part", str(head_dim))
+    biased = {name.split(".")[2] for name in tensors if name.startswith("blk.") and name.endswith(".bias")}
+    if family == "LlamaForCausalLM" and hidden % heads:
+        family = "MistralForCausalLM"  # the same computation; its class lets heads be of any width
+    return {
+        "architectures": [family],
+        "model_type": ARCHITECTURES[family].model_type,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": keys.count("feed_forward_length"),
+        "num_hidden_layers": keys.count("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": embeddings.shape[0],
+        "max_position_embeddings": keys.count("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)},
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "attention_bias": bool(biased & {"attn_q", "attn_k", "attn_v", "attn_output"}),
+        "attention_out_bias": "attn_output" in biased,
+        "mlp_bias": bool(biased & {"ffn_gate", "ffn_up", "ffn_down"}),
+    }
+
+
+def read_rope(keys: Keys, config: Mapping[str, Any], problems: list[Problem]) -> GgufRope:
+    """The rope keys."""
+    scaling = keys.text("rope.scaling.type", "linear")
+    if scaling not in ("none", "linear", "yarn"):
+        raise keys.refuse("rope.scaling.type", "a rope scaling without an inverse here", "none, linear or yarn")
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
+    for name, taken in UNREAD_YARN.items():
+        value = keys.metadata.get(f"{keys.arch}.rope.scaling.{name}")
+        if scaling == "yarn" and value is not None and value != taken:
+            problems.append(
+                Problem(
+                    "rope",
+                    "warning",
+                    "llama.cpp does not read this key for the architecture",
+                    where=f"key {keys.arch}.rope.scaling.{name}",
+                    found=str(value)[:40],
+                    required=f"what it uses: {taken:g}",
+                )
+            )
+    return GgufRope(
+        config["head_dim"],
+        config["rope_parameters"]["rope_theta"],
+        scaling,
+        factor,
+        keys.count("rope.scaling.original_context_length", config["max_position_embeddings"]),
+        keys.number("rope.scaling.attn_factor", 1.0),
+    )
+
+
+def check_vocabulary(
+    keys: Keys, metadata: Mapping[str, Any], config: Mapping[str, Any], problems: list[Problem]
+) -> None:
+    """A vocabulary of another size than the embeddings is a problem: llama.cpp refuses it."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    sizes = {
+        f"{keys.arch}.vocab_size": metadata.get(f"{keys.arch}.vocab_size"),
+        "tokenizer.ggml.tokens": len(tokens) if isinstance(tokens, list) else None,
+    }
+    for key, size in sizes.items():
+        if size is not None and size != config["vocab_size"]:
+            problems.append(
+                Problem(
+                    "vocabulary",
+                    "error",
+                    "vocabulary and embeddings are of different sizes: llama.cpp refuses the file",
+                    where=f"key {key}",
+                    found=str(size)[:40],
+                    required=f"{config['vocab_size']} rows of token_embd.weight",
+                )
+            )
+
+
+def check_rope_freqs(path: Path, tensors: Mapping[str, GgufTensor], rope: GgufRope) -> None:
+    """rope_freqs.weight must have a divisor for each frequency."""
+    found = tensors.get("rope_freqs.weight")
+    if found is not None and found.shape != (rope.head_dim // 2,):
+        raise StreamquantError(
+            "a tensor's shape does not fit the hyperparameters",
+            where=f"{path}, tensor 'rope_freqs.weight'",
+            found=list(found.shape),
+            required=[rope.head_dim // 2],
+        )
+
+
+# The type that a file claims
+
+
+CLAIM = re.compile(
+    r"(?<![A-Z0-9])(?:MXFP4|NVFP4|BF16|F16|F32|TQ\d_0|I?Q\d_[A-Z0-9]+)(?:_(?:XXS|XS|S|M|L|XL))?(?![A-Z0-9])"
+)
+FLOATS = frozenset({"F32", "F16", "BF16"})
+MIXED = {
+    "MXFP4": ("MXFP4", "Q8_0"),
+    "IQ3_XS": ("IQ3_S", "IQ3_XXS"),
+    "IQ3_M": ("IQ3_S", "IQ3_XXS", "IQ4_XS"),
+    "IQ2_S": ("IQ2_XS", "IQ2_S"),
+    "IQ2_M": ("IQ2_S",),
+    "Q2_K_S": ("Q2_K",),
+}
+"""Mixes that are not named after their main type."""
+
+
+def base_types(claim: str) -> tuple[str, ...]:
+    """The types of which one must be in a file that is called so: "Q4_K_M" -> ("Q4_K",)."""
+    if claim in MIXED:
+        return MIXED[claim]
+    shorter = re.sub(r"_(?:S|M|L|XL|XS|XXS)$", "", claim) if claim not in GGMLQuantizationType.__members__ else claim
+    return (shorter,) if shorter in GGMLQuantizationType.__members__ else ()
+
+
+def claims(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Where -> the type that the file claims there: its name, and general.file_type."""
+    found = {}
+    named = CLAIM.findall(path.stem.upper())
+    if named:
+        found[f"the name {path.name}"] = named[-1]
+    number = metadata.get("general.file_type")
+    if isinstance(number, int):
+        try:
+            label = LlamaFileType(number & ~LlamaFileType.GUESSED).name
+        except ValueError:
+            label = ""
+        found["general.file_type"] = re.sub(r"^(MOSTLY|ALL)_", "", label)
+    return found
+
+
+def check_file_type(path: Path, metadata: Mapping[str, Any], tensors: Iterable[GgufTensor]) -> list[Problem]:
+    """A problem for each claim that the tensors contradict.
+
+    One of the matrices in the layers must be of the claimed type; where rows do not fit it and llama-quantize has to
+    fall back, it is enough that none is unquantized. An unquantized or 8-bit claim must be the type of most weights.
+    """
+    counts: Counter[str] = Counter()
+    lengths: dict[str, list[GgufTensor]] = {}
+    for tensor in tensors:
+        if len(tensor.shape) == 2 and tensor.name.startswith("blk."):
+            counts[tensor.stored_as] += math.prod(tensor.shape)
+            lengths.setdefault(tensor.stored_as, []).append(tensor)
+    problems = []
+    for where, claim in claims(path, metadata).items():
+        bases = base_types(claim)
+        if not bases or not counts:
+            continue
+        block = GGML_QUANT_SIZES[GGMLQuantizationType[bases[0]]][0]
+        all_fit = all(tensor.shape[-1] % block == 0 for found in lengths.values() for tensor in found)
+        if bases[0] in ("F32", "F16", "BF16", "Q8_0"):
+            fine = counts.most_common(1)[0][0] in bases
+        else:
+            fine = not counts.keys().isdisjoint(bases) or (not all_fit and counts.keys().isdisjoint(FLOATS))
+        if not fine:
+            main = ", ".join(f"{name} {100 * n / counts.total():.0f}%" for name, n in counts.most_common(3))
+            problems.append(
+                Problem(
+                    "file-type",
+                    "warning",
+                    "the file says another type than its tensors have",
+                    where=where,
+                    found=main,
+                    required=f"{claim}: {' or '.join(bases)}",
+                )
+            )
+    return problems

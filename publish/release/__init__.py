@@ -1,0 +1,1 @@
+"""A whole release from one file, in stages."""

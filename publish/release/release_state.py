@@ -1,0 +1,120 @@
+"""What a release has done, so that a repeat does only the rest: one small JSON file in the --out folder.
+
+    {"release": 1, "stages": {"imatrix": {"begun": KEY, "done": KEY, "outputs": {PATH: SHA256}, "made": {...}}, ...}}
+
+KEY is a hash of all that a stage's outputs depend on. It is written as `begun` before the stage starts, so that what a
+killed run left behind is known to be of it, and as `done` when the outputs lie there.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamquant.files.hashing import sha256_of
+from streamquant.files.strict_json import read_json_object
+from streamquant.files.writing import explain, write_atomically
+from streamquant.publish.release.release_file import STAGES, Stage
+from streamquant.quant.errors import StreamquantError
+
+VERSION = 1
+
+
+@dataclass(slots=True)
+class Entry:
+    """What is known of one stage."""
+
+    begun: str | None = None
+    done: str | None = None
+    outputs: dict[str, str] = field(default_factory=dict)
+    """Path, from the --out folder, -> SHA-256; of small files."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """What else the stage has to remember, JSON."""
+
+
+class State:
+    """The state file of one release."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stages: dict[Stage, Entry] = {name: Entry() for name in STAGES}
+        if path.exists():
+            self._read()
+
+    def __getitem__(self, stage: Stage) -> Entry:
+        return self._stages[stage]
+
+    def begin(self, stage: Stage, key: str) -> None:
+        """The stage starts: what it had done is not done any more."""
+        entry = self._stages[stage]
+        entry.begun, entry.done = key, None
+        self.write()
+
+    def finish(self, stage: Stage, key: str, outputs: Iterable[Path]) -> None:
+        """The outputs of the stage lie there."""
+        entry = self._stages[stage]
+        entry.begun = entry.done = key
+        entry.outputs = {os.path.relpath(path, self.path.parent): sha256_of(path) for path in outputs}
+        self.write()
+
+    def is_intact(self, stage: Stage) -> bool:
+        """Whether the outputs of a stage are there with the hashes that they had."""
+        outputs = {self.path.parent / path: sha256 for path, sha256 in self._stages[stage].outputs.items()}
+        return bool(outputs) and all(path.is_file() and sha256_of(path) == known for path, known in outputs.items())
+
+    def write(self) -> None:
+        """Write the file. Raises StreamquantError."""
+        stages = {name: asdict(entry) for name, entry in self._stages.items() if entry != Entry()}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, json.dumps({"release": VERSION, "stages": stages}, indent=1).encode() + b"\n")
+        except OSError as error:
+            raise explain(error, self.path) from error
+
+    def _read(self) -> None:
+        record = read_json_object(self.path)
+        match record:
+            case {"release": int(version), "stages": dict(stages)} if version == VERSION and stages.keys() <= {*STAGES}:
+                with contextlib.suppress(TypeError, ValueError):
+                    self._stages |= {name: _entry(value) for name, value in stages.items()}
+                    return
+        raise StreamquantError(
+            "not the state of a release",
+            where=str(self.path),
+            hint="remove the file: what is complete is found again, the rest is done again",
+        )
+
+
+def _entry(value: Mapping[str, Any]) -> Entry:
+    found = Entry(**value)
+    texts = [text for text in (found.begun, found.done, *found.outputs.values()) if text is not None]
+    if not isinstance(found.made, dict) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("not an entry")
+    return found
+
+
+def key_of(value: object) -> str:
+    """A hash of JSON data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold a lock on the release's file. Raises StreamquantError if another run of it is at work."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StreamquantError(
+                "another run of this release is at work", where=str(path), hint="wait for it"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)

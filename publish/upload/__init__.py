@@ -1,0 +1,1 @@
+"""Uploads: what is there already, what goes, what the Hub takes."""

@@ -1,0 +1,359 @@
+"""Upload while converting: a finished file is sent at once, and its place on the disk is free again if that is wanted.
+
+    delivery = deliver(plan, out, "ORG/MODEL", private=True, delete=True, room=50 * GB)
+    convert(..., delivery=delivery)
+
+What is at its destination is decided by the Hub's own list, by SHA-256: a process that is killed at any moment is
+repeated, and a file that arrived is neither made nor sent again. A local file is deleted only after the Hub has named
+its hash. OUT/.streamquant/uploads.jsonl records what was sent where, for people and for a later look.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from streamquant.convert.plan.planner import CHUNK_BYTES, Plan
+from streamquant.convert.run.blocks import extents
+from streamquant.convert.run.journal import WORK_FOLDER
+from streamquant.files.worker import Worker
+from streamquant.hub.repo import OnBytes, OnWait, Stopped
+from streamquant.hub.target import STOP_SECONDS, Held, Outgoing, Target, abort_xet, connect
+from streamquant.publish.upload.limits import GB, check_plan
+from streamquant.publish.upload.push import check_arrived
+from streamquant.publish.upload.selection import name_repositories
+from streamquant.quant.errors import StreamquantError, UsageError
+
+ROOM = 50 * GB
+"""Bytes that may wait for their upload before the conversion waits for them."""
+UPLOADERS = 2
+"""Files that are sent at once."""
+UPLOADS = "uploads.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    path: str
+    file: Path
+    size: int
+    sha256: str
+
+
+class HubDelivery:
+    """Takes finished files to the Hub (convert/run/delivery.py, Delivery). Safe to use from several threads.
+
+    `targets` are the repositories by name of folder; they are there already. `delete` removes a file when the Hub
+    holds it, and then at most `room` bytes wait.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        targets: Mapping[str, Target],
+        *,
+        room: int = ROOM,
+        delete: bool = False,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self.room = room if delete else sys.maxsize  # what stays on the disk anyway need not be waited for
+        self.delete = delete
+        self._targets = dict(targets)
+        self._stop = stop or threading.Event()
+        self._record = UploadRecord(out)
+        self._state = threading.Condition()
+        self._queue: deque[_Waiting] = deque()
+        self._waiting = 0
+        self._error: BaseException | None = None
+        self._threads: list[Worker] = []
+        self._held: dict[str, dict[str, Held]] = {}
+        self._listing = threading.Lock()
+
+    # Delivery
+
+    def has(self, path: str, size: int, sha256: str) -> bool:
+        """Whether the Hub holds a file: asked of the Hub, not of the record. Raises StreamquantError."""
+        target, name = self._place(path)
+        held = self._holds(target).get(name)
+        return held is not None and held.size == size and held.sha256 == sha256
+
+    def take(self, path: str, file: Path, size: int, sha256: str) -> None:
+        """Queue a finished file for upload; waits while more than `room` bytes are queued.
+
+        Raises StreamquantError if an earlier upload failed, Stopped after `stop`.
+        """
+        self._place(path)
+        with self._state:
+            self._raise()
+            self._start()
+            self._queue.append(_Waiting(path, file, size, sha256))
+            self._waiting += size
+            self._state.notify_all()
+        self.wait_for_room()
+
+    def wait_for_room(self) -> None:
+        """Wait while more than `room` bytes wait for their upload. A conversion that calls it before each chunk keeps
+        to the figure of `peak_disk`. Raises StreamquantError if an upload failed, Stopped after `stop`.
+        """
+        if self._waiting <= self.room and self._error is None:  # the usual case, without the lock
+            return
+        with self._state:
+            while self._waiting > self.room:
+                self._raise()
+                self._state.wait(0.2)
+            self._raise()
+
+    def finish(self) -> None:
+        """Wait until everything is at the Hub. Raises StreamquantError if an upload failed, Stopped after `stop`."""
+        with self._state:
+            while self._waiting > 0:
+                self._raise()
+                self._state.wait(0.2)
+            self._raise()
+        self._end()
+
+    def stop(self) -> None:
+        """End uploads soon. Whatever arrived counts for the next run."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        if any(thread.is_alive() for thread in self._threads):
+            abort_xet()
+        self._end()
+
+    def _end(self) -> None:
+        self._stop.set()
+        with self._state:
+            self._state.notify_all()
+        deadline = time.monotonic() + STOP_SECONDS
+        for thread in self._threads:  # one that waits for an answer is left behind: it makes no commit any more
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._record.close()
+
+    def _raise(self) -> None:
+        """Raise what went wrong; the caller holds the lock."""
+        if self._error is not None:
+            raise self._error
+        if self._stop.is_set():
+            raise Stopped
+
+    def _place(self, path: str) -> tuple[Target, str]:
+        """The repository of a path of the plan, and the path in it."""
+        folder, _, name = path.partition("/")
+        return self._targets[folder], name
+
+    def _holds(self, target: Target) -> dict[str, Held]:
+        """What a repository held when it was first asked for, and what was added since."""
+        with self._listing:
+            if target.repo not in self._held:
+                self._held[target.repo] = target.holds()
+            return self._held[target.repo]
+
+    # Uploading
+
+    def _start(self) -> None:
+        if not self._threads:
+            for number in range(UPLOADERS):
+                thread = Worker(self._work, f"upload-{number}")
+                self._threads.append(thread)
+                thread.start()
+
+    def _next(self) -> _Waiting | None:
+        with self._state:
+            while not self._queue and not self._stop.is_set() and self._error is None:
+                self._state.wait()
+            return None if self._stop.is_set() or self._error is not None else self._queue.popleft()
+
+    def _work(self) -> None:
+        try:
+            while (item := self._next()) is not None:
+                self._deliver(item)
+                with self._state:
+                    self._waiting -= item.size
+                    self._state.notify_all()
+        except BaseException as error:  # handed to those who wait, whatever it is
+            with self._state:
+                self._error = self._error or error
+                self._state.notify_all()
+
+    def _deliver(self, item: _Waiting) -> None:
+        """One file to the Hub, looked for there, recorded and, if wanted, deleted here."""
+        target, name = self._place(item.path)
+        if not self.has(item.path, item.size, item.sha256):
+            file = Outgoing(name, item.file, item.size, item.sha256)
+            commit = target.send([file], f"Upload {name} with streamquant")
+            check_arrived(target, [file])
+            with self._listing:
+                self._held[target.repo][name] = Held(item.size, item.sha256, "")
+            self._record.add(target.repo, commit, item.path, item.size, item.sha256)
+        if self.delete:
+            try:
+                item.file.unlink(missing_ok=True)
+            except OSError as error:
+                raise StreamquantError(
+                    "cannot delete a file that was uploaded", where=str(item.file), found=error.strerror
+                ) from error
+
+
+class UploadRecord:
+    """OUT/.streamquant/uploads.jsonl: a line for each file that the Hub confirmed. A torn last line is dropped."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / WORK_FOLDER / UPLOADS
+        self._lock = threading.Lock()
+        self._file: int | None = None
+
+    def add(self, repo: str, commit: str, path: str, size: int, sha256: str) -> None:
+        """Append a line, and sync it. Raises OSError."""
+        line = {"repo": repo, "commit": commit, "path": path, "size": size, "sha256": sha256}
+        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            if self._file is None:
+                self._open()
+            assert self._file is not None, "just opened"
+            os.write(self._file, data)
+            os.fsync(self._file)
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self._file).st_size
+        tail = os.pread(self._file, min(size, 65536), max(0, size - 65536))
+        whole = tail.rfind(b"\n") + 1
+        if whole != len(tail):  # a crash tore the last line
+            os.ftruncate(self._file, size - len(tail) + whole)
+
+    def read(self) -> list[dict[str, object]]:
+        """The lines that are whole."""
+        with contextlib.suppress(FileNotFoundError):
+            data = self.path.read_bytes()
+            return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+        return []
+
+    def close(self) -> None:
+        """Close the file; its lines stay."""
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+
+
+# Before a conversion
+
+
+def check_early_push(*, private: bool, without_report: bool) -> None:
+    """Raise UsageError for a conversion that would publish what nobody has measured yet, without saying so."""
+    if not private and not without_report:
+        raise UsageError(
+            "a conversion cannot publish to everybody: there is no report yet",
+            required="--private with --push, or --without-report",
+            hint="push privately, validate, and make the repository public afterwards",
+        )
+
+
+def plan_repositories(plan: Plan, repo: str) -> dict[str, str]:
+    """Name of folder -> ORG/NAME for the folders of a plan; `repo` is the stem, or the one name that is needed."""
+    folders = dict.fromkeys(variant.folder for variant in plan.variants)
+    return name_repositories({name: name.removeprefix(plan.name) for name in folders}, repo, is_stem=True)
+
+
+def deliver(
+    plan: Plan,
+    out: Path,
+    repo: str,
+    *,
+    private: bool,
+    without_report: bool = False,
+    revision: str | None = None,
+    delete: bool = False,
+    room: int = ROOM,
+    api: HfApi | None = None,
+    on_bytes: OnBytes = lambda _count: None,
+    on_wait: OnWait = lambda _message, _seconds: None,
+) -> HubDelivery:
+    """Check that a plan can be published, make its repositories, and return what `convert` gives its files to.
+
+    Raises UsageError, and StreamquantError: no token, a public repository with `private`, a file too large.
+    """
+    check_early_push(private=private, without_report=without_report)
+    check_plan(plan)
+    stop = threading.Event()
+    api = api or connect()
+    targets = {
+        folder: Target(api, name, revision=revision, on_bytes=on_bytes, on_wait=on_wait, stop=stop)
+        for folder, name in plan_repositories(plan, repo).items()
+    }
+    for target in targets.values():
+        target.open(private=private)
+    return HubDelivery(out, targets, room=room, delete=delete, stop=stop)
+
+
+# The disk
+
+
+def peak_disk(plan: Plan, room: int, spool_bytes: int, *, delete: bool, jobs: int = 1) -> int:
+    """The most bytes that a conversion has on the disk at any time: shards of the source in the spool, and outputs.
+
+    Without `delete` everything stays. With it:
+
+    - files fill as chunks are done, in the order of the source; `jobs` chunks are under way at once. Headers, and
+      tensors that have no source, are in their files from the beginning;
+    - a file is complete with its last chunk, and is handed over when it was hashed: what could not be hashed before
+      that chunk is read at the speed of the source, while the conversion goes on;
+    - uploads may be as slow as they like: the conversion begins no chunk while more than `room` bytes wait
+      (`HubDelivery.wait_for_room`), so that at most `room` bytes wait, and the files handed over at last.
+
+    What is not in it: side files, manifests, cards and the journal, for which DISK_RESERVE stands
+    (convert/conversion.py).
+    """
+    if not delete:
+        return plan.nbytes + spool_bytes
+    written, ends = _growth(plan)
+    handed_over: dict[int, int] = {}  # chunk -> bytes of files that wait from then on
+    partial = [sum(len(data) for _, data in file.literals) for file in plan.files]
+    unfinished, complete, recent, peak = sum(partial), 0, 0, 0
+    for chunk, growth in enumerate(written):
+        recent -= handed_over.get(chunk, 0)
+        for file, nbytes in growth:
+            partial[file] += nbytes
+            unfinished += nbytes
+        peak = max(peak, unfinished + min(complete, room + recent))
+        for file, unhashed in ends.get(chunk, ()):
+            size = plan.files[file].size
+            unfinished -= partial[file]
+            complete += size
+            recent += size
+            later = chunk + jobs + math.ceil(unhashed / CHUNK_BYTES)
+            handed_over[later] = handed_over.get(later, 0) + size
+        peak = max(peak, unfinished + min(complete, room + recent))
+    return peak + _ahead(written, jobs) + spool_bytes
+
+
+def _growth(plan: Plan) -> tuple[list[list[tuple[int, int]]], dict[int, list[tuple[int, int]]]]:
+    """Chunk -> (file, bytes) that it writes; and chunk -> (file, bytes not hashable before) that it completes."""
+    written: list[list[tuple[int, int]]] = []
+    last = [(0, 0)] * len(plan.files)  # chunk, and the first byte that it writes
+    for number, chunk in enumerate(plan.chunks):
+        growth = []
+        for _, _, file, offset, nbytes in extents(plan, chunk):
+            growth.append((file, nbytes))
+            first = min(offset, last[file][1]) if last[file][0] == number else offset
+            last[file] = (number, first)
+        written.append(growth)
+    ends: dict[int, list[tuple[int, int]]] = {}
+    for file, (number, first) in enumerate(last):
+        ends.setdefault(number, []).append((file, plan.files[file].size - first))
+    return written, ends
+
+
+def _ahead(written: Iterable[list[tuple[int, int]]], jobs: int) -> int:
+    """Bytes that the other workers may have written beyond the chunk that is looked at."""
+    return (jobs - 1) * max((sum(nbytes for _, nbytes in growth) for growth in written), default=0)

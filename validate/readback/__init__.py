@@ -1,0 +1,1 @@
+"""Reads back what was written: listings, hashes, every byte against the source."""

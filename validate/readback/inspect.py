@@ -1,0 +1,80 @@
+"""What is in a file or folder: tensors, types, bytes, metadata. Reads headers only, of GGUF and safetensors."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamquant.files import gguf_file
+from streamquant.files.safetensors_file import read_header
+from streamquant.files.strict_json import read_json_object
+from streamquant.quant.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as its container states it; shape in torch's order, nbytes of data, offset from the file's start."""
+
+    name: str
+    stored_as: str
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One container file."""
+
+    path: Path
+    size: int
+    metadata: dict[str, Any]
+    tensors: tuple[StoredTensor, ...]
+
+
+def inspect_path(path: Path) -> list[StoredFile]:
+    """Every GGUF and safetensors file that `path` is, or that lies below it, by name.
+
+    Raises UsageError if there is none, StreamquantError for a file that is broken.
+    """
+    if path.is_file():
+        return [inspect_file(path)]
+    files = sorted(file for file in path.rglob("*") if file.suffix in (".gguf", ".safetensors") and file.is_file())
+    if not files:
+        raise UsageError(
+            "nothing to inspect", where=str(path), required="a .gguf or .safetensors file, or a folder of them"
+        )
+    return [inspect_file(file) for file in files]
+
+
+def inspect_file(path: Path) -> StoredFile:
+    """The metadata and tensors of one file, by its suffix. Raises StreamquantError if it is broken or neither kind."""
+    if path.suffix == ".gguf":
+        return _inspect_gguf(path)
+    if path.suffix == ".safetensors":
+        return _inspect_safetensors(path)
+    raise UsageError("unknown kind of file", where=str(path), required="a name that ends in .gguf or .safetensors")
+
+
+def _inspect_safetensors(path: Path) -> StoredFile:
+    stored, metadata, _ = read_header(path)
+    tensors = tuple(StoredTensor(t.name, t.dtype, t.shape, t.stop - t.start, t.start) for t in stored.values())
+    return StoredFile(path, path.stat().st_size, dict(metadata) | _quantization_of(path.parent), tensors)
+
+
+def _quantization_of(folder: Path) -> dict[str, Any]:
+    """The quantization_config of the folder's config.json, if it has one."""
+    config = folder / "config.json"
+    found = read_json_object(config).get("quantization_config") if config.is_file() else None
+    return {"quantization_config": found} if found is not None else {}
+
+
+def _inspect_gguf(path: Path) -> StoredFile:
+    header = gguf_file.read_header(path)
+    tensors = tuple(StoredTensor(t.name, t.stored_as, t.shape, t.stop - t.start, t.start) for t in header.tensors)
+    return StoredFile(path, path.stat().st_size, header.metadata, tensors)

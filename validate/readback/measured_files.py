@@ -1,0 +1,58 @@
+"""Which bytes were measured: the files of a variant, with the hashes that the manifest beside them has.
+
+Nothing is hashed here: a manifest counts for a file of the size that it says, and `streamquant verify` proves the rest.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamquant.convert.manifest import read_manifest
+from streamquant.quant.errors import StreamquantError
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredFile:
+    """A file with weights."""
+
+    name: str
+    """Without its folder."""
+    size: int
+    """Bytes."""
+    sha256: str | None
+    """In lower-case hexadecimal; None without a manifest that has this file in this size."""
+
+
+def measured_files(paths: Sequence[Path]) -> tuple[MeasuredFile, ...]:
+    """The files of one variant or original, sorted by name; one that is not there is left out."""
+    # a split set has a folder of its own, and its manifest lies one above
+    folders = {folder for path in paths for folder in (path.parent, *path.resolve().parents[:2])}
+    listed = {key: sha256 for folder in sorted(folders) for key, sha256 in _listed(folder)}
+    found = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            size = path.stat().st_size
+            found[path.name] = MeasuredFile(path.name, size, listed.get((path.resolve(), size)))
+    return tuple(found[name] for name in sorted(found))
+
+
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """What an unreadable variant most likely consists of: the file itself, or the safetensors of a folder."""
+    return tuple(sorted(path.glob("*.safetensors"))) if path.is_dir() else (path,)
+
+
+def _listed(folder: Path) -> Iterator[tuple[tuple[Path, int], str]]:
+    """((file, size), sha256) of all files in the manifest of a folder; nothing without one, or in a broken one."""
+    try:
+        manifest = read_manifest(folder)
+    except StreamquantError:
+        return
+    for variant in manifest["variants"].values() if manifest is not None else ():
+        for file in variant.get("files") or ():
+            match file:
+                case {"path": str(path), "size": int(size), "sha256": str(sha256)} if SHA256.fullmatch(sha256):
+                    yield ((folder / path).resolve(), size), sha256

@@ -1,0 +1,1 @@
+"""Tokens, chat templates and greedy answers of a variant beside the original's."""

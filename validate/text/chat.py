@@ -1,0 +1,197 @@
+"""Chat templates: does a variant show the model the same text and the same tokens as the original does?
+
+The original is rendered by transformers' apply_chat_template. A GGUF is rendered by llama.cpp's own Jinja engine with
+the template in the file, an FP8 folder by transformers with the folder's template. Where a GGUF differs, its template
+is rendered by transformers as well: if that gives the original's text, the file is right and the engines differ.
+"""
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from streamquant.files.gguf_file import read_header
+from streamquant.files.strict_json import read_json_object
+from streamquant.validate.engines.engine import Engine, Rendered
+from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.text.chat_suite import ChatCase, chat_cases
+from streamquant.validate.text.tokens import first_difference
+
+Cause: TypeAlias = Literal["file", "engine"]
+TEXT_WINDOW = 60
+"""Characters that are shown on either side of the first difference."""
+ID_WINDOW = 6
+
+
+@dataclass(frozen=True, slots=True)
+class ChatDifference:
+    """A case whose rendering is not the original's.
+
+    case             conversation and settings
+    kind             'text', 'ids' (same text), or 'error' (one of them fails)
+    cause            'file': the variant's template or tokenizer differs. 'engine': llama.cpp does otherwise with the
+                     very template that gives the original's text in transformers
+    at               character, or index of the id, where they first differ
+    expected, found  what is there, with a window around it: original, variant
+    expected_ids, found_ids  the same of ids, where kind is 'ids'
+    """
+
+    case: str
+    kind: Literal["text", "ids", "error"]
+    cause: Cause
+    at: int
+    expected: str
+    found: str
+    expected_ids: tuple[int, ...] = ()
+    found_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatReport:
+    """All cases of one variant. `problems` is about the file; differences of the engines are in `differences` alone.
+
+    cases, agreeing   how many were rendered, and how many gave the same text and ids
+    failing           cases in which the original's template fails and the variant's does too
+    template_equal    the templates are the same text; None if one of them could not be read
+    """
+
+    original: str
+    variant: str
+    engine: str
+    cases: int
+    agreeing: int
+    failing: int
+    template_equal: bool | None
+    differences: tuple[ChatDifference, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the file is right: every difference is one of the engines."""
+        return not self.problems
+
+
+def compare_chat(
+    original: EngineProcess, variant: Engine, cases: Sequence[ChatCase] | None = None, *, template: str | None = None
+) -> ChatReport:
+    """Render every case in both engines and compare.
+
+    original  transformers with the original's tokenizer
+    template  the variant's chat template; by default read from its file
+
+    Raises StreamquantError if an engine fails as a whole; a template that fails is a difference.
+    """
+    cases = list(chat_cases()) if cases is None else list(cases)
+    requests = [case.request for case in cases]
+    path = Path(variant.facts.model)
+    template = template if template is not None else read_template(path)
+    source = read_template(original.path)
+    expected, found = original.apply_template(requests), variant.apply_template(requests)
+    pairs = list(zip(cases, expected, found, strict=True))
+    wrong = [(case, want, got) for case, want, got in pairs if not _same(want, got)]
+    control = _control(original, variant, template, [case for case, _, _ in wrong])
+    differences = tuple(
+        _difference(original, variant, *item, other) for item, other in zip(wrong, control, strict=True)
+    )
+    failing = sum(want.error is not None and got.error is not None for _, want, got in pairs)
+    return ChatReport(
+        original=original.facts.model,
+        variant=variant.facts.model,
+        engine=f"{variant.facts.kind}, {variant.facts.version}",
+        cases=len(cases),
+        agreeing=len(cases) - len(differences) - failing,
+        failing=failing,
+        template_equal=None if template is None or source is None else template == source,
+        differences=differences,
+        problems=tuple(_problems(differences, len(cases))),
+    )
+
+
+def read_template(path: Path) -> str | None:
+    """The default chat template of a GGUF file or a checkpoint folder, as text; None if there is none.
+
+    A folder's chat_template.jinja wins over tokenizer_config.json, as in transformers and LM Studio. Raises
+    StreamquantError if the file is broken.
+    """
+    if path.suffix == ".gguf":
+        found = read_header(path).metadata.get("tokenizer.chat_template")
+        return found if isinstance(found, str) else None
+    return folder_templates(path).get("default")
+
+
+def folder_templates(folder: Path) -> dict[str, str]:
+    """The chat templates of a checkpoint folder by name, as transformers chooses them."""
+    beside, inside = stored_templates(folder)
+    return beside or inside
+
+
+def stored_templates(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The chat templates by name that stand in files of their own, and those in tokenizer_config.json."""
+    beside = {}
+    if (folder / "chat_template.jinja").is_file():
+        beside["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        beside |= {path.stem: path.read_text(encoding="utf-8") for path in more}
+    config = folder / "tokenizer_config.json"
+    stored = read_json_object(config).get("chat_template") if config.is_file() else None
+    if isinstance(stored, str):
+        return beside, {"default": stored}
+    named = stored if isinstance(stored, list) else []
+    return beside, {str(item["name"]): str(item["template"]) for item in named if isinstance(item, dict)}
+
+
+def _same(expected: Rendered, found: Rendered) -> bool:
+    if expected.error is not None or found.error is not None:
+        return expected.error is not None and found.error is not None
+    return expected.text == found.text and expected.ids == found.ids
+
+
+def _control(
+    original: EngineProcess, variant: Engine, template: str | None, cases: Sequence[ChatCase]
+) -> list[Rendered | None]:
+    """A GGUF's template as transformers renders it, with the original's special tokens."""
+    if variant.facts.kind != "llama.cpp" or template is None or not cases:
+        return [None for _ in cases]
+    return list(original.render(template, [case.request for case in cases]))
+
+
+def _difference(
+    original: Engine, variant: Engine, case: ChatCase, expected: Rendered, found: Rendered, control: Rendered | None
+) -> ChatDifference:
+    same_template = control is not None and (control.text, control.error) == (expected.text, expected.error)
+    if expected.error is not None or found.error is not None:
+        want, got = (item.error or item.text[-2 * TEXT_WINDOW :] for item in (expected, found))
+        return ChatDifference(case.name, "error", "engine" if same_template else "file", 0, want, got)
+    if expected.text != found.text:
+        at = first_difference(expected.text, found.text)
+        # What llama.cpp adds or lacks at the front is BOS, which is the file's flag and not the engine's Jinja.
+        bos = expected.text.endswith(found.text) or found.text.endswith(expected.text)
+        cause: Cause = "engine" if same_template and not bos else "file"
+        around = slice(max(0, at - TEXT_WINDOW), at + TEXT_WINDOW)
+        return ChatDifference(case.name, "text", cause, at, expected.text[around], found.text[around])
+    at = first_difference(expected.ids, found.ids)
+    window = slice(max(0, at - ID_WINDOW), at + ID_WINDOW)
+    ids = expected.ids[window], found.ids[window]
+    known = [[number for number in run if number < original.facts.vocabulary] for run in ids]
+    expected_text, found_text = original.detokenize(known)
+    return ChatDifference(case.name, "ids", _ids_cause(variant, expected), at, expected_text, found_text, *ids)
+
+
+def _ids_cause(variant: Engine, expected: Rendered) -> Cause:
+    """Same text, other ids: the engine's doing if it is only that llama.cpp does not normalize Unicode."""
+    form = unicodedata.normalize("NFC", expected.text)
+    if variant.facts.kind != "llama.cpp" or form == expected.text:
+        return "file"
+    return "engine" if variant.tokenize([form], add_special=False, parse_special=True)[0] == expected.ids else "file"
+
+
+def _problems(differences: Sequence[ChatDifference], cases: int) -> Iterator[str]:
+    for kind, what in (("text", "text"), ("ids", "tokens of the same text"), ("error", "a template that fails")):
+        wrong = [item for item in differences if item.cause == "file" and item.kind == kind]
+        if wrong:
+            first = wrong[0]
+            yield (
+                f"{what}: {len(wrong)} of {cases} cases differ; first {first.case!r} at {first.at}:"
+                f" {first.expected[:160]!r} expected, {first.found[:160]!r} found"
+            )
