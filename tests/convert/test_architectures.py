@@ -307,7 +307,7 @@ def test_describe_needs_neither_torch_nor_transformers() -> None:
     import sys
 
     script = (
-        "import sys, json; from convert.architectures import describe; describe(json.loads(sys.argv[1]))\n"
+        "import sys, json; from streamquant.convert.architectures import describe; describe(json.loads(sys.argv[1]))\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     config = json.dumps(synthetic.make_config(LLAMA, rope="llama3"))
