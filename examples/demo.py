@@ -17,6 +17,7 @@ from rich.table import Table
 
 from examples.smollm2_checkpoint import write_smollm2
 from streamquant.files.sizes import human_bytes
+from streamquant.quant.errors import GateFailedError
 
 QUESTION = "What is the capital city of France? Answer in English."
 EXPECTED = "Paris"
@@ -29,9 +30,6 @@ VALIDATION = ("--context", "256", "--chunks", "4", "--skip", "noise,engines,beha
 console = Console(width=140, highlight=False)
 
 
-GATE_FAILED = 3
-
-
 def streamquant(*arguments: str) -> str:
     """Run the command line as a user would, show the command, and return what it printed.
 
@@ -40,7 +38,7 @@ def streamquant(*arguments: str) -> str:
     console.print(f"\n[bold]$ streamquant {' '.join(arguments)}[/bold]")
     command = [sys.executable, "-P", "-m", "streamquant", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode not in (0, GATE_FAILED):
+    if done.returncode not in (0, GateFailedError.exit_code):
         done.check_returncode()
     return done.stdout
 

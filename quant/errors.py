@@ -1,12 +1,20 @@
-"""The errors of streamquant: what, where, found, required, what to do.
+"""The errors of streamquant: one tree, and the exit code of the command line for each.
 
-StreamquantError   a foreseeable fault of the input or the machine; the command line prints it and exits with 1
-└── UsageError     the command itself was wrong; exits with 2
+| error                  | exit code | what it is                                                             |
+|------------------------|-----------|------------------------------------------------------------------------|
+| StreamquantError       | 1         | a foreseeable fault of the input or the machine                        |
+| └── UsageError         | 2         | the command itself was wrong                                           |
+| └── GateFailedError    | 3         | a variant failed a gate, or was not measured at all                    |
+| KeyboardInterrupt      | 130       | Ctrl-C or SIGTERM: an interruption is no fault, so Python's own error  |
+
+The library raises them; only the command line turns them into exit codes.
 """
+
+from typing import ClassVar
 
 
 class StreamquantError(Exception):
-    """A foreseeable fault, told in five parts.
+    """A foreseeable fault, told in five parts, which are attributes of the same names.
 
     >>> print(StreamquantError("wrong dtype", where="model.safetensors, tensor 'a'", found="I64", required="BF16",
     ...                        hint="convert it first"))
@@ -17,7 +25,7 @@ class StreamquantError(Exception):
       to do:    convert it first
     """
 
-    exit_code = 1
+    exit_code: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -28,7 +36,7 @@ class StreamquantError(Exception):
         required: object = None,
         hint: str | None = None,
     ) -> None:
-        self.what = what
+        self.what, self.where, self.found, self.required, self.hint = what, where, found, required, hint
         parts = [("where", where), ("found", found), ("required", required), ("to do", hint)]
         lines = [f"  {label + ':':<9} {value}" for label, value in parts if value is not None]
         super().__init__("\n".join([what, *lines]))
@@ -38,3 +46,9 @@ class UsageError(StreamquantError):
     """The command was given wrong: an unknown variant, a missing argument, options that contradict each other."""
 
     exit_code = 2
+
+
+class GateFailedError(StreamquantError):
+    """A variant failed a gate, or was not measured and so passed none; nothing was published."""
+
+    exit_code = 3

@@ -16,19 +16,13 @@ from streamquant.convert.source.open import open_source
 from streamquant.publish.release.release_file import ReleaseFile, Stage
 from streamquant.publish.release.release_state import Entry, State, key_of
 from streamquant.publish.results import VariantFolder, read_folder
-from streamquant.quant.errors import StreamquantError
+from streamquant.quant.errors import GateFailedError, StreamquantError
 
 if TYPE_CHECKING:
     from streamquant.model.forward import Setting
 
 PACKAGES = ("streamquant", "numpy", "tokenizers", "torch", "transformers")
 """Versions that numbers of the forward pass depend on."""
-
-
-class GateFailedError(StreamquantError):
-    """A variant did not pass a gate; nothing was published."""
-
-    exit_code = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,18 +27,12 @@ from streamquant.publish.upload.selection import (
     repositories,
     select,
 )
-from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.quant.errors import GateFailedError, StreamquantError, UsageError
 from streamquant.validate.report.data import REPORT
 
 COMMIT_BYTES = 20 * GB
 """Bytes after which a commit is made: what was committed needs no second look after an interruption."""
 Action = Literal["upload", "skip", "leave"]
-
-
-class NotPassedError(StreamquantError):
-    """A variant was not measured, or failed a gate; nothing was sent."""
-
-    exit_code = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +117,7 @@ def push(
     Model cards are written where they are missing or older than manifest and report, unless they are somebody's own.
     `on_start` gets the bytes to send, `on_bytes` the number just sent, `on_wait` what is tried again after how many
     seconds. A dry run asks the Hub what is there and changes nothing, here or there. Raises UsageError,
-    StreamquantError, and NotPassedError for variants that may not be published.
+    StreamquantError, and GateFailedError for variants that may not be published.
     """
     wish = wish or Wish()
     check_name(repo)
@@ -166,10 +160,10 @@ def push(
 
 
 def check_passed(folders: Sequence[VariantFolder]) -> None:
-    """Raise NotPassedError if a variant was not measured, or failed a gate."""
+    """Raise GateFailedError if a variant was not measured, or failed a gate."""
     refused = [variant for found in folders for variant in found.not_passed]
     if refused:
-        raise NotPassedError(
+        raise GateFailedError(
             "a variant may not be published" if len(refused) == 1 else "variants may not be published",
             where=", ".join(str(found.path) for found in folders if found.not_passed),
             found="; ".join(f"{variant.spec}: {why_refused(variant)}" for variant in refused),

@@ -23,10 +23,10 @@ from streamquant.hub.target import Outgoing
 from streamquant.publish.results import read_folders
 from streamquant.publish.upload import push as push_module
 from streamquant.publish.upload.limits import SizedFile, check_limits, check_plan
-from streamquant.publish.upload.push import NotPassedError, Wish, batches, card_is_stale, push
+from streamquant.publish.upload.push import Wish, batches, card_is_stale, push
 from streamquant.publish.upload.push_report import push_view, summary
 from streamquant.publish.upload.selection import name_repositories
-from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.quant.errors import GateFailedError, StreamquantError, UsageError
 from streamquant.validate.report.data import Report, write_report
 from tests.conftest import TINY_PRE
 from tests.hub import WRITE_TOKEN, Fault, Hub, lost_commit
@@ -261,7 +261,7 @@ def _reported(report: Report, four: list[Path], out: Path) -> Path:
 
 def test_a_failed_gate_stops_everything(hub: Hub, report: Report, four_variants: list[Path], tmp_path: Path) -> None:
     folder = _reported(report, four_variants, tmp_path / "reported")
-    with pytest.raises(NotPassedError) as raised:
+    with pytest.raises(GateFailedError) as raised:
         push(folder, "ORG/Tiny")
     failed = [gate for gate in report.gate_results if not gate.passed]
     assert failed
@@ -286,13 +286,13 @@ def test_a_report_of_other_bytes_counts_for_nothing(
     manifest = folder / "Tiny-GGUF" / "streamquant.json"
     sha256 = json.loads(manifest.read_text())["variants"]["gguf:Q8_0"]["files"][0]["sha256"]
     manifest.write_text(manifest.read_text().replace(sha256, "0" * 64))
-    with pytest.raises(NotPassedError, match="gguf:Q8_0: the report is about other files of the same names"):
+    with pytest.raises(GateFailedError, match="gguf:Q8_0: the report is about other files of the same names"):
         push(folder / "Tiny-GGUF", GGUF)
     assert hub.requests == []
 
 
 def test_what_was_not_measured_is_refused(hub: Hub, out: Path) -> None:
-    with pytest.raises(NotPassedError, match="gguf:Q4_0: there is no report") as raised:
+    with pytest.raises(GateFailedError, match="gguf:Q4_0: there is no report") as raised:
         push(out, "ORG/Tiny")
     assert raised.value.exit_code == 3
     assert hub.requests == []

@@ -25,9 +25,9 @@ from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.publish.release import stages_publishing
 from streamquant.publish.release.release import run_release
 from streamquant.publish.release.release_file import read_release
-from streamquant.publish.release.release_run import GateFailedError, Watch
+from streamquant.publish.release.release_run import Watch
 from streamquant.publish.release.release_state import alone
-from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.quant.errors import GateFailedError, StreamquantError, UsageError
 from streamquant.validate.report import render
 from streamquant.validate.report.data import read_report
 from tests.conftest import TINY_PRE
