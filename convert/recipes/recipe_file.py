@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from streamquant.convert.recipes.overrides import MAX_BYTES, Overrides, parse_overrides
+from streamquant.convert.recipes.overrides import Overrides, parse_overrides
+from streamquant.files.strict_yaml import read_yaml
 from streamquant.quant.errors import UsageError
 
 KEYS = (
@@ -55,20 +56,6 @@ def read_recipe(path: Path) -> RecipeFile:
     return parse_recipe(read_yaml(path), str(path))
 
 
-def read_yaml(path: Path) -> object:
-    """What a YAML file of bounded size holds, without repeated keys, anchors and tags. Raises UsageError."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise UsageError("file too large", where=str(path), required=f"at most {MAX_BYTES:,} bytes")
-        return yaml.load(content.decode(), _Loader)
-    except OSError as error:
-        raise UsageError("cannot read a file", where=str(path), found=error.strerror) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UsageError("broken YAML", where=str(path), found=f"{error}"[:500] or "nested too deeply") from error
-
-
 def parse_recipe(record: object, where: str) -> RecipeFile:
     """What a recipe file or a manifest holds -> the recipe. Raises UsageError, which names `where`."""
     if not isinstance(record, Mapping):
@@ -90,18 +77,3 @@ def check_label(label: object, where: str) -> str:
         required = "letters, digits, dots, hyphens, underscores"
         raise UsageError("bad label", where=where, found=f"{label!r:.200}", required=required)
     return label
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that occurs twice, of which YAML would take the last, and anchors, which no recipe needs."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := {str(key) for key in keys if keys.count(key) > 1}:
-            raise yaml.YAMLError(f"key {', '.join(sorted(twice))[:100]!r} occurs twice")
-        return super().construct_mapping(node, deep)
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("anchors and aliases are not allowed")
-        return super().compose_node(parent, index)

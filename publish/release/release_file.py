@@ -23,9 +23,10 @@ from typing import Any, Literal
 
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides, parse_overrides
 from streamquant.convert.recipes.recipe import Recipe, parse_variants
-from streamquant.convert.recipes.recipe_file import read_recipe, read_yaml
+from streamquant.convert.recipes.recipe_file import read_recipe
 from streamquant.files.sizes import parse_size
 from streamquant.files.strict_json import read_json_object
+from streamquant.files.strict_yaml import read_yaml
 from streamquant.hub.repo import parse_spec
 from streamquant.quant.errors import UsageError
 from streamquant.validate.gates import GATES, Gates, parse_gates

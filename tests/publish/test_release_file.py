@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from streamquant.convert.recipes.overrides import MAX_BYTES
+from streamquant.files.strict_yaml import MAX_BYTES
 from streamquant.publish.release.release_file import STAGES, ReleaseFile, read_release, stage_name
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.gates import Gates
