@@ -28,7 +28,7 @@ DTYPE_BITS = {
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class SafetensorsTensor:
     """One entry of a header. `start` and `stop` count bytes from the beginning of the file."""
 
     name: str
@@ -38,7 +38,7 @@ class StoredTensor:
     stop: int
 
 
-def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], bytes]:
+def read_header(path: Path) -> tuple[dict[str, SafetensorsTensor], dict[str, str], bytes]:
     """Read and check the header of a safetensors file.
 
     Returns the tensors by name in the order of their data, the `__metadata__`, and the bytes of the header with its
@@ -59,7 +59,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], by
     return (*parse_header(data, size, where), data)
 
 
-def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, SafetensorsTensor], dict[str, str]]:
     """Check the header of a file of `size` bytes, `data` with its length prefix: (tensors, `__metadata__`).
 
     Raises StreamquantError as read_header does.
@@ -136,8 +136,8 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _check_entry(name: str, entry: object, begin: int, size: int, where: str) -> StoredTensor:
-    """One header entry -> StoredTensor, every field checked."""
+def _check_entry(name: str, entry: object, begin: int, size: int, where: str) -> SafetensorsTensor:
+    """One header entry -> SafetensorsTensor, every field checked."""
     where = f"{where}, tensor {_shown(name)}"
     if not name or not name.isprintable() or ".." in name or "/" in name or len(name) > 1024:
         raise StreamquantError(
@@ -174,10 +174,10 @@ def _check_entry(name: str, entry: object, begin: int, size: int, where: str) ->
             required=f"at least {begin + stop:,} bytes",
             hint="fetch the file again",
         )
-    return StoredTensor(name, dtype, tuple(shape), begin + start, begin + stop)
+    return SafetensorsTensor(name, dtype, tuple(shape), begin + start, begin + stop)
 
 
-def _check_cover(tensors: list[StoredTensor], begin: int, size: int, where: str) -> None:
+def _check_cover(tensors: list[SafetensorsTensor], begin: int, size: int, where: str) -> None:
     """The tensors, sorted by offset, must cover the data without overlap or hole."""
     at = begin
     for tensor in tensors:

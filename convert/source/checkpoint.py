@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamquant.files.safetensors_file import StoredTensor, read_header
+from streamquant.files.safetensors_file import SafetensorsTensor, read_header
 from streamquant.files.strict_json import read_json_object
 from streamquant.hub.repo import HubRepo
 from streamquant.quant.errors import StreamquantError, UsageError
@@ -152,7 +152,7 @@ def open_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) ->
     config = read_config(folder)
     names, weight_map = read_index(folder)
     files: list[SourceFile] = []
-    stored: dict[str, Collection[StoredTensor]] = {}
+    stored: dict[str, Collection[SafetensorsTensor]] = {}
     for name in names:
         before = stat_shard(folder / name)
         entries, _, header = read_header(folder / name)
@@ -164,7 +164,7 @@ def open_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) ->
 
 
 def collect_tensors(
-    stored: Mapping[str, Collection[StoredTensor]],
+    stored: Mapping[str, Collection[SafetensorsTensor]],
     weight_map: Mapping[str, str] | None,
     where: str,
     dtypes: Collection[str] = SOURCE_DTYPES,
@@ -253,7 +253,7 @@ def _no_weights(folder: Path) -> StreamquantError:
 
 
 def _add(
-    tensors: dict[str, SourceTensor], stored: StoredTensor, file: str, folder: str, dtypes: Collection[str]
+    tensors: dict[str, SourceTensor], stored: SafetensorsTensor, file: str, folder: str, dtypes: Collection[str]
 ) -> None:
     where = f"{folder}/{file}, tensor {stored.name!r}"
     if stored.name in tensors:

@@ -25,7 +25,7 @@ from streamquant.convert.source.checkpoint import (
     read_weight_map,
 )
 from streamquant.files.folders import cache_folder
-from streamquant.files.safetensors_file import StoredTensor, header_length, parse_header
+from streamquant.files.safetensors_file import SafetensorsTensor, header_length, parse_header
 from streamquant.files.strict_json import MAX_BYTES
 from streamquant.files.writing import write_atomically
 from streamquant.hub.repo import HubFile, HubRepo, hub_spec, open_repo
@@ -77,7 +77,7 @@ def open_hub_checkpoint(repo: HubRepo) -> Checkpoint:
     with ThreadPoolExecutor(REQUESTS, thread_name_prefix="headers") as pool:
         headers = dict(zip(names, pool.map(lambda name: _read_header(repo, name), names), strict=True))
     files = []
-    stored: dict[str, list[StoredTensor]] = {}
+    stored: dict[str, list[SafetensorsTensor]] = {}
     for name, data in headers.items():
         file = repo.file(name)
         stored[name] = list(parse_header(data, file.size, f"{repo}/{name}")[0].values())
