@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from streamquant.files.records import from_json, to_json
 from streamquant.files.writing import explain, write_atomically
 from streamquant.quant.errors import UsageError
 from streamquant.validate.report.data import REPORT, Report, check_report_folder, report_bytes
 from streamquant.validate.report.plots import Plot, make_plots
-from streamquant.validate.report.records import from_json, to_json
 from streamquant.validate.report.render import PLOTS, make_pages
 from streamquant.validate.report.view import make_view
 
@@ -25,7 +25,7 @@ def public_report(report: Report) -> Report:
     """
     longest_first = sorted(_folders(report), key=lambda text: (-len(text), text))
     folders = re.compile(rf"(?<![\w.~/-])(?:{'|'.join(map(re.escape, longest_first))})")
-    record = from_json(Report, _shortened(to_json(report), folders))
+    record = from_json(Report, _shortened(to_json(report, "report"), folders), "report")
     names = _names([variant.path for variant in report.variants])
     results = tuple(
         replace(result, model=replace(result.model, path=names.get(old.model.path, Path(old.model.path).name)))

@@ -18,6 +18,7 @@ import markdown_it
 import pytest
 from PIL import Image
 
+from streamquant.files.records import from_json, to_json
 from streamquant.model.problem import Problem
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.gates import failed
@@ -31,7 +32,6 @@ from streamquant.validate.report.data import (
     write_report,
 )
 from streamquant.validate.report.plots import VARIABLES, Plot, make_plots, pareto
-from streamquant.validate.report.records import from_json, to_json
 from streamquant.validate.report.render import render_html, render_markdown, write_pages
 from streamquant.validate.report.view import make_view, remark
 from streamquant.validate.text.chat import ChatDifference, ChatReport
@@ -113,16 +113,16 @@ def test_a_report_is_read_back_as_it_was(report: Report, hostile: Report, tmp_pa
 def test_infinity_is_kept_and_nan_is_refused(report: Report) -> None:
     (first, *_), variants = report.comparison.variants, report.comparison.variants
     tensor = dataclasses.replace(first.tensors[0], worst_block=math.inf)
-    record = to_json(tensor)
+    record = to_json(tensor, "tensor")
     assert record["worst_block"] == "Infinity"
-    assert from_json(type(tensor), json.loads(json.dumps(record, allow_nan=False))) == tensor
+    assert from_json(type(tensor), json.loads(json.dumps(record, allow_nan=False)), "tensor") == tensor
     assert variants
     with pytest.raises(StreamquantError, match="NaN"):
-        to_json(dataclasses.replace(tensor, max_error=math.nan))
+        to_json(dataclasses.replace(tensor, max_error=math.nan), "tensor")
 
 
 def broken(change: Callable[[dict[str, Any]], object], report: Report, folder: Path) -> Path:
-    record = to_json(report)
+    record = to_json(report, "report")
     change(record)
     folder.mkdir(exist_ok=True)
     (folder / REPORT).write_text(json.dumps(record))

@@ -7,8 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from streamquant.files.records import to_json
 from streamquant.validate.report.data import NotRun, Report, VariantReport
-from streamquant.validate.report.records import to_json
 from streamquant.validate.report.text import MISSING, visible
 from streamquant.validate.report.view import cell, make_view, wrong_chats
 from streamquant.validate.sections import SECTIONS
@@ -86,7 +86,7 @@ def chat_json(
 ) -> dict[str, Any]:
     """The same for programs: the records of report.json."""
     return {
-        "variants": to_json(tuple(variants)),
-        "original_lints": to_json(tuple(original_lints)),
-        "not_run": to_json(tuple(not_run)),
+        "variants": to_json(tuple(variants), "variants"),
+        "original_lints": to_json(tuple(original_lints), "original_lints"),
+        "not_run": to_json(tuple(not_run), "not_run"),
     }

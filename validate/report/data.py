@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamquant.files.records import from_json, to_json
 from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import explain, write_atomically
 from streamquant.model.problem import Problem
@@ -15,7 +16,6 @@ from streamquant.validate.engines.agreement import EngineAgreement
 from streamquant.validate.gates import GateResult, Gates
 from streamquant.validate.logits.comparison import Comparison, VariantResult
 from streamquant.validate.readback.measured_files import MeasuredFile
-from streamquant.validate.report.records import from_json, to_json
 from streamquant.validate.sections import Section
 from streamquant.validate.text.behaviour import BehaviourReport
 from streamquant.validate.text.chat import ChatReport
@@ -26,6 +26,7 @@ SCHEMA = 2
 """Version of report.json. It goes up with every change of a field: the loader takes this version alone."""
 REPORT = "report.json"
 MAX_BYTES = 1 << 30
+OTHER_VERSION = "validate again, or render with the version that wrote it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def write_report(report: Report, folder: Path) -> Path:
 
 def report_bytes(report: Report) -> bytes:
     """The text of report.json."""
-    text = json.dumps(to_json(report), ensure_ascii=False, allow_nan=False, indent=1)
+    text = json.dumps(to_json(report, "report"), ensure_ascii=False, allow_nan=False, indent=1)
     # a lone surrogate, which a hostile template can put into a text, is no UTF-8
     return f"{text}\n".encode(errors="replace")
 
@@ -153,9 +154,9 @@ def read_report(path: Path) -> Report:
             where=str(file),
             found=f"schema {record.get('schema')!r:.40}",
             required=f"schema {SCHEMA}",
-            hint="validate again, or render with the version that wrote it",
+            hint=OTHER_VERSION,
         )
-    return from_json(Report, record, str(file))
+    return from_json(Report, record, str(file), OTHER_VERSION)
 
 
 def check_report_folder(folder: Path) -> None:
