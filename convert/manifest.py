@@ -10,7 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from streamquant.convert.plan.planner import OutputTensor, Plan, VariantPlan
+from streamquant.convert.plan.records import OutputTensor, Plan, VariantPlan
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.stream import Written
 from streamquant.files.strict_json import read_json_object

@@ -1,32 +1,15 @@
 """A plan for people (rich tables) and for programs (JSON)."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from streamquant.convert.plan.planner import OutputTensor, Plan, VariantPlan
+from streamquant.convert.plan.disk import Disk
+from streamquant.convert.plan.records import OutputTensor, Plan, VariantPlan
 from streamquant.files.sizes import human_bytes
 from streamquant.quant.formats import FORMATS
-
-
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """The most bytes that a run takes on the disk."""
-
-    peak: int
-    """Files, and shards on their way."""
-    spool: int = 0
-    """Of these, room for shards of the Hub."""
-    delivered: bool = False
-    """Whether finished files go away while the rest is made."""
-
-    def __str__(self) -> str:
-        parts = [f"{human_bytes(self.spool)} of it for shards on their way"] if self.spool else []
-        parts += ["files go as they are uploaded"] if self.delivered else []
-        return human_bytes(self.peak) + (f" ({', '.join(parts)})" if parts else "")
 
 
 def plan_json(plan: Plan, jobs: int, disk: Disk | None = None) -> dict[str, Any]:

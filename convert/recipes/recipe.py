@@ -64,6 +64,11 @@ class Recipe:
         """general.file_type, for GGUF."""
         return None if self.base is None else int(_file_type(self.base))
 
+    @property
+    def takes_overrides(self) -> bool:
+        """Whether the formats that the command line gives to single tensors are for this variant."""
+        return self.base is not None and self.file is None
+
 
 def _gguf_fixed(tensor: SourceTensor, rule: TensorRule) -> Choice | None:
     """The tensors that every GGUF stores as F32."""

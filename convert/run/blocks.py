@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamquant.convert.plan.planner import BLOCK_WEIGHTS, Chunk, Matrix, OutputTensor, Plan
+from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, OutputTensor, Plan, place_rows
 from streamquant.quant.errors import StreamquantError
-from streamquant.quant.format import Encoded, Importance, Part
+from streamquant.quant.format import Encoded, Importance
 from streamquant.quant.formats import FORMATS
 from streamquant.quant.widen import SOURCE_DTYPES, widen
 
@@ -44,22 +44,6 @@ class Scratch:
             buffer = np.empty(nbytes, np.uint8)
             self._buffers[purpose] = buffer
         return buffer[:nbytes]
-
-
-def extents(plan: Plan, chunk: Chunk) -> Iterator[tuple[int, int, int, int, int]]:
-    """(output, part, file, offset, nbytes) of every run of bytes that a chunk writes."""
-    matrix = plan.matrices[chunk.matrix]
-    for number, output in enumerate(matrix.outputs):
-        for part_number, part in enumerate(FORMATS[output.format].parts):
-            region = output.regions[part_number]
-            start, nbytes = _place(part, matrix.n, chunk.first, chunk.last)
-            yield number, part_number, region.file, region.offset + start, nbytes
-
-
-def _place(part: Part, n: int, first: int, last: int) -> tuple[int, int]:
-    """Rows [first, last) of a part -> (offset in its region, nbytes). `first` begins an entry."""
-    entry = part.bytes_per_entry(n)
-    return first // part.rows_per_entry * entry, part.entries(last - first) * entry
 
 
 def encode_chunk(
@@ -189,7 +173,7 @@ def pieces(matrix: Matrix, numbers: list[int], first: int, encoded: Encoded) -> 
 def _pieces(number: int, output: OutputTensor, n: int, first: int, encoded: Encoded) -> Iterator[Piece]:
     for part_number, part in enumerate(FORMATS[output.format].parts):
         region = output.regions[part_number]
-        start, _ = _place(part, n, first, first)
+        start, _ = place_rows(part, n, first, first)
         yield Piece(number, part_number, region.file, region.offset + start, encoded[part_number].reshape(-1))
 
 

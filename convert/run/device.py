@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamquant.convert.plan.planner import Chunk, Matrix, OutputTensor, Plan
+from streamquant.convert.plan.records import Chunk, Matrix, OutputTensor, Plan
 from streamquant.convert.run import blocks
 from streamquant.convert.run.blocks import Bytes, Piece, Scratch
 from streamquant.convert.run.stream import Encode

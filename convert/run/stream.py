@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamquant.convert.plan.planner import Chunk, OutputFile, Plan
-from streamquant.convert.run.blocks import Piece, Scratch, encode_chunk, extents
+from streamquant.convert.plan.records import Chunk, OutputFile, Plan, extents
+from streamquant.convert.run.blocks import Piece, Scratch, encode_chunk
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.journal import Head, Journal, Progress
 from streamquant.convert.source.shards import LocalShards, Shards
@@ -172,8 +172,8 @@ class _Run:
         file_extents: list[list[Extent]] = [[] for _ in plan.files]
         source_extents: dict[str, list[Extent]] = {file.name: [] for file in plan.checkpoint.files}
         for number, chunk in enumerate(plan.chunks):
-            for _, _, file, offset, nbytes in extents(plan, chunk):
-                file_extents[file].append(Extent(offset, offset + nbytes, number))
+            for _, _, to in extents(plan, chunk):
+                file_extents[to.file].append(Extent(to.offset, to.offset + to.nbytes, number))
             source = plan.matrices[chunk.matrix].source
             row = (source.stop - source.start) // plan.matrices[chunk.matrix].rows
             start = source.start + chunk.first * row
@@ -277,7 +277,7 @@ class _Run:
             self.resumed += 1
         else:
             self.journal.chunk(number, self._convert(number, scratch))
-        files = {file for _, _, file, _, _ in extents(self.plan, chunk)}
+        files = {region.file for _, _, region in extents(self.plan, chunk)}
         with self._lock:
             for file in files:
                 self.hashes[file].mark(number)
@@ -298,14 +298,14 @@ class _Run:
         """Encode and write a chunk; returns the hash of each run of bytes, "" for a file that was finished before."""
         chunk = self.plan.chunks[number]
         places = list(extents(self.plan, chunk))
-        wanted = frozenset(output for output, _, file, _, _ in places if self.outputs[file] is not None)
-        hashes = {(output, part): quick_hash() for output, part, _, _, _ in places}
+        wanted = frozenset(output for output, _, to in places if self.outputs[to.file] is not None)
+        hashes = {(output, part): quick_hash() for output, part, _ in places}
         if wanted:
             self._encode_and_write(number, wanted, hashes, scratch)
-            for output, _, file, offset, nbytes in places:
+            for output, _, to in places:
                 if output in wanted:
-                    start_writeback(self.outputs[file], offset, nbytes)
-        return [hashes[output, part].hexdigest() if output in wanted else "" for output, part, _, _, _ in places]
+                    start_writeback(self.outputs[to.file], to.offset, to.nbytes)
+        return [hashes[output, part].hexdigest() if output in wanted else "" for output, part, _ in places]
 
     def _encode_and_write(self, number: int, wanted: frozenset[int], hashes: dict, scratch: Scratch) -> None:  # type: ignore[type-arg]
         chunk = self.plan.chunks[number]
@@ -327,9 +327,9 @@ class _Run:
         places = list(extents(self.plan, self.plan.chunks[number]))
         if len(places) != len(self.known[number]):
             return False
-        for (_, _, file, offset, nbytes), expected in zip(places, self.known[number], strict=True):
-            descriptor = self.outputs[file]
-            if descriptor is not None and _hash_range(descriptor, offset, nbytes, scratch) != expected:
+        for (_, _, at), expected in zip(places, self.known[number], strict=True):
+            descriptor = self.outputs[at.file]
+            if descriptor is not None and _hash_range(descriptor, at.offset, at.nbytes, scratch) != expected:
                 return False
         return True
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from streamquant.convert.options import ConversionOptions
-from streamquant.convert.plan.planner import Plan, make_plan
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.plan.records import Plan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix, read_imatrix
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.open import open_source

@@ -12,8 +12,8 @@ from streamquant.convert.architectures import describe
 from streamquant.convert.architectures.base import TensorKind
 from streamquant.convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
 from streamquant.convert.manifest import MANIFEST, is_complete, read_manifest
-from streamquant.convert.plan.planner import Plan, VariantPlan
-from streamquant.convert.plan.view import Disk
+from streamquant.convert.plan.disk import Disk
+from streamquant.convert.plan.records import Plan, VariantPlan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix, read_imatrix
 from streamquant.convert.run.device import choose_device
 from streamquant.convert.source.checkpoint import CONFIG, INDEX, Checkpoint

@@ -10,20 +10,18 @@ its hash. OUT/.streamquant/uploads.jsonl records what was sent where, for people
 
 import contextlib
 import json
-import math
 import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from streamquant.convert.plan.planner import CHUNK_BYTES, Plan
-from streamquant.convert.run.blocks import extents
+from streamquant.convert.plan.records import Plan
 from streamquant.convert.run.journal import WORK_FOLDER
 from streamquant.files.worker import Worker
 from streamquant.hub.repo import OnBytes, OnWait, Stopped
@@ -294,66 +292,3 @@ def deliver(
     for target in targets.values():
         target.open(private=private)
     return HubDelivery(out, targets, room=room, delete=delete, stop=stop)
-
-
-# The disk
-
-
-def peak_disk(plan: Plan, room: int, spool_bytes: int, *, delete: bool, jobs: int = 1) -> int:
-    """The most bytes that a conversion has on the disk at any time: shards of the source in the spool, and outputs.
-
-    Without `delete` everything stays. With it:
-
-    - files fill as chunks are done, in the order of the source; `jobs` chunks are under way at once. Headers, and
-      tensors that have no source, are in their files from the beginning;
-    - a file is complete with its last chunk, and is handed over when it was hashed: what could not be hashed before
-      that chunk is read at the speed of the source, while the conversion goes on;
-    - uploads may be as slow as they like: the conversion begins no chunk while more than `room` bytes wait
-      (`HubDelivery.wait_for_room`), so that at most `room` bytes wait, and the files handed over at last.
-
-    What is not in it: side files, manifests, cards and the journal, for which DISK_RESERVE stands
-    (convert/conversion.py).
-    """
-    if not delete:
-        return plan.nbytes + spool_bytes
-    written, ends = _growth(plan)
-    handed_over: dict[int, int] = {}  # chunk -> bytes of files that wait from then on
-    partial = [sum(len(data) for _, data in file.literals) for file in plan.files]
-    unfinished, complete, recent, peak = sum(partial), 0, 0, 0
-    for chunk, growth in enumerate(written):
-        recent -= handed_over.get(chunk, 0)
-        for file, nbytes in growth:
-            partial[file] += nbytes
-            unfinished += nbytes
-        peak = max(peak, unfinished + min(complete, room + recent))
-        for file, unhashed in ends.get(chunk, ()):
-            size = plan.files[file].size
-            unfinished -= partial[file]
-            complete += size
-            recent += size
-            later = chunk + jobs + math.ceil(unhashed / CHUNK_BYTES)
-            handed_over[later] = handed_over.get(later, 0) + size
-        peak = max(peak, unfinished + min(complete, room + recent))
-    return peak + _ahead(written, jobs) + spool_bytes
-
-
-def _growth(plan: Plan) -> tuple[list[list[tuple[int, int]]], dict[int, list[tuple[int, int]]]]:
-    """Chunk -> (file, bytes) that it writes; and chunk -> (file, bytes not hashable before) that it completes."""
-    written: list[list[tuple[int, int]]] = []
-    last = [(0, 0)] * len(plan.files)  # chunk, and the first byte that it writes
-    for number, chunk in enumerate(plan.chunks):
-        growth = []
-        for _, _, file, offset, nbytes in extents(plan, chunk):
-            growth.append((file, nbytes))
-            first = min(offset, last[file][1]) if last[file][0] == number else offset
-            last[file] = (number, first)
-        written.append(growth)
-    ends: dict[int, list[tuple[int, int]]] = {}
-    for file, (number, first) in enumerate(last):
-        ends.setdefault(number, []).append((file, plan.files[file].size - first))
-    return written, ends
-
-
-def _ahead(written: Iterable[list[tuple[int, int]]], jobs: int) -> int:
-    """Bytes that the other workers may have written beyond the chunk that is looked at."""
-    return (jobs - 1) * max((sum(nbytes for _, nbytes in growth) for growth in written), default=0)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from streamquant.convert.plan.planner import Plan, VariantPlan
+from streamquant.convert.plan.records import Plan, VariantPlan
 from streamquant.files.sizes import human_bytes
 from streamquant.quant.errors import StreamquantError
 

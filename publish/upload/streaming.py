@@ -6,12 +6,13 @@ from pathlib import Path
 
 from streamquant.convert.conversion import Conversion, Fetching, convert, disk_of
 from streamquant.convert.options import ConversionOptions
-from streamquant.convert.plan.planner import Plan, make_plan
-from streamquant.convert.plan.view import Disk
+from streamquant.convert.plan.disk import Disk, peak_disk
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.plan.records import Plan
 from streamquant.convert.recipes.recipe import Recipe
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.hub.repo import OnBytes
-from streamquant.publish.upload.delivery import ROOM, check_early_push, deliver, peak_disk, plan_repositories
+from streamquant.publish.upload.delivery import ROOM, check_early_push, deliver, plan_repositories
 from streamquant.publish.upload.limits import check_plan
 from streamquant.publish.upload.push import Pushed, Wish, push
 from streamquant.quant.errors import UsageError

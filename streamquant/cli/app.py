@@ -33,8 +33,10 @@ from rich.progress import (
 from streamquant.convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
 from streamquant.convert.manifest import versions
 from streamquant.convert.options import ConversionOptions
-from streamquant.convert.plan.planner import Plan, make_plan
-from streamquant.convert.plan.view import Disk, plan_json, plan_view
+from streamquant.convert.plan.disk import Disk
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.plan.records import Plan
+from streamquant.convert.plan.view import plan_json, plan_view
 from streamquant.convert.recipes.imatrix import ImportanceMatrix, read_imatrix
 from streamquant.convert.recipes.overrides import Overrides, parse_rule, parse_type, read_rules
 from streamquant.convert.recipes.recipe import RECIPES, Recipe, parse_variants

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import pytest
 
-from streamquant.convert.plan.planner import Plan, make_plan
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.plan.records import Plan, extents
 from streamquant.convert.recipes.recipe import parse_variants
-from streamquant.convert.run.blocks import extents
 from streamquant.convert.source.checkpoint import open_checkpoint
 from tests.attacks.harness import (
     TO,
@@ -31,10 +31,10 @@ from tests.attacks.harness import (
 )
 
 SMALL_CHUNKS = {
-    "streamquant.convert.plan.planner.CHUNK_BYTES": 1 << 19,
+    "streamquant.convert.plan.records.CHUNK_BYTES": 1 << 19,
     "streamquant.files.hashing.STEP_BYTES": 1 << 19,
 }
-TINY_CHUNKS = {"streamquant.convert.plan.planner.CHUNK_BYTES": 1 << 13, "streamquant.files.hashing.STEP_BYTES": 1 << 13}
+TINY_CHUNKS = {"streamquant.convert.plan.records.CHUNK_BYTES": 1 << 13, "streamquant.files.hashing.STEP_BYTES": 1 << 13}
 SPLIT = ("--split-max-size", "8M")
 
 
@@ -178,7 +178,7 @@ def partials(out: Path) -> Iterator[Path]:
 @pytest.fixture
 def tiny_plan(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.setattr(
-        "streamquant.convert.plan.planner.CHUNK_BYTES", TINY_CHUNKS["streamquant.convert.plan.planner.CHUNK_BYTES"]
+        "streamquant.convert.plan.records.CHUNK_BYTES", TINY_CHUNKS["streamquant.convert.plan.records.CHUNK_BYTES"]
     )
     return make_plan(open_checkpoint(pristine), parse_variants([TO[1]]))
 
@@ -194,13 +194,13 @@ def test_power_loss_zeroes_a_chunk(
     out = tmp_path / "out"
     command = run_until_killed(zygote, whole_tiny, out, POINT)
     done = chunks_in_journal(out)
-    for _, _, file, offset, nbytes in extents(tiny_plan, tiny_plan.chunks[which]):
-        path = out / tiny_plan.files[file].path
+    for _, _, region in extents(tiny_plan, tiny_plan.chunks[which]):
+        path = out / tiny_plan.files[region.file].path
         with path.with_name(path.name + ".partial").open("r+b") as opened:
-            opened.seek(offset)
-            assert any(opened.read(nbytes)), "the chunk had not been written"
-            opened.seek(offset)
-            opened.write(bytes(nbytes))
+            opened.seek(region.offset)
+            assert any(opened.read(region.nbytes)), "the chunk had not been written"
+            opened.seek(region.offset)
+            opened.write(bytes(region.nbytes))
     assert zygote.run(*command, set=TINY_CHUNKS).done().resumed == done - 1
     assert checksums(out) == whole_tiny.sums
 

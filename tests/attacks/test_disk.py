@@ -13,7 +13,7 @@ import pytest
 from tests.attacks.harness import TO, Zygote, checksums, finished_files, run, run_process, untouched
 
 SMALL_CHUNKS = {
-    "streamquant.convert.plan.planner.CHUNK_BYTES": 1 << 13,
+    "streamquant.convert.plan.records.CHUNK_BYTES": 1 << 13,
     "streamquant.files.hashing.STEP_BYTES": 1 << 13,
 }
 

@@ -45,7 +45,7 @@ from tests.hub_source import (
 
 CHUNK_BYTES = 1 << 18
 SMALL_CHUNKS = {
-    "streamquant.convert.plan.planner.CHUNK_BYTES": CHUNK_BYTES,
+    "streamquant.convert.plan.records.CHUNK_BYTES": CHUNK_BYTES,
     "streamquant.files.hashing.STEP_BYTES": 1 << 18,
 }
 
@@ -65,7 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     out = tmp_path_factory.mktemp("whole")
     run("convert", model, *FIVE, "--out", out).done()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamquant.convert.plan.planner.CHUNK_BYTES", CHUNK_BYTES)
+        patch.setattr("streamquant.convert.plan.records.CHUNK_BYTES", CHUNK_BYTES)
         plan = make_plan(open_checkpoint(model), parse_variants(FIVE[1::2]))
         assert len(plan.chunks) > 10 * SHARDS
     return Reference(model, out, [plan.matrices[chunk.matrix].source.file for chunk in plan.chunks])

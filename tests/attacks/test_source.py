@@ -214,7 +214,7 @@ def test_every_bad_value(value: int, dtype: str, tmp_path: Path, models: Callabl
 def test_nan_in_a_later_block_of_a_chunk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row counts from the tensor's begin, not from the block's or the chunk's."""
     monkeypatch.setattr("streamquant.convert.run.blocks.BLOCK_WEIGHTS", 64 * 8)
-    monkeypatch.setattr("streamquant.convert.plan.planner.CHUNK_BYTES", 64 * 2 * 100)
+    monkeypatch.setattr("streamquant.convert.plan.records.CHUNK_BYTES", 64 * 2 * 100)
     put(model, "lm_head.weight", 237 * 64 + 3, NAN["BF16"])  # third chunk, fifth block of it
     ran = run("convert", model, *TO, "--out", tmp_path / "out", "--jobs", 3)
     ran.refused(1, "not a number", "'lm_head.weight', row 237, column 3\n")

@@ -25,7 +25,7 @@ from tests.attacks.harness import TO, run, write_model
 
 
 def fault_set(values: dict[str, Any]) -> None:
-    """Replace module attributes: {"streamquant.convert.plan.planner.CHUNK_BYTES": 65536}."""
+    """Replace module attributes: {"streamquant.convert.plan.records.CHUNK_BYTES": 65536}."""
     for name, value in values.items():
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute)

@@ -13,7 +13,8 @@ import pytest
 from streamquant.convert.conversion import check_disk, convert
 from streamquant.convert.manifest import MANIFEST
 from streamquant.convert.options import ConversionOptions
-from streamquant.convert.plan.planner import Plan, make_plan
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.plan.records import Plan
 from streamquant.convert.plan.view import plan_json
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint

@@ -90,7 +90,7 @@ def test_five_variants_with_a_spool_of_two_shards(
 ) -> None:
     """Never more disk than stated, the same bytes as from the folder, each shard once, no token elsewhere."""
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-    monkeypatch.setattr("streamquant.convert.plan.planner.CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr("streamquant.convert.plan.records.CHUNK_BYTES", 1 << 18)
     monkeypatch.setattr("streamquant.convert.conversion.Spool", Recorded)
     Recorded.made = []
     repo = hub.add_repo(REPO, model, private=True)

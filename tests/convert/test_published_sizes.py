@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from streamquant.convert.options import ConversionOptions
-from streamquant.convert.plan.planner import Plan, make_plan
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.plan.records import Plan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint

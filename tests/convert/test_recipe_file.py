@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from streamquant.convert.conversion import convert
 from streamquant.convert.manifest import read_manifest
 from streamquant.convert.options import ConversionOptions
-from streamquant.convert.plan.planner import Plan, make_plan
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.plan.records import Plan
 from streamquant.convert.recipes.mix import DEFAULTS, MixModel, MixTensor, choose_mix
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides
 from streamquant.convert.recipes.recipe import RECIPES, parse_variants

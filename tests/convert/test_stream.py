@@ -48,8 +48,8 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def set_sizes(patch: pytest.MonkeyPatch, chunk: int, block: int) -> None:
-    patch.setattr("streamquant.convert.plan.planner.CHUNK_BYTES", chunk)
-    patch.setattr("streamquant.convert.plan.planner.BLOCK_WEIGHTS", block)
+    patch.setattr("streamquant.convert.plan.records.CHUNK_BYTES", chunk)
+    patch.setattr("streamquant.convert.plan.records.BLOCK_WEIGHTS", block)
     patch.setattr("streamquant.convert.run.blocks.BLOCK_WEIGHTS", block)
 
 

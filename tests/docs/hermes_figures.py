@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streamquant.convert.architectures.base import TensorKind
-from streamquant.convert.plan.planner import Plan
+from streamquant.convert.plan.disk import peak_disk
+from streamquant.convert.plan.records import Plan
 from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
 from streamquant.convert.source.spool import GIB
 from streamquant.files.sizes import human_bytes
@@ -19,7 +20,7 @@ from streamquant.publish.release.release_file import read_release
 from streamquant.publish.release.release_run import Road, Watch
 from streamquant.publish.release.release_state import State
 from streamquant.publish.release.stages_making import expected_imatrix
-from streamquant.publish.upload.delivery import ROOM, peak_disk
+from streamquant.publish.upload.delivery import ROOM
 from tests import gguf_peer
 from tests.example_figures import EXAMPLES, JOBS
 from tests.shapes import SHAPES, write_shape

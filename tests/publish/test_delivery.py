@@ -17,7 +17,9 @@ import pytest
 
 from streamquant.convert.conversion import convert
 from streamquant.convert.options import ConversionOptions
-from streamquant.convert.plan.planner import Plan, make_plan
+from streamquant.convert.plan.disk import peak_disk
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.plan.records import Plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.hub import errors
@@ -28,7 +30,6 @@ from streamquant.publish.upload.delivery import (
     UploadRecord,
     check_early_push,
     deliver,
-    peak_disk,
     plan_repositories,
 )
 from streamquant.publish.upload.push import Wish, push

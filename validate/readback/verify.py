@@ -16,7 +16,8 @@ import numpy as np
 
 from streamquant.convert.manifest import MANIFEST, read_manifest
 from streamquant.convert.options import ConversionOptions
-from streamquant.convert.plan.planner import BLOCK_WEIGHTS, Chunk, Matrix, Plan, make_plan
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, Plan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix
 from streamquant.convert.recipes.overrides import parse_overrides
 from streamquant.convert.recipes.recipe import Recipe, parse_variants, recipe_of

@@ -1,0 +1,118 @@
+"""What the layouts of all containers share: the draft of a plan, a tensor to place, and the protocol itself.
+
+A container is one file layout_NAME.py with a `Layout`, and one line in LAYOUTS (convert/plan/planner.py).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from streamquant.convert.architectures import ModelDescription
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.importance import PlannedImportance
+from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
+from streamquant.convert.recipes.overrides import NO_OVERRIDES
+from streamquant.convert.recipes.recipe import Choice, Recipe, Wishes
+from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
+from streamquant.quant.errors import UsageError
+from streamquant.quant.formats import FORMATS
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan that is being made: its inputs, and the files and notes so far, which layouts add to."""
+
+    checkpoint: Checkpoint
+    model: ModelDescription
+    options: ConversionOptions
+    importance: PlannedImportance
+    files: list[OutputFile] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The model's name in file names."""
+        return self.options.name or self.checkpoint.name
+
+    def choices(self, recipe: Recipe) -> dict[str, Choice]:
+        """The format of every tensor of the model, by source name."""
+        rules = self.model.rules
+        known = [(tensor, rules[name]) for name, tensor in self.checkpoint.tensors.items() if name in rules]
+        overrides = self.options.overrides if recipe.takes_overrides else NO_OVERRIDES
+        return recipe.choose(known, self.model, Wishes(self.importance.matrix is not None, overrides))
+
+
+class Layout(ABC):
+    """How a container stores variants: which files there are, and which bytes of a tensor stand where."""
+
+    own_folder: ClassVar[bool]
+    """Whether a variant has a folder to itself, as a checkpoint has; else it shares one with others."""
+
+    def __init__(self, draft: Draft) -> None:
+        """One layout serves all variants of its container in a plan."""
+        self.draft = draft
+
+    @abstractmethod
+    def lay_out(self, recipe: Recipe) -> VariantPlan:
+        """Lay out a variant, add its files and notes to the draft. Raises StreamquantError, UsageError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor to place: a source tensor with its choice, or a generated one with its bytes."""
+
+    name: str
+    source: SourceTensor | None
+    choice: Choice
+    shape: tuple[int, ...]
+    rope_heads: int | None = None
+    data: bytes = b""
+    """The bytes of a tensor without a source."""
+    importance: str | None = None
+    """The entry of the importance matrix that its encoder is given."""
+
+    @property
+    def part_bytes(self) -> tuple[int, ...]:
+        """Bytes of each part of its format."""
+        rows, n = (1, self.shape[0]) if self.source is None else as_matrix(self.source, self.rope_heads)
+        return tuple(part.nbytes(rows, n) for part in FORMATS[self.choice.format].parts)
+
+    def placed(self, regions: tuple[Region, ...]) -> OutputTensor:
+        """The output, now that its place is known; it has a source."""
+        assert self.source is not None, "generated tensors are literals of their file"
+        format_, reason = self.choice.format, self.choice.reason
+        return OutputTensor(self.source.name, self.name, format_, reason, self.rope_heads, regions, self.importance)
+
+
+def as_matrix(tensor: SourceTensor, rope_heads: int | None) -> tuple[int, int]:
+    """(rows, weights in a row). A vector is one row, or, where llama.cpp reorders it, a column."""
+    if rope_heads is not None and len(tensor.shape) == 1:
+        return tensor.count, 1
+    return tensor.rows, tensor.row_length
+
+
+def split(entries: list[Entry], max_bytes: int | None) -> list[list[Entry]]:
+    """Fill files in order up to `max_bytes` of tensor data (gguf-py's GGUFWriter.add_tensor_info does the same).
+
+    Raises UsageError for a tensor that is larger.
+    """
+    if max_bytes is None:
+        return [entries]
+    groups: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        nbytes = sum(entry.part_bytes)
+        if nbytes > max_bytes:
+            raise UsageError(
+                "a tensor is larger than a file may be",
+                where=f"tensor {entry.name!r}",
+                found=f"{nbytes:,} bytes",
+                required=f"at most {max_bytes:,}",
+                hint="allow larger files",
+            )
+        if groups[-1] and filled + nbytes > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += nbytes
+    return groups

@@ -1,0 +1,89 @@
+"""The layout of GGUF: tensors one after another, each padded; metadata in the first file of a split set."""
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar
+
+from streamquant.convert.metadata.gguf_metadata import GgufMetadata, gguf_metadata
+from streamquant.convert.plan.layout import Draft, Entry, Layout, split
+from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
+from streamquant.convert.recipes.recipe import Choice, Recipe
+from streamquant.files import gguf_file
+from streamquant.quant.formats import FORMATS
+
+
+class GgufLayout(Layout):
+    """See Layout. All variants of a model share one folder, and the metadata, which are made once."""
+
+    own_folder: ClassVar[bool] = False
+
+    def __init__(self, draft: Draft) -> None:
+        super().__init__(draft)
+        self._metadata: GgufMetadata | None = None
+
+    def lay_out(self, recipe: Recipe) -> VariantPlan:
+        """See Layout.lay_out."""
+        draft, importance = self.draft, self.draft.importance
+        entries = list(self._entries(recipe))
+        importance.check(recipe, ((entry.name, entry.choice.format) for entry in entries if entry.importance is None))
+        dropped = tuple(name for name in draft.checkpoint.tensors if name not in draft.model.rules)
+        metadata = self._shared_metadata(entries).for_file_type(recipe.file_type)
+        imatrix = importance.uses(recipe, (entry.importance for entry in entries))
+        if imatrix is not None:
+            metadata |= imatrix.keys()
+        folder, stem = f"{draft.name}-GGUF", f"{draft.name}-{recipe.label}"
+        groups = split(entries, draft.options.split_max_size)
+        first = len(draft.files)
+        tensors: list[OutputTensor] = []
+        for number, group in enumerate(groups):
+            keys = dict(metadata) if number == 0 else {}
+            path = f"{folder}/{stem}.gguf"
+            if len(groups) > 1:
+                keys |= GgufMetadata.split_keys(number, len(groups), len(entries))
+                path = f"{folder}/{stem}/{stem}-{number + 1:05d}-of-{len(groups):05d}.gguf"
+            stored = [(e.name, e.shape, FORMATS[e.choice.format].parts[0].stored_as, sum(e.part_bytes)) for e in group]
+            tensors += self._place(path, gguf_file.pack_header(keys, stored), group)
+        files = tuple(range(first, len(draft.files)))
+        generated = tuple(entry.name for entry in entries if entry.source is None)
+        return VariantPlan(recipe, folder, files, tuple(tensors), generated, dropped, imatrix is not None)
+
+    def _entries(self, recipe: Recipe) -> Iterator[Entry]:
+        draft = self.draft
+        for extra in draft.model.extra_tensors:
+            data = extra.values.astype("<f4").tobytes()
+            made = Choice("F32", "made from config.json")
+            yield Entry(extra.gguf_name, None, made, extra.values.shape, data=data)
+        for name, choice in draft.choices(recipe).items():
+            tensor, rule = draft.checkpoint.tensors[name], draft.model.rules[name]
+            importance = draft.importance.entry(rule.gguf_name, tensor, choice.format)
+            yield Entry(rule.gguf_name, tensor, choice, tensor.shape, rule.rope_heads, importance=importance)
+
+    def _shared_metadata(self, entries: list[Entry]) -> GgufMetadata:
+        """The keys that all variants share; tokenizers are large, so they are read once."""
+        if self._metadata is None:
+            draft = self.draft
+            self._metadata = gguf_metadata(
+                draft.checkpoint,
+                draft.model,
+                parameter_count=sum(math.prod(entry.shape) for entry in entries),
+                guard_template=draft.options.guard_template,
+                pre=draft.options.pre,
+                overrides=draft.options.metadata,
+            )
+            draft.notes += self._metadata.notes
+        return self._metadata
+
+    def _place(self, path: str, header: bytes, group: list[Entry]) -> list[OutputTensor]:
+        """Place the tensors of one file; register the file."""
+        at = len(header)
+        literals = [(0, header)]
+        placed = []
+        for entry in group:
+            nbytes = sum(entry.part_bytes)
+            if entry.source is None:
+                literals.append((at, entry.data))
+            else:
+                placed.append(entry.placed((Region(len(self.draft.files), at, nbytes),)))
+            at += gguf_file.pad(nbytes)
+        self.draft.files.append(OutputFile(path, at, tuple(literals)))
+        return placed

@@ -1,0 +1,86 @@
+"""The layout of a compressed-tensors checkpoint: shards of safetensors, without gaps, every tensor aligned."""
+
+from typing import ClassVar
+
+from streamquant.convert.plan.layout import Entry, Layout, split
+from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
+from streamquant.convert.recipes.recipe import Choice, Recipe
+from streamquant.files import safetensors_file
+from streamquant.quant.formats import FORMATS
+
+
+class SafetensorsLayout(Layout):
+    """See Layout. A variant is a whole checkpoint in a folder of its own, with all tensors of the source."""
+
+    own_folder: ClassVar[bool] = True
+
+    def lay_out(self, recipe: Recipe) -> VariantPlan:
+        """See Layout.lay_out."""
+        folder = f"{self.draft.name}-{recipe.label}"
+        first = len(self.draft.files)
+        tensors: list[OutputTensor] = []
+        for path, group in self._shards(recipe):
+            tensors += self._place(f"{folder}/{path}", group)
+        self._note_ragged_blocks(recipe, tensors)
+        return VariantPlan(recipe, folder, tuple(range(first, len(self.draft.files))), tuple(tensors), (), ())
+
+    def _note_ragged_blocks(self, recipe: Recipe, tensors: list[OutputTensor]) -> None:
+        """Say so where a runtime cannot group the activations: compressed-tensors refuses, vLLM pads or refuses."""
+        source = self.draft.checkpoint.tensors
+        ragged = [t for t in tensors if FORMATS[t.format].pads_rows and source[t.source].row_length % 128]
+        if ragged:
+            width = source[ragged[0].source].row_length
+            self.draft.notes.append(
+                f"{recipe.spec}: rows of {len(ragged)} tensors are not a multiple of 128 ({width}); the weights are"
+                " stored as defined, but transformers cannot quantize activations in groups of 128 there"
+            )
+
+    def _shards(self, recipe: Recipe) -> list[tuple[str, list[Entry]]]:
+        """(file name, tensors) of each shard: those of the source, or filled up to --max-shard-size."""
+        checkpoint, max_shard_size = self.draft.checkpoint, self.draft.options.max_shard_size
+        choices = self.draft.choices(recipe)
+        shards: dict[str, list[Entry]] = {file.name: [] for file in checkpoint.files}
+        for tensor in checkpoint.tensors.values():
+            kept = Choice(tensor.dtype, "not a weight of the model: kept as in the source")
+            entry = Entry(tensor.name, tensor, choices.get(tensor.name, kept), tensor.shape)
+            shards[tensor.file].append(entry)
+        if max_shard_size is None:
+            return list(shards.items())
+        groups = split([entry for shard in shards.values() for entry in shard], max_shard_size)
+        if len(groups) == 1:
+            return [("model.safetensors", groups[0])]
+        return [(f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups)]
+
+    def _place(self, path: str, group: list[Entry]) -> list[OutputTensor]:
+        """Place all parts of the tensors of one shard; register the file."""
+        stored: list[tuple[str, str, tuple[int, ...], int]] = []
+        owners: list[tuple[int, int]] = []
+        for index, entry in enumerate(group):
+            parts = FORMATS[entry.choice.format].parts
+            for number, (part, nbytes) in enumerate(zip(parts, entry.part_bytes, strict=True)):
+                stored.append((entry.name + part.suffix, part.stored_as, part.stored_shape(entry.shape), nbytes))
+                owners.append((index, number))
+        order = _aligned_order([(safetensors_file.DTYPE_BITS[dtype] // 8, nbytes) for _, dtype, _, nbytes in stored])
+        header = safetensors_file.write_header([stored[i] for i in order], {"format": "pt"})
+        at = len(header)
+        regions: dict[tuple[int, int], Region] = {}
+        for i in order:
+            regions[owners[i]] = Region(len(self.draft.files), at, stored[i][3])
+            at += stored[i][3]
+        self.draft.files.append(OutputFile(path, at, ((0, header),)))
+        return [
+            entry.placed(tuple(regions[index, number] for number in range(len(entry.part_bytes))))
+            for index, entry in enumerate(group)
+        ]
+
+
+def _aligned_order(stored: list[tuple[int, int]]) -> list[int]:
+    """An order of (element size, nbytes) in which every tensor is aligned to its element size.
+
+    The bytes of the codes first, in the order in which they will be written, so that a file is filled from its front;
+    where that would misalign what follows, largest elements first, as the safetensors library does.
+    """
+    codes = [i for i, (size, _) in enumerate(stored) if size == 1]
+    rest = sorted((i for i, (size, _) in enumerate(stored) if size > 1), key=lambda i: -stored[i][0])
+    aligned = sum(stored[i][1] for i in codes) % 4 == 0
+    return codes + rest if aligned else rest + codes

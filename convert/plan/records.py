@@ -1,0 +1,229 @@
+"""The records of a plan: every output file with its size, every tensor with its address, every chunk of work.
+
+A chunk is a run of rows of one source tensor. It is read once and encoded for every variant; where its bytes go follows
+from the address of the tensor and the fixed size of a row (`extents`). Chunks can be done in any order, by any worker,
+again.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from streamquant.convert.architectures import ModelDescription
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.recipe import Recipe
+from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
+from streamquant.quant.format import Importance, Part
+from streamquant.quant.formats import FORMATS
+from streamquant.quant.widen import SOURCE_DTYPES
+
+CHUNK_BYTES = 32 * 1024 * 1024
+"""Source bytes in a chunk, the unit of the journal and of resumption."""
+BLOCK_WEIGHTS = 256 * 1024
+"""Weights that a worker holds at a time: their float32 fit into the cache of a core."""
+LIBRARY_MEMORY = 200 * 2**20
+"""Resident bytes of Python and its libraries: 169 MiB were measured (docs/benchmarks.md), mapped files included."""
+VOCABULARY_MEMORY = 160 * 2**20
+"""And of a vocabulary of 128,000 tokens while it becomes metadata: 145 MiB more were measured."""
+LAYOUT_VERSION = 1
+"""Raise it when the same plan would give other bytes; an unfinished run of another version is not resumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One part of a tensor: `nbytes` bytes at `offset` of file `file` (an index into Plan.files)."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A source tensor as one variant stores it; one region per part of its format."""
+
+    source: str
+    name: str
+    format: str
+    reason: str
+    rope_heads: int | None
+    regions: tuple[Region, ...]
+    importance: str | None = None
+    """The entry of the importance matrix that its encoder is given."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(region.nbytes for region in self.regions)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file of known size. `literals` are (offset, bytes) known now: headers, and tensors that have no source."""
+
+    path: str
+    size: int
+    literals: tuple[tuple[int, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VariantPlan:
+    """One variant: its files and tensors."""
+
+    recipe: Recipe
+    folder: str
+    files: tuple[int, ...]
+    tensors: tuple[OutputTensor, ...]
+    generated: tuple[str, ...]
+    """Tensors without a source, "rope_freqs.weight"."""
+    dropped: tuple[str, ...]
+    """Source tensors that this variant does not hold."""
+    uses_imatrix: bool = False
+    """Whether the importance matrix had a say in it: its keys are in the file, its record in the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A source tensor as rows, and every variant's use of it."""
+
+    source: SourceTensor
+    rows: int
+    n: int
+    row_step: int
+    """Rows that have to stay together: those of an attention head, of a 128x128 block."""
+    outputs: tuple[OutputTensor, ...]
+
+    def rows_within(self, weights: int) -> int:
+        """The largest run of rows, a multiple of row_step, with at most `weights` weights; at least row_step."""
+        return max(self.row_step, weights // self.n // self.row_step * self.row_step)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows [first, last) of a matrix."""
+
+    matrix: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, and where. Nothing has been read but headers, config and tokenizer."""
+
+    checkpoint: Checkpoint
+    model: ModelDescription
+    options: ConversionOptions
+    files: tuple[OutputFile, ...]
+    variants: tuple[VariantPlan, ...]
+    matrices: tuple[Matrix, ...]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All chunks in the order of the source on disk."""
+        return tuple(_chunks(self.matrices))
+
+    @property
+    def name(self) -> str:
+        """The model's name in file names."""
+        return self.options.name or self.checkpoint.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all output files."""
+        return sum(file.size for file in self.files)
+
+    def variant_bytes(self, variant: VariantPlan) -> int:
+        """Bytes of the files of one variant."""
+        return sum(self.files[index].size for index in variant.files)
+
+    def bits_per_weight(self, variant: VariantPlan) -> float:
+        """Bits of tensor data per weight of the source."""
+        return 8 * sum(tensor.nbytes for tensor in variant.tensors) / self.checkpoint.parameter_count
+
+    def memory_bytes(self, jobs: int) -> int:
+        """Upper estimate of resident memory: what the libraries take, plus what each worker holds."""
+        worker = max((_worker_bytes(matrix) for matrix in self.matrices), default=0)
+        headers = sum(len(data) for file in self.files for _, data in file.literals)
+        has_metadata = any(variant.recipe.file_type is not None for variant in self.variants)  # that of a GGUF
+        vocabulary = VOCABULARY_MEMORY if has_metadata else 0
+        imatrix = self.options.imatrix.nbytes if self.options.imatrix is not None else 0
+        return LIBRARY_MEMORY + vocabulary + imatrix + 2 * headers + jobs * worker
+
+    def importance(self, output: OutputTensor) -> Importance | None:
+        """What an encoder is given beside the rows of a tensor: float32[n], or None."""
+        if output.importance is None or self.options.imatrix is None:
+            return None
+        return self.options.imatrix.entries[output.importance]
+
+    def imatrix_of(self, variant: VariantPlan) -> dict[str, Any] | None:
+        """The record of the importance matrix that a variant was made with."""
+        imatrix = self.options.imatrix
+        return imatrix.record() if variant.uses_imatrix and imatrix is not None else None
+
+    def overrides_of(self, variant: VariantPlan) -> dict[str, Any]:
+        """The record of the command line's overrides of a variant."""
+        return self.options.overrides.record() if variant.recipe.takes_overrides else {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of source, layout and chunks: runs with the same fingerprint write the same bytes."""
+        variants = [self.variant_fingerprint(variant) for variant in self.variants]
+        return _hash([variants, [[chunk.matrix, chunk.first, chunk.last] for chunk in self.chunks]])
+
+    def variant_fingerprint(self, variant: VariantPlan) -> str:
+        """A hash of the source and of every address of one variant, whatever else the plan makes."""
+        source = [file.identity for file in self.checkpoint.files]
+        files = []
+        for index in variant.files:
+            file = self.files[index]
+            literals = [[offset, hashlib.sha256(data).hexdigest()] for offset, data in file.literals]
+            files.append([file.path, file.size, literals])
+        first = min(variant.files)
+        tensors = [
+            [t.source, t.name, t.format, t.rope_heads, [[r.file - first, r.offset] for r in t.regions]]
+            for t in variant.tensors
+        ]
+        imatrix = self.imatrix_of(variant)
+        more = [imatrix] if imatrix else []
+        if self.options.guard_template:  # side files of FP8 checkpoints are not among the addresses
+            more.append({"guard_template": True})
+        return _hash([LAYOUT_VERSION, variant.recipe.spec, source, files, tensors, *more])
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def extents(plan: Plan, chunk: Chunk) -> Iterator[tuple[int, int, Region]]:
+    """(output, part, region) of every run of bytes that a chunk writes; `output` is an index into Matrix.outputs."""
+    matrix = plan.matrices[chunk.matrix]
+    for number, output in enumerate(matrix.outputs):
+        for part_number, part in enumerate(FORMATS[output.format].parts):
+            region = output.regions[part_number]
+            start, nbytes = place_rows(part, matrix.n, chunk.first, chunk.last)
+            yield number, part_number, Region(region.file, region.offset + start, nbytes)
+
+
+def place_rows(part: Part, n: int, first: int, last: int) -> tuple[int, int]:
+    """Rows [first, last) of a part -> (offset in its region, nbytes). `first` begins an entry."""
+    entry = part.bytes_per_entry(n)
+    return first // part.rows_per_entry * entry, part.entries(last - first) * entry
+
+
+def _chunks(matrices: tuple[Matrix, ...]) -> Iterator[Chunk]:
+    for index, matrix in enumerate(matrices):
+        step = matrix.rows_within(CHUNK_BYTES // SOURCE_DTYPES[matrix.source.dtype])
+        for first in range(0, matrix.rows, step):
+            yield Chunk(index, first, min(first + step, matrix.rows))
+
+
+def _worker_bytes(matrix: Matrix) -> int:
+    """Bytes that a worker holds for one block: the source, float32, and the encoded rows of one output at a time."""
+    rows = min(matrix.rows, matrix.rows_within(BLOCK_WEIGHTS))
+    encoded = max(FORMATS[output.format].nbytes(rows, matrix.n) for output in matrix.outputs)
+    return rows * matrix.n * (4 + 4) + 2 * encoded
