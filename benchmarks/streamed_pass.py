@@ -13,7 +13,7 @@ from pathlib import Path
 
 from streamquant.model.corpus import read_corpus
 from streamquant.model.forward import Head, Lane, Setting, run_layers
-from streamquant.model.variants.variant import open_variant
+from streamquant.model.variants.open import open_variant
 
 
 def main() -> int:

@@ -175,7 +175,7 @@ def resident(source: Path, arguments: dict[str, Any]) -> dict[str, Callable[[], 
 
     from streamquant.model.forward import Head, Lane, run_layers
     from streamquant.model.forward import Setting as Computation
-    from streamquant.model.variants.variant import open_variant
+    from streamquant.model.variants.open import open_variant
 
     tokens = corpus_of(source, arguments["chunks"]).tokens
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -200,7 +200,7 @@ def resident(source: Path, arguments: dict[str, Any]) -> dict[str, Callable[[], 
 def lockstep(source: Path, arguments: dict[str, Any]) -> dict[str, Callable[[], object]]:
     """A comparison with three variants, against one with none."""
     from streamquant.model.forward import Setting as Computation
-    from streamquant.model.variants.variant import open_variant
+    from streamquant.model.variants.open import open_variant
     from streamquant.validate.logits.comparison import compare
 
     out = Path(arguments["variants"])
@@ -220,7 +220,7 @@ def imatrix(source: Path, arguments: dict[str, Any]) -> dict[str, Callable[[], o
     from streamquant.calibrate.importance import write_importance
     from streamquant.model.forward import Lane, run_layers
     from streamquant.model.forward import Setting as Computation
-    from streamquant.model.variants.variant import open_variant
+    from streamquant.model.variants.open import open_variant
 
     corpus, setting = corpus_of(source, arguments["chunks"]), Computation(batch_tokens=BATCH * CONTEXT)
     run_layers([Lane(open_variant(source))], corpus.tokens[:1, :16], setting)
@@ -241,7 +241,7 @@ def run_depth(source: Path) -> None:
 
     from streamquant.model.forward import Lane, run_layers
     from streamquant.model.forward import Setting as Computation
-    from streamquant.model.variants.variant import open_variant
+    from streamquant.model.variants.open import open_variant
 
     tokens = np.random.default_rng(0).integers(0, 512, (4, 128))
     run_layers([Lane(open_variant(source)) for _ in range(2)], tokens, Computation())

@@ -19,9 +19,10 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from streamquant.files.gguf_file import pack_header, pad, read_header
+from streamquant.files.reading import read_bytes
 from streamquant.model.corpus import Corpus
 from streamquant.model.forward import Lane, Setting, Tokens, run_layers
-from streamquant.model.variants.variant import Variant, read_bytes
+from streamquant.model.variants.variant import Variant
 from streamquant.quant.errors import StreamquantError
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from streamquant.files.folders import cache_folder
 from streamquant.model.corpus import encode_plain, read_corpus, read_text, read_tokenizer
 from streamquant.model.forward import Head, Lane, Setting, free_memory, run_layers
 from streamquant.model.problem import Problem
-from streamquant.model.variants.variant import Variant, open_variant
+from streamquant.model.variants.open import open_variant
+from streamquant.model.variants.variant import Variant
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.engines.agreement import LENGTHS, EngineAgreement, engine_agreement, prompts_from
 from streamquant.validate.engines.engine import EngineFacts, Generation, Rendered, TemplateRequest, TopLogprobs

@@ -14,14 +14,9 @@ from streamquant.convert.architectures import TensorKind, TensorRule
 from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
 from streamquant.model.activations import E4M3_MULTIPLE, through_e4m3
 from streamquant.model.problem import Problem
-from streamquant.model.variants.variant import (
-    FolderVariant,
-    VariantTensor,
-    check_finite,
-    missing_tensor,
-    rows_per_block,
-    wrong_shape,
-)
+from streamquant.model.variants.decoding import check_finite, missing_tensor, rows_per_block, wrong_shape
+from streamquant.model.variants.folder import FolderVariant
+from streamquant.model.variants.variant import VariantTensor
 from streamquant.quant.errors import StreamquantError
 
 if TYPE_CHECKING:

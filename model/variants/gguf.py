@@ -9,24 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures import TensorRule, describe, rope_row_order
 from streamquant.files.gguf_file import GgufHeader, GgufTensor, read_header
+from streamquant.files.reading import read_bytes
 from streamquant.model.activations import DOT_TYPES, QUANTIZERS
 from streamquant.model.problem import Problem
+from streamquant.model.variants.decoding import check_finite, missing_tensor, rows_per_block, wrong_shape
 from streamquant.model.variants.gguf_model import GgufModel, check_file_type, read_model
-from streamquant.model.variants.variant import (
-    Variant,
-    VariantTensor,
-    check_finite,
-    missing_tensor,
-    read_bytes,
-    rows_per_block,
-    wrong_shape,
-)
+from streamquant.model.variants.variant import Variant, VariantTensor
 from streamquant.quant.errors import StreamquantError
 
 if TYPE_CHECKING:
@@ -255,9 +249,3 @@ def read_split_set(path: Path) -> dict[Path, GgufHeader]:
             hint="files of two versions may be mixed; fetch the set again",
         )
     return headers
-
-
-def type_bits(stored_as: str) -> float:
-    """Bits per weight of a ggml type."""
-    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[stored_as]]
-    return float(8 * nbytes / block)

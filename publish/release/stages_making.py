@@ -165,7 +165,7 @@ class ImatrixWork(Work):
             return f"{len(found.entries)} entries over {found.chunk_count} chunks in {found.name}", [self.stage.file]
         from streamquant.calibrate.importance import write_importance
         from streamquant.model.corpus import read_corpus
-        from streamquant.model.variants.variant import open_variant
+        from streamquant.model.variants.open import open_variant
 
         variant = open_variant(self.road.weights)
         corpus = read_corpus(self.stage.text, variant.path, self.stage.context, self.stage.chunks)

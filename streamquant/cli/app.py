@@ -505,7 +505,7 @@ def imatrix_command(
     """
     from streamquant.calibrate.importance import write_importance
     from streamquant.model.corpus import read_corpus
-    from streamquant.model.variants.variant import open_variant
+    from streamquant.model.variants.open import open_variant
 
     with _steps() as step:
         variant = open_variant(_weights(model, step))
@@ -680,7 +680,8 @@ def _weights(model: str, step: Callable[[str, int, int], None] = lambda _what, _
 
 def _without_weights(model: str) -> "Variant":
     """A model of which no weight will be read: of one on the Hub only small files and headers are fetched."""
-    from streamquant.model.variants.variant import CheckpointVariant, open_variant
+    from streamquant.model.variants.checkpoint import CheckpointVariant
+    from streamquant.model.variants.open import open_variant
 
     if hub_spec(model) is None:
         return open_variant(Path(model))

@@ -15,7 +15,7 @@ from gguf.gguf_writer import GGUFValue
 from streamquant.convert.architectures import rope_row_order
 from streamquant.model.corpus import Corpus, read_corpus
 from streamquant.model.forward import Setting
-from streamquant.model.variants.variant import open_variant
+from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.logits.comparison import Comparison, compare
 from streamquant.validate.logits.hidden_states import layer_error, sample_positions

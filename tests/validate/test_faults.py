@@ -23,7 +23,7 @@ from streamquant.convert.conversion import convert
 from streamquant.convert.options import ConversionOptions
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
-from streamquant.model.variants.variant import open_variant
+from streamquant.model.variants.open import open_variant
 from streamquant.validate.report.console import report_view
 from streamquant.validate.report.data import Report, VariantReport
 from streamquant.validate.report.render import render_html, render_markdown

@@ -23,7 +23,7 @@ from streamquant.model.forward import (
     run_layers,
     scored_positions,
 )
-from streamquant.model.variants.variant import open_variant
+from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError, UsageError
 from tests import synthetic
 from tests.peers import ROOT
@@ -277,7 +277,7 @@ import sys
 from pathlib import Path
 import numpy as np, torch, transformers
 from streamquant.model.forward import DType, Lane, Setting, run_layers
-from streamquant.model.variants.variant import open_variant
+from streamquant.model.variants.open import open_variant
 def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) // 1024
@@ -312,7 +312,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np, torch, transformers
 from streamquant.model.forward import Lane, Setting, run_layers
-from streamquant.model.variants.variant import open_variant
+from streamquant.model.variants.open import open_variant
 torch.set_num_threads(1)
 tokens = np.random.default_rng(0).integers(0, 512, (2, 64))
 run_layers([Lane(open_variant(Path(sys.argv[2])))], tokens, Setting())  # code and buffers of libraries

@@ -12,7 +12,7 @@ from streamquant.calibrate.importance import InputSums, write_importance
 from streamquant.convert.recipes.imatrix import read_imatrix
 from streamquant.model.corpus import Corpus, read_corpus
 from streamquant.model.forward import Setting
-from streamquant.model.variants.variant import open_variant
+from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError
 from tests.validate.models import Models
 from tests.validate.test_comparison import CASE, write_texts

@@ -13,7 +13,7 @@ import pytest
 from streamquant.calibrate.importance import write_importance
 from streamquant.model.corpus import Corpus, read_corpus
 from streamquant.model.forward import Setting
-from streamquant.model.variants.variant import open_variant
+from streamquant.model.variants.open import open_variant
 from streamquant.validate.logits.comparison import Comparison, VariantResult, compare
 from tests.peers import DATA
 

@@ -20,7 +20,7 @@ from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.files.gguf_file import read_header
 from streamquant.model.forward import Setting, all_logits
-from streamquant.model.variants.variant import open_variant
+from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.engines.process import EngineProcess
 from streamquant.validate.report.data import read_report

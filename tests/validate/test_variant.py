@@ -21,7 +21,8 @@ from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.files.safetensors_file import write_header
 from streamquant.model.problem import Problem
 from streamquant.model.variants.gguf_model import GgufRope, base_types, claims
-from streamquant.model.variants.variant import EMBEDDINGS, Variant, open_variant
+from streamquant.model.variants.open import open_variant
+from streamquant.model.variants.variant import EMBEDDINGS, Variant
 from streamquant.quant.errors import StreamquantError, UsageError
 from tests.conftest import TINY_PRE, read_safetensors
 from tests.smollm2 import MISSING, find_gguf
@@ -106,7 +107,7 @@ def test_fp8_is_code_times_scale(tiny_variants: Path, label: str) -> None:
 def test_blocks_cover_a_tensor_whatever_their_size(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [models.checkpoint("llama3.1"), models.gguf("llama3.1", "Q8_0"), models.fp8("llama3.1")]
     whole = [everything(open_variant(path)) for path in paths]
-    monkeypatch.setattr("streamquant.model.variants.variant.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("streamquant.model.variants.decoding.BLOCK_BYTES", 1000)
     for path, expected in zip(paths, whole, strict=True):
         variant = open_variant(path)
         name = "model.layers.0.self_attn.q_proj.weight"

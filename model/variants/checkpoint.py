@@ -1,0 +1,73 @@
+"""A checkpoint folder of plain floats as a variant."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from streamquant.convert.source.checkpoint import Checkpoint
+from streamquant.model.variants.decoding import check_finite, missing_tensor, rows_per_block, wrong_shape
+from streamquant.model.variants.folder import FolderVariant
+from streamquant.model.variants.variant import VariantTensor
+from streamquant.quant.errors import StreamquantError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CheckpointVariant(FolderVariant):
+    """A folder of BF16, F16 or F32 safetensors."""
+
+    kind = "checkpoint"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.tensors = {}
+        for rule in self.description.rules.values():
+            tensor = checkpoint.tensors.get(rule.hf_name)
+            if tensor is None and rule.required:
+                raise missing_tensor(rule, self.path, rule.hf_name)
+            if tensor is not None:
+                if tensor.shape != rule.shape:
+                    raise wrong_shape(rule, self.path / tensor.file, rule.hf_name, tensor.shape)
+                if tensor.dtype not in ("BF16", "F16", "F32"):
+                    raise StreamquantError(
+                        "a quantized tensor in a checkpoint without quantization_config",
+                        where=f"{self.path / tensor.file}, tensor {tensor.name!r}",
+                        found=tensor.dtype,
+                        required="BF16, F16 or F32",
+                    )
+                self.tensors[rule.hf_name] = VariantTensor(
+                    rule.hf_name, tensor.dtype, tensor.shape, tensor.stop - tensor.start
+                )
+        self._note_unexplained(set(self.tensors))
+
+    def blocks(self, name: str) -> "Iterator[tuple[int, torch.Tensor]]":
+        """See Variant.blocks."""
+        return self._float_blocks(self.checkpoint.tensors[name])
+
+    def slice(self, name: str, first: int, last: int) -> "torch.Tensor":
+        """See Variant.slice."""
+        return self._stored_rows(self.checkpoint.tensors[name], first, last).float()
+
+    def read(
+        self, name: str, dtype: "torch.dtype", on_block: "Callable[[int, torch.Tensor], None] | None" = None
+    ) -> "torch.Tensor":
+        """See Variant.read; without a detour over float32."""
+        import torch
+
+        if on_block is not None:
+            return super().read(name, dtype, on_block)
+        tensor = self.checkpoint.tensors[name]
+        whole = torch.empty(tensor.shape, dtype=dtype)
+        step = rows_per_block((tensor.stop - tensor.start) // tensor.shape[0])
+        for first in range(0, tensor.shape[0], step):
+            last = min(first + step, tensor.shape[0])
+            whole[first:last] = self._stored_rows(tensor, first, last)
+            check_finite(whole[first:last], name, self.path / tensor.file, first)
+        return whole
+
+    def rows(self, name: str, ids: Sequence[int]) -> "torch.Tensor":
+        """See Variant.rows."""
+        import torch
+
+        tensor = self.checkpoint.tensors[name]
+        return torch.cat([self._stored_rows(tensor, number, number + 1).float() for number in ids])

@@ -1,0 +1,83 @@
+"""What variants that are a folder of safetensors share."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamquant.convert.architectures import describe
+from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
+from streamquant.files.reading import read_bytes
+from streamquant.model.problem import Problem
+from streamquant.model.variants.decoding import BLOCK_BYTES, as_tensor, check_finite, rows_per_block
+from streamquant.model.variants.variant import EMBEDDINGS, HEAD, Variant
+
+if TYPE_CHECKING:
+    import torch
+
+
+class FolderVariant(Variant):
+    """A folder of safetensors: plain floats, or what a quantization_config explains."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.path = checkpoint.folder
+        self.files = tuple(checkpoint.folder / file.name for file in checkpoint.files)
+        self.config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        self.description = describe(self.config)
+        self.problems = []
+        self._tied: bool | None = None
+
+    def _ties_head(self) -> bool:
+        # transformers ties them if the config says so, unless the two tensors differ; then llama.cpp's way is its way.
+        if self._tied is None:
+            self._tied = self.description.tied_embeddings and self._same_bytes(HEAD, EMBEDDINGS)
+        return self._tied
+
+    def _same_bytes(self, one: str, other: str) -> bool:
+        a, b = (self.checkpoint.tensors.get(name) for name in (one, other))
+        if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        return all(
+            np.array_equal(self._bytes(a, at, min(at + BLOCK_BYTES, a.stop - a.start)),
+                           self._bytes(b, at, min(at + BLOCK_BYTES, a.stop - a.start)))
+            for at in range(0, a.stop - a.start, BLOCK_BYTES)
+        )  # fmt: skip
+
+    def _bytes(self, tensor: SourceTensor, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop) of a tensor's data."""
+        return read_bytes(self.checkpoint.folder / tensor.file, tensor.start + start, tensor.start + stop)
+
+    def _stored_rows(self, tensor: SourceTensor, first: int, last: int) -> "torch.Tensor":
+        """Rows [first, last) of a tensor as they are stored; the first dimension counts, also of a vector."""
+        row_bytes = (tensor.stop - tensor.start) // tensor.shape[0]
+        return as_tensor(
+            self._bytes(tensor, first * row_bytes, last * row_bytes), tensor.dtype, (last - first, *tensor.shape[1:])
+        )
+
+    def _whole(self, tensor: SourceTensor) -> "torch.Tensor":
+        return as_tensor(self._bytes(tensor, 0, tensor.stop - tensor.start), tensor.dtype, tensor.shape)
+
+    def _float_blocks(self, tensor: SourceTensor) -> "Iterator[tuple[int, torch.Tensor]]":
+        """A tensor that is stored in some float dtype, its values as they are."""
+        rows = tensor.shape[0]
+        step = rows_per_block((tensor.stop - tensor.start) // rows) if len(tensor.shape) > 1 else rows
+        for first in range(0, rows, step):
+            block = self._stored_rows(tensor, first, min(first + step, rows)).float()
+            check_finite(block, tensor.name, self.path / tensor.file, first)
+            yield first, block
+
+    def _note_unexplained(self, known: set[str]) -> None:
+        for name in self.checkpoint.tensors:
+            if name not in known and not self.description.is_ignored(name):
+                self.problems.append(
+                    Problem(
+                        "unknown-tensor",
+                        "error",
+                        "a tensor that no runtime reads",
+                        where=f"{self.checkpoint.tensors[name].file}, tensor {name!r}",
+                        found=f"{self.checkpoint.tensors[name].dtype} {list(self.checkpoint.tensors[name].shape)}",
+                        required=f"a tensor of {self.description.hf_architecture}, or of its quantization_config",
+                    )
+                )

@@ -1,0 +1,48 @@
+"""Opens whatever variant stands at a path."""
+
+from pathlib import Path
+
+from streamquant.convert.source.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint
+from streamquant.files.safetensors_file import DTYPE_BITS
+from streamquant.model.variants.checkpoint import CheckpointVariant
+from streamquant.model.variants.compressed import CompressedVariant
+from streamquant.model.variants.gguf import GgufVariant, first_of_split
+from streamquant.model.variants.variant import Variant
+from streamquant.quant.errors import UsageError
+
+
+def open_variant(path: Path) -> Variant:
+    """Open a checkpoint folder, a compressed-tensors folder, a GGUF file, any file of a split set, or its folder.
+
+    Reads headers only. Raises UsageError if there is no such thing at `path`, StreamquantError for what is broken or
+    unknown: a truncated or missing split, a missing tensor, a wrong shape, an architecture or type without a decoder.
+    """
+    if path.is_file() or path.suffix == ".gguf":
+        if path.suffix != ".gguf":
+            raise UsageError("not a variant", where=str(path), required="a .gguf file or a checkpoint folder")
+        return GgufVariant(path)
+    if not path.is_dir():
+        raise UsageError("no such variant", where=str(path), required="a .gguf file or a checkpoint folder")
+    if any((path / name).exists() for name in (CONFIG, INDEX, SINGLE_FILE)):
+        return _open_folder(path)
+    return open_variant(_only_gguf(path))
+
+
+def _open_folder(folder: Path) -> Variant:
+    checkpoint = open_checkpoint(folder, dtypes=DTYPE_BITS)
+    if checkpoint.config.get("quantization_config") is not None:
+        return CompressedVariant(checkpoint)
+    return CheckpointVariant(checkpoint)
+
+
+def _only_gguf(folder: Path) -> Path:
+    """The one GGUF file, or the first file of the one split set, of a folder."""
+    found = sorted({first_of_split(path) for path in folder.glob("*.gguf")})
+    if len(found) != 1:
+        raise UsageError(
+            "not one variant",
+            where=str(folder),
+            found=", ".join(path.name for path in found) or "neither config.json nor .gguf files",
+            required="a checkpoint folder, or one .gguf file",
+        )
+    return found[0]
