@@ -115,16 +115,7 @@ def _variant(plan: Plan, variant: VariantPlan, written: Written) -> dict[str, An
         "description": variant.recipe.description,
         "fingerprint": plan.variant_fingerprint(variant),
         "recipe": variant.recipe.file.record() if variant.recipe.file is not None else None,
-        "options": {
-            "name": plan.name,
-            "split_max_size": plan.options.split_max_size,
-            "max_shard_size": plan.options.max_shard_size,
-            "pre": plan.options.pre,
-            "metadata": plan.options.metadata,
-            "imatrix": plan.imatrix_of(variant),
-            "overrides": plan.overrides_of(variant),
-            "guard_template": plan.options.guard_template,
-        },
+        "options": plan.options_of(variant).record(),
         "versions": versions(),
         "bits_per_weight": round(plan.bits_per_weight(variant), 4),
         "files": [

@@ -1,10 +1,109 @@
-"""What a user can choose besides the variants."""
+"""The options that decide what a conversion writes; docs/adding-an-option.md says how to add one.
 
-from dataclasses import dataclass, field
-from typing import Any
+All that other places need of an option is here: its argument on a command line, which is its key in a release file too,
+its record in a manifest with the way back, its part in the fingerprint, and the words that repeat it.
+"""
 
-from streamquant.convert.recipes.imatrix import ImportanceMatrix
-from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from streamquant.convert.recipes.imatrix import ImatrixRecord, ImportanceMatrix, read_imatrix
+from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides, parse_overrides, read_rules
+from streamquant.convert.recipes.recipe import Recipe
+from streamquant.files.json_record import JsonRecord
+from streamquant.files.sizes import short_size
+from streamquant.files.strict_json import read_json_object
+from streamquant.quant.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """A value that users give: `--split-max-size 40G`, or `split_max_size: 40G` in a release file."""
+
+    name: str
+    type: type[str] | type[bool] | type[Path] | type[list[str]]
+    """On a command line: a text, a switch, a path, or texts (the option is repeatable)."""
+    help: str
+    in_release_file: bool = True
+
+    @property
+    def flag(self) -> str:
+        """As on a command line.
+
+        >>> Argument("split_max_size", str, "").flag
+        '--split-max-size'
+        """
+        return f"--{self.name.replace('_', '-')}"
+
+
+ARGUMENTS = (
+    Argument("name", str, "Name of the model in file names. Default: the name of its folder."),
+    Argument(
+        "split_max_size", str, "Split GGUF files at this many bytes of tensors, e.g. 40G (decimal, as llama.cpp)."
+    ),
+    Argument("max_shard_size", str, "Largest FP8 shard, e.g. 5G. Default: the shards of the source."),
+    Argument("pre", str, "tokenizer.ggml.pre, where it cannot be told from tokenizer.json."),
+    Argument("metadata", Path, "JSON file of GGUF keys that override the model card (llama.cpp's --metadata)."),
+    Argument("imatrix", Path, "Importance matrix of llama-imatrix, GGUF or .dat, for the GGUF variants.", False),
+    Argument(
+        "include_weights",
+        list[str],
+        "Use the importance matrix for tensors with this in their names; repeatable.",
+        False,
+    ),
+    Argument("exclude_weights", list[str], "Do not use it for tensors with this in their names; repeatable.", False),
+    Argument(
+        "tensor_type",
+        list[str],
+        "REGEX=TYPE: the type of GGUF tensors of such names, like attn_v=q8_0; the first match counts.",
+    ),
+    Argument("tensor_type_file", Path, "File of REGEX=TYPE, separated by white space.", False),
+    Argument("output_tensor_type", str, "GGML type of output.weight."),
+    Argument("token_embedding_type", str, "GGML type of token_embd.weight."),
+    Argument("pure", bool, "No mix: the file type's own format for every tensor."),
+    Argument("leave_output_tensor", bool, "output.weight stays as it is in the source."),
+    Argument(
+        "guard_template",
+        bool,
+        "Put guards into the chat template where bos_token may be undefined, or a reply may lack </think>.",
+    ),
+)
+"""All of them, in the order of --help. In a release file a stage of its own makes the importance matrix."""
+RELEASE_KEYS = tuple(argument.name for argument in ARGUMENTS if argument.in_release_file)
+
+
+class Given(Protocol):
+    """What a user gave, by the names of the arguments; a value that was not given is None, off or empty.
+
+    Every method raises UsageError, which names the place, for a value of another kind.
+    """
+
+    @property
+    def where(self) -> str | None:
+        """The file, if there is one."""
+
+    def at(self, key: str) -> str:
+        """The place of a value, for messages."""
+
+    def take(self, key: str) -> Any:
+        """The value as it stands."""
+
+    def text(self, key: str) -> str | None:
+        """A text."""
+
+    def flag(self, key: str) -> bool:
+        """A switch."""
+
+    def size(self, key: str) -> int | None:
+        """Bytes, of a text like 40G."""
+
+    def path(self, key: str) -> Path | None:
+        """A path."""
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +118,7 @@ class ConversionOptions:
     """Largest number of tensor bytes in an FP8 shard; None: the shards of the source."""
     pre: str | None = None
     """tokenizer.ggml.pre, where it cannot be told from tokenizer.json."""
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     """GGUF keys that override what the model card says (llama.cpp's --metadata)."""
     imatrix: ImportanceMatrix | None = None
     """Weighs the columns of every quantized GGUF variant whose formats ask for it."""
@@ -27,3 +126,123 @@ class ConversionOptions:
     """Formats of single tensors, for every GGUF variant that is not from a recipe file."""
     guard_template: bool = False
     """Put guards against known faults into chat templates (convert/metadata/guard_template.py)."""
+
+    def record(self) -> dict[str, Any]:
+        """As in a manifest; `parse_options` is the inverse."""
+        return {
+            "name": self.name,
+            "split_max_size": self.split_max_size,
+            "max_shard_size": self.max_shard_size,
+            "pre": self.pre,
+            "metadata": self.metadata,
+            "imatrix": self.imatrix.record().json() if self.imatrix is not None else None,
+            "overrides": self.overrides.record(),
+            "guard_template": self.guard_template,
+        }
+
+    def fingerprint(self) -> list[object]:
+        """What changes the bytes of a variant, but neither headers nor places of tensors, which are hashed anyhow."""
+        more: list[object] = []
+        if self.imatrix is not None:
+            more.append(self.imatrix.record().json())
+        if self.guard_template:  # side files of FP8 checkpoints are not among the addresses
+            more.append({"guard_template": True})
+        return more
+
+    def words(self, container: str, imatrix: ImatrixRecord | None) -> list[str]:
+        """The command line that makes a variant of this kind of container again, without its variants.
+
+        `imatrix` stands for the importance matrix, whose values are not in a manifest; metadata is in metadata.json.
+        """
+        words = ["--name", self.name] if self.name else []
+        if container == "gguf":
+            if self.split_max_size:
+                words += ["--split-max-size", short_size(self.split_max_size)]
+            if self.pre:
+                words += ["--pre", self.pre]
+            if self.metadata:
+                words += ["--metadata", "metadata.json"]
+            if imatrix is not None:
+                words += imatrix.words()
+            words += self.overrides.words()
+        elif self.max_shard_size:
+            words += ["--max-shard-size", short_size(self.max_shard_size)]
+        return words + (["--guard-template"] if self.guard_template else [])
+
+
+def parse_options(record: JsonRecord) -> ConversionOptions:
+    """The options in a manifest, but for the importance matrix, of which a manifest has the name and hash alone.
+
+    What a manifest does not know was not chosen. Raises StreamquantError for a value of another kind.
+    """
+    sizes = {key: record.count(key) for key in ("split_max_size", "max_shard_size") if record.take(key) is not None}
+    overrides = record.mapping("overrides")
+    try:
+        parsed = parse_overrides(overrides, lambda key: f"{record.where}.overrides, {key}")
+    except UsageError as error:
+        raise record.broken("overrides", overrides, f"{error.required}") from error
+    return ConversionOptions(
+        name=record.optional_text("name"),
+        split_max_size=sizes.get("split_max_size"),
+        max_shard_size=sizes.get("max_shard_size"),
+        pre=record.optional_text("pre"),
+        metadata=record.mapping("metadata"),
+        overrides=parsed,
+        guard_template=record.flag("guard_template"),
+    )
+
+
+def read_options(given: Given, recipes: Sequence[Recipe]) -> ConversionOptions:
+    """What a user gave on a command line or in a release file -> the options for these variants.
+
+    Raises UsageError for wrong values and overrides that no variant takes, StreamquantError for a broken file.
+    """
+    return ConversionOptions(
+        name=given.text("name"),
+        split_max_size=given.size("split_max_size"),
+        max_shard_size=given.size("max_shard_size"),
+        pre=given.text("pre"),
+        metadata=_metadata(given),
+        imatrix=_imatrix(given),
+        overrides=_overrides(given, recipes),
+        guard_template=given.flag("guard_template"),
+    )
+
+
+def _metadata(given: Given) -> Mapping[str, Any]:
+    """GGUF keys and their values: of a JSON file, or in a release file a table of them."""
+    found = given.take("metadata")
+    if found is None or isinstance(found, str | Path):
+        path = given.path("metadata")
+        return {} if path is None else read_json_object(path)
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        required = "a table of GGUF keys, or a JSON file"
+        raise UsageError("not metadata", where=given.at("metadata"), found=f"{found!r:.200}", required=required)
+    return dict(found)
+
+
+def _imatrix(given: Given) -> ImportanceMatrix | None:
+    path, include, exclude = given.path("imatrix"), given.texts("include_weights"), given.texts("exclude_weights")
+    if path is not None:
+        return read_imatrix(path).select(include, exclude)
+    if include or exclude:
+        raise UsageError(
+            "--include-weights and --exclude-weights choose from an importance matrix", required="--imatrix"
+        )
+    return None
+
+
+def _overrides(given: Given, recipes: Sequence[Recipe]) -> Overrides:
+    """The rules that were listed, then those of the file. Raises UsageError if no variant takes them."""
+    names = ("tensor_type", "output_tensor_type", "token_embedding_type", "pure", "leave_output_tensor")
+    found = parse_overrides({name.replace("_", "-"): given.take(name) for name in names}, given.at)
+    if (path := given.path("tensor_type_file")) is not None:
+        found = replace(found, tensor_types=found.tensor_types + read_rules(path))
+    if found and not any(recipe.takes_overrides for recipe in recipes):
+        raise UsageError(
+            "overrides without a variant that takes them",
+            where=given.where,
+            found=", ".join(found.record()),
+            required="a GGUF type among the variants; recipe files have overrides of their own",
+        )
+    return found

@@ -18,6 +18,18 @@ def parse_size(text: str, where: str) -> int:
     return int(match[1]) * int(1000**exponent)
 
 
+def short_size(count: int) -> str:
+    """The inverse of `parse_size`.
+
+    >>> short_size(40_000_000_000), short_size(1234)
+    ('40G', '1234')
+    """
+    for unit, scale in (("G", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count and count % scale == 0:
+            return f"{count // scale}{unit}"
+    return str(count)
+
+
 def human_bytes(count: float) -> str:
     """Bytes in decimal units, as disks and the Hub count them.
 

@@ -8,12 +8,12 @@ again.
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from streamquant.convert.architectures import ModelDescription
 from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.overrides import NO_OVERRIDES
 from streamquant.convert.recipes.recipe import Recipe
 from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
 from streamquant.quant.format import Importance, Part
@@ -160,14 +160,14 @@ class Plan:
             return None
         return self.options.imatrix.entries[output.importance]
 
-    def imatrix_of(self, variant: VariantPlan) -> dict[str, Any] | None:
-        """The record of the importance matrix that a variant was made with."""
-        imatrix = self.options.imatrix
-        return imatrix.record() if variant.uses_imatrix and imatrix is not None else None
-
-    def overrides_of(self, variant: VariantPlan) -> dict[str, Any]:
-        """The record of the command line's overrides of a variant."""
-        return self.options.overrides.record() if variant.recipe.takes_overrides else {}
+    def options_of(self, variant: VariantPlan) -> ConversionOptions:
+        """The options as they count for one variant, with the model's name."""
+        return replace(
+            self.options,
+            name=self.name,
+            imatrix=self.options.imatrix if variant.uses_imatrix else None,
+            overrides=self.options.overrides if variant.recipe.takes_overrides else NO_OVERRIDES,
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -188,10 +188,7 @@ class Plan:
             [t.source, t.name, t.format, t.rope_heads, [[r.file - first, r.offset] for r in t.regions]]
             for t in variant.tensors
         ]
-        imatrix = self.imatrix_of(variant)
-        more = [imatrix] if imatrix else []
-        if self.options.guard_template:  # side files of FP8 checkpoints are not among the addresses
-            more.append({"guard_template": True})
+        more = self.options_of(variant).fingerprint()
         return _hash([LAYOUT_VERSION, variant.recipe.spec, source, files, tensors, *more])
 
 

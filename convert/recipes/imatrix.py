@@ -14,7 +14,7 @@ import hashlib
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from streamquant.files import gguf_file
+from streamquant.files.json_record import JsonRecord
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.format import Importance
 
@@ -35,6 +36,54 @@ KEY_BYTES = 127
 
 _SUMS, _COUNTS, _MEANS = ".in_sum2", ".counts", ".in_sum"
 _DATASETS, _CHUNK_COUNT, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+
+
+@dataclass(frozen=True, slots=True)
+class ImatrixRecord:
+    """What a manifest says of an importance matrix, and what `select` and the keys of a repetition need."""
+
+    file: str
+    """Name, without its folder."""
+    sha256: str
+    datasets: tuple[str, ...]
+    entries: int | None
+    """Number of tensors that it had entries for; None if the manifest does not say."""
+    chunks: int
+    """Chunks of text it was computed on; 0 if the file does not say."""
+    include_weights: tuple[str, ...]
+    exclude_weights: tuple[str, ...]
+
+    def json(self) -> dict[str, Any]:
+        """As in a manifest; `parse_imatrix` is the inverse."""
+        return {
+            "file": self.file,
+            "sha256": self.sha256,
+            "datasets": list(self.datasets),
+            "entries": self.entries,
+            "chunks": self.chunks,
+            "include_weights": list(self.include_weights),
+            "exclude_weights": list(self.exclude_weights),
+        }
+
+    def words(self) -> list[str]:
+        """As on a command line."""
+        words = ["--imatrix", PurePosixPath(self.file).name]
+        for flag, texts in (("--include-weights", self.include_weights), ("--exclude-weights", self.exclude_weights)):
+            words += [word for text in texts for word in (flag, text)]
+        return words
+
+
+def parse_imatrix(record: JsonRecord) -> ImatrixRecord:
+    """The inverse of `ImatrixRecord.json`. Raises StreamquantError for a value of another kind."""
+    return ImatrixRecord(
+        record.text("file"),
+        record.text("sha256"),
+        record.texts("datasets"),
+        None if record.take("entries") is None else record.count("entries"),
+        0 if record.take("chunks") is None else record.count("chunks"),
+        record.texts("include_weights"),
+        record.texts("exclude_weights"),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,17 +158,17 @@ class ImportanceMatrix:
             keys["quantize.imatrix.chunks_count"] = GGUFValue(self.chunk_count, GGUFValueType.UINT32)
         return keys
 
-    def record(self) -> dict[str, Any]:
-        """What the manifest says of it, and what `select` and the keys of a repetition need."""
-        return {
-            "file": self.name,
-            "sha256": self.sha256,
-            "datasets": list(self.datasets),
-            "entries": len(self.entries),
-            "chunks": self.chunk_count,
-            "include_weights": list(self.include_weights),
-            "exclude_weights": list(self.exclude_weights),
-        }
+    def record(self) -> ImatrixRecord:
+        """All but its values."""
+        return ImatrixRecord(
+            file=self.name,
+            sha256=self.sha256,
+            datasets=self.datasets,
+            entries=len(self.entries),
+            chunks=self.chunk_count,
+            include_weights=self.include_weights,
+            exclude_weights=self.exclude_weights,
+        )
 
 
 def _cut(text: str) -> str:

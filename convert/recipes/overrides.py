@@ -6,7 +6,7 @@ convert/recipes/mix.py; here they are parsed and checked.
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -72,41 +72,58 @@ class Overrides:
         }
         return {key: value for key, value in record.items() if value}
 
+    def words(self) -> list[str]:
+        """As on a command line.
+
+        >>> Overrides((("attn_v", "Q8_0"),), pure=True).words()
+        ['--tensor-type', 'attn_v=Q8_0', '--pure']
+        """
+        words: list[str] = []
+        for name, value in self.record().items():
+            if isinstance(value, list):
+                words += [word for item in value for word in (f"--{name}", str(item))]
+            elif value is True:
+                words.append(f"--{name}")
+            elif isinstance(value, str):
+                words += [f"--{name}", value]
+        return words
+
 
 NO_OVERRIDES = Overrides()
 
 _TEXTS, _SWITCHES = ("output-tensor-type", "token-embedding-type"), ("pure", "leave-output-tensor")
 
 
-def parse_overrides(record: Mapping[str, Any], where: str) -> Overrides:
+def parse_overrides(record: Mapping[str, Any], at: Callable[[str], str]) -> Overrides:
     """The overrides of a recipe file or a manifest; other keys are left alone.
 
-    Raises UsageError, which names `where`, for a value of the wrong kind, an unknown type or a bad pattern.
+    `at` names the place of a key in messages. Raises UsageError for a value of the wrong kind, an unknown type or a bad
+    pattern.
     """
     found = {key: record.get(key) for key in ("tensor-type", *_TEXTS, *_SWITCHES, "tensors")}
     for key in _SWITCHES:
         if found[key] is not None and not isinstance(found[key], bool):
-            raise UsageError("not a switch", where=f"{where}, {key}", found=repr(found[key]), required="true or false")
+            raise UsageError("not a switch", where=at(key), found=repr(found[key]), required="true or false")
     rules, exact = found["tensor-type"] or [], found["tensors"] or {}
     if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
         raise UsageError(
             "not a list of rules",
-            where=f"{where}, tensor-type",
+            where=at("tensor-type"),
             found=f"{rules!r:.200}",
             required="lines of REGEX=TYPE",
         )
     if not isinstance(exact, dict) or not all(isinstance(name, str) for name in exact):
         raise UsageError(
-            "not a table of tensors", where=f"{where}, tensors", found=f"{exact!r:.200}", required="lines of NAME: TYPE"
+            "not a table of tensors", where=at("tensors"), found=f"{exact!r:.200}", required="lines of NAME: TYPE"
         )
-    output, embedding = (found[key] and parse_type(found[key], f"{where}, {key}") for key in _TEXTS)
+    output, embedding = (None if found[key] is None else parse_type(found[key], at(key)) for key in _TEXTS)
     return Overrides(
-        tuple(parse_rule(rule, f"{where}, tensor-type") for rule in rules),
+        tuple(parse_rule(rule, at("tensor-type")) for rule in rules),
         output,
         embedding,
         bool(found["pure"]),
         bool(found["leave-output-tensor"]),
-        {name: parse_type(kind, f"{where}, tensors, {name}") for name, kind in exact.items()},
+        {name: parse_type(kind, f"{at('tensors')}, {name}") for name, kind in exact.items()},
     )
 
 

@@ -68,7 +68,7 @@ def parse_recipe(record: object, where: str) -> RecipeFile:
         raise UsageError("no base", where=f"{where}, base", found=f"{base!r:.200}", required="a file type, like Q4_K_M")
     if not isinstance(note, str):
         raise UsageError("not a text", where=f"{where}, note", found=f"{note!r:.200}", required="text")
-    return RecipeFile(label, str(base).upper(), parse_overrides(record, where), note)
+    return RecipeFile(label, str(base).upper(), parse_overrides(record, lambda key: f"{where}, {key}"), note)
 
 
 def check_label(label: object, where: str) -> str:

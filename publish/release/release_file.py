@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides, parse_overrides
+from streamquant.convert.options import RELEASE_KEYS, ConversionOptions, read_options
 from streamquant.convert.recipes.recipe import Recipe, parse_variants
 from streamquant.convert.recipes.recipe_file import read_recipe
 from streamquant.files.sizes import parse_size
-from streamquant.files.strict_json import read_json_object
 from streamquant.files.strict_yaml import read_yaml
 from streamquant.hub.repo import parse_spec
 from streamquant.quant.errors import UsageError
@@ -38,9 +37,7 @@ STAGES: tuple[Stage, ...] = ("plan", "imatrix", "convert", "verify", "validate",
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bf16", "f32")
 NOISES = ("dtype", "batch")
-OVERRIDES = ("tensor_type", "output_tensor_type", "token_embedding_type", "pure", "leave_output_tensor")
-CONVERT = ("name", "split_max_size", "max_shard_size", "pre", "metadata", "guard_template", "spool_gib", "jobs")
-KEYS = ("model", "out", "variants", *CONVERT, *OVERRIDES, "device", *STAGES[1:2], *STAGES[3:])
+KEYS = ("model", "out", "variants", *RELEASE_KEYS, "spool_gib", "jobs", "device", *STAGES[1:2], *STAGES[3:])
 """Of the file itself."""
 
 
@@ -110,13 +107,8 @@ class ReleaseFile:
     """A folder, or ORG/NAME[@REVISION]."""
     out: Path
     recipes: tuple[Recipe, ...]
-    name: str | None = None
-    split_max_size: int | None = None
-    max_shard_size: int | None = None
-    pre: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    guard_template: bool = False
-    overrides: Overrides = NO_OVERRIDES
+    options: ConversionOptions = field(default_factory=ConversionOptions)
+    """But for the importance matrix, which may have to be made first."""
     spool_gib: float | None = None
     device: str = "auto"
     jobs: int | None = None
@@ -149,26 +141,12 @@ def parse_release(record: object, path: Path) -> ReleaseFile:
         "push": _push(table.table("push", _fields(PushStage))),
     }
     recipes = _recipes(table)
-    overrides = parse_overrides(table.hyphenated(OVERRIDES), str(path))
-    if overrides and not any(recipe.container == "gguf" and recipe.file is None for recipe in recipes):
-        raise UsageError(
-            "overrides without a variant that takes them",
-            where=str(path),
-            found=", ".join(overrides.record()),
-            required="a GGUF type among `variants`; recipe files have overrides of their own",
-        )
     found = ReleaseFile(
         path=path,
         model=_model(table),
         out=out,
         recipes=recipes,
-        name=table.text("name"),
-        split_max_size=table.size("split_max_size"),
-        max_shard_size=table.size("max_shard_size"),
-        pre=table.text("pre"),
-        metadata=_metadata(table),
-        guard_template=table.flag("guard_template"),
-        overrides=overrides,
+        options=read_options(table.part(RELEASE_KEYS), recipes),
         spool_gib=table.number("spool_gib"),
         device=table.choice("device", DEVICES) or "auto",
         jobs=table.count("jobs"),
@@ -221,21 +199,6 @@ def _recipes(table: "_Table") -> tuple[Recipe, ...]:
                 raise UsageError("no recipe", where=where, required="{recipe: FILE}")
             files.append(read_recipe(path))
     return tuple(parse_variants(specs, files))
-
-
-def _metadata(table: "_Table") -> Mapping[str, Any]:
-    """`metadata`: GGUF keys and their values, or a JSON file of them."""
-    found = table.take("metadata")
-    if found is None:
-        return {}
-    if isinstance(found, str):
-        path = table.path("metadata")
-        assert path is not None
-        return read_json_object(path)
-    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-        required = "a table of GGUF keys, or a JSON file"
-        raise UsageError("not metadata", where=table.at("metadata"), found=f"{found!r:.200}", required=required)
-    return dict(found)
 
 
 def _imatrix(table: "_Table | None") -> ImatrixStage | None:
@@ -331,6 +294,12 @@ class _Table:
     def take(self, key: str) -> Any:
         """The value as it stands; None if there is none."""
         return self._values.get(key)
+
+    def part(self, keys: Collection[str]) -> "_Table":
+        """A table with some of the keys alone."""
+        return _Table(
+            {key: value for key, value in self._values.items() if key in keys}, self.where, self.base, [*keys]
+        )
 
     def hyphenated(self, keys: Collection[str]) -> dict[str, Any]:
         """Those of the keys that are there, spelled as the options of the command line."""

@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from streamquant.convert.options import ConversionOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix, read_imatrix
@@ -93,7 +92,7 @@ class Road:
     @property
     def name(self) -> str:
         """The name of the model in file names."""
-        return self.file.name or self.checkpoint.name
+        return self.file.options.name or self.checkpoint.name
 
     @property
     def source(self) -> list[Any]:
@@ -121,18 +120,8 @@ class Road:
         """The plan of all variants with an importance matrix; kept, as it takes seconds."""
         known = "" if imatrix is None else imatrix.sha256
         if self._plan is None or self._plan[0] != known:
-            file = self.file
-            options = ConversionOptions(
-                name=file.name,
-                split_max_size=file.split_max_size,
-                max_shard_size=file.max_shard_size,
-                pre=file.pre,
-                metadata=dict(file.metadata),
-                imatrix=imatrix,
-                overrides=file.overrides,
-                guard_template=file.guard_template,
-            )
-            self._plan = known, make_plan(self.checkpoint, file.recipes, options)
+            options = replace(self.file.options, imatrix=imatrix)
+            self._plan = known, make_plan(self.checkpoint, self.file.recipes, options)
         return self._plan[1]
 
     def imatrix(self) -> ImportanceMatrix | None:

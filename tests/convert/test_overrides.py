@@ -206,7 +206,7 @@ TYPES = st.sampled_from(["Q8_0", "Q4_K", "F16", "IQ4_XS"])
     )
 )
 def test_record_and_parse_are_inverse(overrides: Overrides) -> None:
-    assert parse_overrides(overrides.record(), "here") == overrides
+    assert parse_overrides(overrides.record(), str) == overrides
     assert bool(overrides) == bool(overrides.record())
 
 

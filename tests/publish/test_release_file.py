@@ -69,12 +69,13 @@ def test_everything(tmp_path: Path) -> None:
         push: {repo: me/Hermes, private: true, without_report: false}
         """,
     )
-    assert (found.model, found.out, found.name) == ("NousResearch/Hermes-4-14B@main", tmp_path / "made", "Hermes")
-    assert (found.split_max_size, found.max_shard_size) == (45 * 10**9, 5 * 10**9)
+    options = found.options
+    assert (found.model, found.out, options.name) == ("NousResearch/Hermes-4-14B@main", tmp_path / "made", "Hermes")
+    assert (options.split_max_size, options.max_shard_size) == (45 * 10**9, 5 * 10**9)
     assert [recipe.spec for recipe in found.recipes] == ["fp8-dynamic", "gguf:Q8_0", "gguf:Q4_K_M", "gguf:Mine"]
-    assert found.overrides.record() == {"tensor-type": ["ffn_down=Q6_K"], "output-tensor-type": "Q8_0"}
-    assert found.metadata == {"general.author": "me"}
-    assert (found.pre, found.guard_template, found.spool_gib, found.device, found.jobs) == (
+    assert options.overrides.record() == {"tensor-type": ["ffn_down=Q6_K"], "output-tensor-type": "Q8_0"}
+    assert options.metadata == {"general.author": "me"}
+    assert (options.pre, options.guard_template, found.spool_gib, found.device, found.jobs) == (
         *("llama-bpe", True, 60.0, "cpu", 3),
     )
     assert found.imatrix is not None

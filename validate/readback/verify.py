@@ -159,7 +159,7 @@ def _options(entry: dict[str, Any]) -> ConversionOptions:
         options["max_shard_size"],
         options["pre"],
         options["metadata"] or {},
-        overrides=parse_overrides(overrides, "manifest"),
+        overrides=parse_overrides(overrides, lambda key: f"manifest, {key}"),
         guard_template=bool(options.get("guard_template")),
     )
 

@@ -1,0 +1,101 @@
+"""Objects of JSON files that this package writes itself, read back with suspicion: each value is checked for its kind.
+
+A file on a disk may be damaged, forged or of another version; its paths are opened and its texts printed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamquant.quant.errors import StreamquantError
+
+
+class JsonRecord:
+    """One object. Every method takes a key, and raises StreamquantError, which names the place, for a wrong value.
+
+    >>> record = JsonRecord({"size": 3, "name": None}, "a.json", "broken file")
+    >>> record.count("size"), record.optional_text("name"), record.texts("tags")
+    (3, None, ())
+    >>> record.text("name")
+    Traceback (most recent call last):
+    ...
+    streamquant.quant.errors.StreamquantError: broken file
+      where:    a.json.name
+      found:    None
+      required: a text
+    """
+
+    def __init__(self, value: object, where: str, what: str) -> None:
+        """`what` is the first line of every error, `where` the place of the object."""
+        self.where, self.what = where, what
+        if not isinstance(value, dict):
+            raise self.broken(None, value, "an object")
+        self._values: Mapping[str, Any] = value
+
+    def broken(self, key: str | None, found: object, required: str) -> StreamquantError:
+        """The error of a wrong value."""
+        where = self.where if key is None else f"{self.where}.{key}"
+        return StreamquantError(self.what, where=where, found=f"{found!r:.200}", required=required)
+
+    def take(self, key: str) -> Any:
+        """The value as it stands; None if there is none."""
+        return self._values.get(key)
+
+    def text(self, key: str) -> str:
+        """A text that is not empty."""
+        value = self.take(key)
+        if not isinstance(value, str) or not value:
+            raise self.broken(key, value, "a text")
+        return value
+
+    def optional_text(self, key: str) -> str | None:
+        """A text, or None."""
+        value = self.take(key)
+        if value is not None and not isinstance(value, str):
+            raise self.broken(key, value, "a text")
+        return value
+
+    def count(self, key: str) -> int:
+        """A whole number that is not negative."""
+        value = self.whole(key)
+        if value < 0:
+            raise self.broken(key, value, "a whole number that is not negative")
+        return value
+
+    def whole(self, key: str) -> int:
+        """A whole number."""
+        value = self.take(key)
+        if type(value) is not int:
+            raise self.broken(key, value, "a whole number")
+        return value
+
+    def flag(self, key: str) -> bool:
+        """true or false; false if there is none."""
+        value = self.take(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.broken(key, value, "true or false")
+        return bool(value)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of texts; empty if there is none."""
+        value = self.take(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise self.broken(key, value, "a list of texts")
+        return tuple(value)
+
+    def object(self, key: str) -> "JsonRecord":
+        """An object within."""
+        return JsonRecord(self.take(key), f"{self.where}.{key}", self.what)
+
+    def objects(self, key: str) -> list["JsonRecord"]:
+        """A list of objects."""
+        value = self.take(key)
+        if not isinstance(value, list):
+            raise self.broken(key, value, "a list")
+        return [JsonRecord(item, f"{self.where}.{key}", self.what) for item in value]
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """An object within, as it stands; empty if there is none."""
+        value = self.take(key)
+        return {} if value is None else JsonRecord(value, f"{self.where}.{key}", self.what)._values
