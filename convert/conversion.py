@@ -16,7 +16,7 @@ from streamquant.convert.manifest import MANIFEST, is_complete, is_of_same_sourc
 from streamquant.convert.metadata.guard_template import bos_text, guard_side_file
 from streamquant.convert.options import ConversionOptions
 from streamquant.convert.plan.disk import Disk
-from streamquant.convert.plan.planner import LAYOUTS, make_plan
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan, VariantPlan
 from streamquant.convert.recipes.quantization_config import QuantizationConfigs
 from streamquant.convert.recipes.recipe import Recipe
@@ -243,7 +243,7 @@ def _check_folders_are_ours(plan: Plan, out: Path) -> None:
                 required=f"variants of {plan.checkpoint.hub or plan.checkpoint.folder} alone",
                 hint="choose another --out or --name, or move the folder away",
             )
-        if LAYOUTS[variant.recipe.container].own_folder and folder.exists():
+        if variant.recipe.container.is_checkpoint and folder.exists():
             others = [path for path in folder.iterdir() if not path.name.endswith(PARTIAL)]
             if others:
                 raise _taken(others[0])

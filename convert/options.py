@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from streamquant.convert.recipes.container import GGUF, Container
 from streamquant.convert.recipes.imatrix import ImatrixRecord, ImportanceMatrix, read_imatrix
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides, parse_overrides, read_rules
 from streamquant.convert.recipes.recipe import Recipe
@@ -149,13 +150,13 @@ class ConversionOptions:
             more.append({"guard_template": True})
         return more
 
-    def words(self, container: str, imatrix: ImatrixRecord | None) -> list[str]:
+    def words(self, container: Container, imatrix: ImatrixRecord | None) -> list[str]:
         """The command line that makes a variant of this kind of container again, without its variants.
 
         `imatrix` stands for the importance matrix, whose values are not in a manifest; metadata is in metadata.json.
         """
         words = ["--name", self.name] if self.name else []
-        if container == "gguf":
+        if container is GGUF:
             if self.split_max_size:
                 words += ["--split-max-size", short_size(self.split_max_size)]
             if self.pre:

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from streamquant.convert.manifest import MANIFEST, read_manifest
+from streamquant.convert.recipes.container import Container, container_of
 from streamquant.files.hashing import sha256_of
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.gates import GateResult
@@ -20,7 +21,6 @@ from streamquant.validate.logits.comparison import VariantResult
 from streamquant.validate.readback.measured_files import SHA256, MeasuredFile
 from streamquant.validate.report.data import REPORT, Report, VariantReport, read_report
 
-Container = Literal["gguf", "safetensors"]
 REPORT_FOLDER = "report"
 """Where a report is looked for, below the --out folder and below a variant folder; and its name in a repository."""
 CARD = "README.md"
@@ -110,6 +110,11 @@ class PublishedVariant:
     """A sentence, without a full stop, where there is no measurement."""
 
     @property
+    def container(self) -> Container:
+        """What its files are."""
+        return container_of(self.spec)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all files with weights."""
         return sum(file.size for file in self.files)
@@ -191,9 +196,10 @@ def read_folder(folder: Path, report: Path | None = None) -> VariantFolder:
     where = str(folder / MANIFEST)
     source = _source(manifest["source"], where)
     plain = [_variant(spec, entry, where) for spec, entry in manifest["variants"].items()]
-    kinds: set[Container] = {"gguf" if variant.spec.startswith("gguf:") else "safetensors" for variant in plain}
+    kinds = {variant.container for variant in plain}
     if len(kinds) != 1:
-        raise StreamquantError("a folder of one kind of variant is published", where=where, found=sorted(kinds))
+        found_kinds = sorted(kind.name for kind in kinds)
+        raise StreamquantError("a folder of one kind of variant is published", where=where, found=found_kinds)
     model = _text(manifest.get("model"), f"{where}, model")
     found, place, why_not = _report_of(folder, report, plain)
     variants = [_measured(variant, found, source, why_not) for variant in plain]
@@ -231,7 +237,7 @@ def _variant(spec: str, entry: Mapping[str, Any], where: str) -> PublishedVarian
     versions = _object(entry.get("versions"), f"{where}.versions")
     return PublishedVariant(
         spec=_text(spec, where),
-        label=spec.removeprefix("gguf:") if spec.startswith("gguf:") else spec.replace("fp8", "FP8", 1),
+        label=container_of(spec).label(spec),
         description=_text(entry.get("description"), f"{where}.description"),
         files=_files(entry.get("files"), f"{where}.files"),
         bits_per_weight=float(bits),

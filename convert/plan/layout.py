@@ -5,7 +5,6 @@ A container is one file layout_NAME.py with a `Layout`, and one line in LAYOUTS 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from streamquant.convert.architectures import ModelDescription
 from streamquant.convert.options import ConversionOptions
@@ -44,9 +43,6 @@ class Draft:
 
 class Layout(ABC):
     """How a container stores variants: which files there are, and which bytes of a tensor stand where."""
-
-    own_folder: ClassVar[bool]
-    """Whether a variant has a folder to itself, as a checkpoint has; else it shares one with others."""
 
     def __init__(self, draft: Draft) -> None:
         """One layout serves all variants of its container in a plan."""

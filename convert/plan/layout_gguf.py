@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar
 
 from streamquant.convert.metadata.gguf_metadata import GgufMetadata, gguf_metadata
 from streamquant.convert.plan.layout import Draft, Entry, Layout, split
@@ -14,8 +13,6 @@ from streamquant.quant.formats import FORMATS
 
 class GgufLayout(Layout):
     """See Layout. All variants of a model share one folder, and the metadata, which are made once."""
-
-    own_folder: ClassVar[bool] = False
 
     def __init__(self, draft: Draft) -> None:
         super().__init__(draft)

@@ -1,7 +1,5 @@
 """The layout of a compressed-tensors checkpoint: shards of safetensors, without gaps, every tensor aligned."""
 
-from typing import ClassVar
-
 from streamquant.convert.plan.layout import Entry, Layout, split
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
 from streamquant.convert.recipes.recipe import Choice, Recipe
@@ -11,8 +9,6 @@ from streamquant.quant.formats import FORMATS
 
 class SafetensorsLayout(Layout):
     """See Layout. A variant is a whole checkpoint in a folder of its own, with all tensors of the source."""
-
-    own_folder: ClassVar[bool] = True
 
     def lay_out(self, recipe: Recipe) -> VariantPlan:
         """See Layout.lay_out."""

@@ -15,6 +15,7 @@ from streamquant.convert.plan.layout import Draft, Layout, as_matrix
 from streamquant.convert.plan.layout_gguf import GgufLayout
 from streamquant.convert.plan.layout_safetensors import SafetensorsLayout
 from streamquant.convert.plan.records import Matrix, OutputTensor, Plan, VariantPlan
+from streamquant.convert.recipes.container import GGUF, SAFETENSORS, Container
 from streamquant.convert.recipes.mix import UNQUANTIZED
 from streamquant.convert.recipes.overrides import Overrides
 from streamquant.convert.recipes.recipe import Recipe
@@ -22,8 +23,8 @@ from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.quant.errors import UsageError
 from streamquant.quant.formats import FORMATS
 
-LAYOUTS: Mapping[str, type[Layout]] = {"gguf": GgufLayout, "safetensors": SafetensorsLayout}
-"""Recipe.container -> how it stores tensors."""
+LAYOUTS: Mapping[Container, type[Layout]] = {GGUF: GgufLayout, SAFETENSORS: SafetensorsLayout}
+"""How each container stores tensors."""
 
 
 def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: ConversionOptions | None = None) -> Plan:

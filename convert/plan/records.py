@@ -149,7 +149,7 @@ class Plan:
         """Upper estimate of resident memory: what the libraries take, plus what each worker holds."""
         worker = max((_worker_bytes(matrix) for matrix in self.matrices), default=0)
         headers = sum(len(data) for file in self.files for _, data in file.literals)
-        has_metadata = any(variant.recipe.file_type is not None for variant in self.variants)  # that of a GGUF
+        has_metadata = any(variant.recipe.container.holds_vocabulary for variant in self.variants)
         vocabulary = VOCABULARY_MEMORY if has_metadata else 0
         imatrix = self.options.imatrix.nbytes if self.options.imatrix is not None else 0
         return LIBRARY_MEMORY + vocabulary + imatrix + 2 * headers + jobs * worker

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from gguf.constants import LlamaFileType
 
 from streamquant.convert.architectures.base import ModelDescription, TensorKind, TensorRule
+from streamquant.convert.recipes.container import GGUF, SAFETENSORS, Container
 from streamquant.convert.recipes.mix import DEFAULTS, UNQUANTIZED, MixModel, MixTensor, choose_mix
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides
 from streamquant.convert.recipes.recipe_file import RecipeFile
@@ -45,8 +46,7 @@ class Recipe:
 
     spec: str
     """As on the command line: "fp8-dynamic", "gguf:Q8_0"."""
-    container: str
-    """"gguf" or "safetensors"."""
+    container: Container
     label: str
     """As in names of files and folders: "Q8_0", "FP8-dynamic"."""
     description: str
@@ -60,14 +60,14 @@ class Recipe:
     """Where the variant comes from a recipe file; it takes no other overrides."""
 
     @property
+    def takes_overrides(self) -> bool:
+        """Whether the command line's overrides apply to it; a recipe file has its own."""
+        return self.container.takes_overrides and self.file is None
+
+    @property
     def file_type(self) -> int | None:
         """general.file_type, for GGUF."""
         return None if self.base is None else int(_file_type(self.base))
-
-    @property
-    def takes_overrides(self) -> bool:
-        """Whether the formats that the command line gives to single tensors are for this variant."""
-        return self.base is not None and self.file is None
 
 
 def _gguf_fixed(tensor: SourceTensor, rule: TensorRule) -> Choice | None:
@@ -143,10 +143,10 @@ def _file_type(base: str) -> LlamaFileType:
 def _gguf(name: str, description: str) -> Recipe:
     """A file type of llama-quantize; with the ending _L or _XL the community's form with larger ends."""
     if name not in LARGE_ENDS:
-        return Recipe(f"gguf:{name}", "gguf", name, description, _gguf_choice(name, NO_OVERRIDES), base=name)
+        return Recipe(f"gguf:{name}", GGUF, name, description, _gguf_choice(name, NO_OVERRIDES), base=name)
     ends = Overrides(output_tensor_type="Q8_0", token_embedding_type="Q8_0")
     choose = _gguf_choice(LARGE_ENDS[name], ends, "embeddings and output at Q8_0")
-    return Recipe(f"gguf:{name}", "gguf", name, description, choose, base=LARGE_ENDS[name])
+    return Recipe(f"gguf:{name}", GGUF, name, description, choose, base=LARGE_ENDS[name])
 
 
 def recipe_of(file: RecipeFile) -> Recipe:
@@ -154,7 +154,7 @@ def recipe_of(file: RecipeFile) -> Recipe:
 
     Raises UsageError if its base is no file type, or its label that of another variant.
     """
-    base, label = _gguf_name("gguf", file.base).removeprefix("gguf:"), file.label
+    base, label = GGUF.label(_gguf_name(GGUF.name, file.base)), file.label
     if f"gguf:{base}" not in RECIPES or base in LARGE_ENDS:
         known = [recipe.label for recipe in RECIPES.values() if recipe.base == recipe.label]
         raise UsageError(
@@ -175,12 +175,11 @@ def recipe_of(file: RecipeFile) -> Recipe:
         )
     description = file.note or f"{base} with overrides"
     choose = _gguf_choice(base, file.overrides)
-    return Recipe(f"gguf:{label}", "gguf", label, description, choose, base=base, file=file)
+    return Recipe(f"gguf:{label}", GGUF, label, description, choose, base=base, file=file)
 
 
 def _fp8(name: str, prefix: str, scheme: str, description: str) -> Recipe:
-    label = name.replace("fp8", "FP8")
-    return Recipe(name, "safetensors", label, description, _fp8_choice(prefix), scheme=scheme)
+    return Recipe(name, SAFETENSORS, SAFETENSORS.label(name), description, _fp8_choice(prefix), scheme=scheme)
 
 
 LARGE_ENDS = {"Q3_K_XL": "Q3_K_L", "Q4_K_L": "Q4_K_M", "Q5_K_L": "Q5_K_M", "Q6_K_L": "Q6_K"}

@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from streamquant.convert.manifest import MANIFEST
+from streamquant.convert.recipes.container import GGUF, SAFETENSORS
 from streamquant.files.writing import explain, write_atomically
 from streamquant.publish.cards.base_card import BaseCard
 from streamquant.publish.cards.card_view import HELPERS, HUB, make_card_view, whole
@@ -28,8 +29,8 @@ from streamquant.publish.upload.selection import repositories
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.report.text import Markdown, code, markdown
 
-_TAGS = {"gguf": ("gguf", "llama.cpp"), "safetensors": ("fp8", "compressed-tensors", "vllm")}
-_LIBRARY = {"gguf": "gguf", "safetensors": "transformers"}
+_TAGS = {GGUF: ("gguf", "llama.cpp"), SAFETENSORS: ("fp8", "compressed-tensors", "vllm")}
+_LIBRARY = {GGUF: "gguf", SAFETENSORS: "transformers"}
 _NOT_OURS = re.compile(r"gguf|awq|gptq|mlx|exl[23]|fp8|fp4|nvfp4|int4|int8|bnb|bitsandbytes|[0-9]-?bit", re.IGNORECASE)
 """Tags of the original that would be said of its weights, which ours are not."""
 
@@ -159,7 +160,7 @@ def _body(
     )
     environment.filters |= {"code": code, "md": Markdown, "whole": whole}
     view = make_card_view(folder, options.repo, public)
-    template = environment.get_template("gguf.md.j2" if folder.container == "gguf" else "fp8.md.j2")
+    template = environment.get_template("fp8.md.j2" if folder.container.is_checkpoint else "gguf.md.j2")
     text = template.render(
         view=view, folder=folder, base=options.base_model, origin=origin, prompts=prompts, public=public,
         **HELPERS,
@@ -226,7 +227,7 @@ def _check_card(folder: VariantFolder, options: CardOptions) -> None:
 def _is_copy(folder: VariantFolder, source: Path | None) -> bool:
     """Whether README.md came along with an FP8 checkpoint: the original's text, or not touched since convert ended."""
     card = folder.path / CARD
-    if folder.container != "safetensors" or (folder.path / BASE_CARD).exists():
+    if not folder.container.is_checkpoint or (folder.path / BASE_CARD).exists():
         return False
     if source is not None and (source / CARD).is_file():
         return (source / CARD).read_bytes() == card.read_bytes()
@@ -238,7 +239,7 @@ def _write(folder: VariantFolder, text: str, public: PublicReport | None) -> Non
     if public is not None:
         write_report_files(public.files, folder.path / REPORT_FOLDER)
     try:
-        if folder.container == "safetensors" and card.exists() and not is_ours(card) and not kept.exists():
+        if folder.container.is_checkpoint and card.exists() and not is_ours(card) and not kept.exists():
             card.replace(kept)
         write_atomically(card, text.encode(errors="replace"))
     except OSError as error:

@@ -168,7 +168,7 @@ def _measured(variant: PublishedVariant, view: View | None) -> Row | None:
 
 def _link(variant: PublishedVariant, folder: VariantFolder) -> Markdown:
     first = variant.files[0]
-    if folder.container == "safetensors":
+    if folder.container.is_checkpoint:
         return code(first.path if len(variant.files) == 1 else "model-*.safetensors")
     if len(variant.files) == 1 or "/" not in first.path:
         return link(first.path, first.path)

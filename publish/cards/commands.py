@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from streamquant.convert.recipes.container import GGUF
 from streamquant.convert.recipes.recipe import RECIPES
 from streamquant.publish.results import PublishedFile, PublishedVariant, VariantFolder
 
@@ -66,7 +67,7 @@ def download(repo: str, folder: VariantFolder, variant: PublishedVariant) -> str
     """hf's command for one variant of a repository."""
     path = PurePosixPath(first_file(variant).path)
     pattern = f"{path.parent}/*" if len(variant.files) > 1 and path.parent.name else str(path)
-    wanted = [] if folder.container == "safetensors" else ["--include", pattern]
+    wanted = [] if folder.container.is_checkpoint else ["--include", pattern]
     return shell("hf", "download", repo, *wanted, "--local-dir", folder.path.resolve().name)
 
 
@@ -110,7 +111,7 @@ def made_by(folder: VariantFolder) -> list[Made]:
 
 def _shared(variant: PublishedVariant) -> dict[str, Any]:
     """Options that variants of one call have in common; a recipe file takes no overrides, and these are none then."""
-    theirs = _OF_GGUF if variant.spec.startswith("gguf:") else _OF_SAFETENSORS
+    theirs = _OF_SAFETENSORS if variant.container.is_checkpoint else _OF_GGUF
     return {name: variant.options[name] for name in theirs if variant.options.get(name) not in (None, {}, [], False)}
 
 
@@ -145,9 +146,9 @@ def _made(folder: VariantFolder, variants: Sequence[PublishedVariant]) -> Made:
 
 def _specs(variants: Sequence[PublishedVariant]) -> list[str]:
     """As for --to, GGUF types in one list."""
-    types = [variant.label for variant in variants if variant.spec.startswith("gguf:")]
-    others = [variant.spec for variant in variants if not variant.spec.startswith("gguf:")]
-    return others + ([f"gguf:{','.join(types)}"] if types else [])
+    types = [variant.label for variant in variants if variant.container is GGUF]
+    others = [variant.spec for variant in variants if variant.container is not GGUF]
+    return others + ([GGUF.prefix + ",".join(types)] if types else [])
 
 
 def _size(value: object) -> str:

@@ -57,7 +57,7 @@ def find_origin(folder: VariantFolder, source: Path | None) -> Origin:
     """
     if source is not None and not source.is_dir():
         raise UsageError("no such folder", where=str(source), required="--source with the folder of the original")
-    own = [folder.path] if folder.container == "safetensors" else []
+    own = [folder.path] if folder.container.is_checkpoint else []
     folders = [*([source] if source is not None else []), *own, *_beside(folder)]
     gguf = next(_ggufs(folder), None)
     metadata: Mapping[str, Any] = {} if gguf is None else read_header(gguf).metadata
@@ -110,7 +110,7 @@ def _beside(folder: VariantFolder) -> Iterator[Path]:
 
 def _ggufs(folder: VariantFolder) -> Iterator[Path]:
     """The first files of GGUF variants that are still on the disk, smallest first."""
-    if folder.container == "gguf":
+    if not folder.container.is_checkpoint:
         for variant in reversed(folder.variants):
             path = folder.path / variant.files[0].path
             if path.is_file():

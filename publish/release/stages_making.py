@@ -244,7 +244,7 @@ class ConvertWork(Work):
         if manifest["variants"]:
             write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
             return
-        if variant.recipe.container == "safetensors":
+        if variant.recipe.container.is_checkpoint:
             self._remove_side_files(folder)
         (folder / MANIFEST).unlink()
 

@@ -189,7 +189,7 @@ class ValidateWork(_OnVariants):
             command=self.road.command,
         )
         paths = [
-            folder.path / variant.files[0].path if folder.container == "gguf" else folder.path
+            folder.path if folder.container.is_checkpoint else folder.path / variant.files[0].path
             for folder, variant in self.variants()
         ]
         report = validate(self.road.weights, paths, job, self.watch.on_step)

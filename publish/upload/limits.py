@@ -91,7 +91,7 @@ def _names(files: Sequence[SizedFile]) -> str:
 def check_plan(plan: Plan, *, limit: int = HARD_LIMIT) -> tuple[str, ...]:
     """`check_limits` for what a conversion would write. Raises StreamquantError."""
     files = [
-        SizedFile(plan.files[index].path, plan.files[index].size, split_option(variant.recipe.container))
+        SizedFile(plan.files[index].path, plan.files[index].size, variant.recipe.container.split_option)
         for variant in plan.variants
         for index in variant.files
     ]
@@ -111,8 +111,3 @@ def _check_splits(plan: Plan, limit: int) -> None:
 
 def _where(variant: VariantPlan) -> str:
     return f"variant {variant.recipe.spec}"
-
-
-def split_option(container: str) -> str:
-    """The option that makes the files of a variant smaller."""
-    return "--split-max-size" if container == "gguf" else "--max-shard-size"

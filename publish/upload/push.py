@@ -18,7 +18,7 @@ from streamquant.hub.repo import MAIN, OnBytes, OnWait
 from streamquant.hub.target import Held, Outgoing, Target, check_name, connect, in_background
 from streamquant.publish.cards.origin import BASE_CARD, is_ours
 from streamquant.publish.results import CARD, PublishedVariant, VariantFolder, read_folders
-from streamquant.publish.upload.limits import FILES_IN_COMMIT, GB, SizedFile, check_limits, check_number, split_option
+from streamquant.publish.upload.limits import FILES_IN_COMMIT, GB, SizedFile, check_limits, check_number
 from streamquant.publish.upload.selection import (
     Selection,
     check_content,
@@ -200,7 +200,7 @@ def card_is_stale(folder: VariantFolder, repo: str) -> bool:
     if not card.exists():
         return True
     if not is_ours(card):
-        is_copy = folder.container == "safetensors" and not (folder.path / BASE_CARD).exists()
+        is_copy = folder.container.is_checkpoint and not (folder.path / BASE_CARD).exists()
         return is_copy and card.stat().st_mtime_ns <= manifest.stat().st_mtime_ns
     made_from = [manifest]
     if folder.report_folder is not None:
@@ -211,7 +211,7 @@ def card_is_stale(folder: VariantFolder, repo: str) -> bool:
 
 
 def _check_sizes(folder: VariantFolder) -> tuple[str, ...]:
-    option = split_option(folder.container)
+    option = folder.container.split_option
     files = [SizedFile(file.path, file.size, option) for file in folder.files]
     return check_limits(files, folder.path.name)
 

@@ -102,7 +102,7 @@ def _suffix(folder: VariantFolder) -> str:
     found = _SUFFIX.search(name)
     if found is not None:
         return found[0]
-    return "-GGUF" if folder.container == "gguf" else f"-{folder.variants[0].label}"
+    return f"-{folder.variants[0].label}" if folder.container.is_checkpoint else "-GGUF"
 
 
 def select(folder: VariantFolder) -> Selection:
@@ -153,7 +153,7 @@ def _why_not(path: Path, name: str, root: Path, folder: VariantFolder) -> str | 
         return "not a file in this folder"
     if name == BASE_CARD:
         return "the original's card, which ours was made from"
-    if _belongs_to_publication(name) or (folder.container == "safetensors" and _is_side_file(path, name)):
+    if _belongs_to_publication(name) or (folder.container.is_checkpoint and _is_side_file(path, name)):
         return None
     return "not in the manifest"
 

@@ -733,7 +733,7 @@ def _overrides(
 
 def _check_taken(overrides: Overrides, recipes: list[Recipe]) -> None:
     """Refuse overrides that no variant takes."""
-    if overrides and not any(recipe.container == "gguf" and recipe.file is None for recipe in recipes):
+    if overrides and not any(recipe.takes_overrides for recipe in recipes):
         raise UsageError(
             "overrides without a variant that takes them",
             found=", ".join(overrides.record()),

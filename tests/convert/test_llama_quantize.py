@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from streamquant.cli import app as command_line
+from streamquant.convert.recipes.container import GGUF
 from streamquant.convert.recipes.recipe import LARGE_ENDS, RECIPES
 from tests import gguf_peer, llama_cpp, synthetic
 from tests.conftest import Shelf, write_small_tokenizer
@@ -132,7 +133,7 @@ def test_equals_the_golden(made: Goldens, name: str, file_type: str) -> None:
 
 def test_every_file_type_has_a_golden() -> None:
     covered = {f"gguf:{name}" for name in (*ALL, *NEED_IMATRIX, *LARGE_ENDS)}
-    assert {spec for spec, recipe in RECIPES.items() if recipe.container == "gguf"} <= covered
+    assert {spec for spec, recipe in RECIPES.items() if recipe.container is GGUF} <= covered
 
 
 def test_goldens_tell_types_and_bytes_apart(goldens: dict[str, Any]) -> None:

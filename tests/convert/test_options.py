@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from streamquant.convert.options import ARGUMENTS, ConversionOptions, parse_options
+from streamquant.convert.recipes.container import GGUF, SAFETENSORS
 from streamquant.convert.recipes.imatrix import ImportanceMatrix, parse_imatrix
 from streamquant.convert.recipes.overrides import Overrides
 from streamquant.files.json_record import JsonRecord
@@ -58,10 +59,10 @@ def test_values_of_another_kind_are_refused(name: str) -> None:
 
 
 def test_every_argument_is_among_the_words_that_repeat_a_conversion() -> None:
-    words = {word for container in ("gguf", "safetensors") for word in EVERY.words(container, MATRIX.record())}
+    words = {word for container in (GGUF, SAFETENSORS) for word in EVERY.words(container, MATRIX.record())}
     other = dataclasses.replace(MATRIX, include_weights=("a",), exclude_weights=())
-    words.update(EVERY.words("gguf", other.record()))
+    words.update(EVERY.words(GGUF, other.record()))
     flags = {argument.flag for argument in ARGUMENTS} - {"--tensor-type-file"}  # its rules are repeated one by one
     assert {word for word in words if word.startswith("--")} == flags
-    assert not ConversionOptions().words("gguf", None)
-    assert not ConversionOptions().words("safetensors", None)
+    assert not ConversionOptions().words(GGUF, None)
+    assert not ConversionOptions().words(SAFETENSORS, None)

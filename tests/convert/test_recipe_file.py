@@ -18,6 +18,7 @@ from streamquant.convert.manifest import read_manifest
 from streamquant.convert.options import ConversionOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan
+from streamquant.convert.recipes.container import GGUF
 from streamquant.convert.recipes.mix import DEFAULTS, MixModel, MixTensor, choose_mix
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides
 from streamquant.convert.recipes.recipe import RECIPES, parse_variants
@@ -337,4 +338,4 @@ def test_patterns_of_layers_match_exactly_those(numbers: set[int]) -> None:
 
 
 def test_every_file_type_has_a_base() -> None:
-    assert {recipe.base for recipe in RECIPES.values() if recipe.container == "gguf"} <= DEFAULTS.keys()
+    assert {recipe.base for recipe in RECIPES.values() if recipe.container is GGUF} <= DEFAULTS.keys()

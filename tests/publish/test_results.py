@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from streamquant.convert.manifest import MANIFEST
+from streamquant.convert.recipes.container import GGUF, SAFETENSORS
 from streamquant.publish.results import read_folder, read_folders
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.report.data import REPORT, Report, VariantReport, write_report
@@ -30,7 +31,7 @@ def rewrite(out: Path, report: Report, change: Callable[[VariantReport], Variant
 
 def test_a_folder_is_read_with_its_report(out: Path, report: Report) -> None:
     fp8, gguf = read_folders(out)
-    assert (fp8.container, gguf.container) == ("safetensors", "gguf")
+    assert (fp8.container, gguf.container) == (SAFETENSORS, GGUF)
     assert (gguf.model, gguf.source.name, gguf.source.architecture) == ("Tiny", "Tiny", "LlamaForCausalLM")
     assert (gguf.source.repo, gguf.source.revision) == (None, None)
     assert [variant.label for variant in gguf.variants] == ["BF16", "Q8_0", "Q4_K_M"]
