@@ -1,0 +1,127 @@
+"""Arguments and options that several commands share."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from streamquant.convert.recipes.recipe import RECIPES
+from streamquant.files.sizes import parse_size
+from streamquant.quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from streamquant.model.forward import Setting
+
+
+_VARIANTS = ", ".join(RECIPES)
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of the checkpoint (config.json, safetensors in BF16, F16 or F32), or ORG/NAME[@REVISION] on the "
+        "Hugging Face Hub.",
+    ),
+]
+SpoolGib = Annotated[
+    float | None,
+    typer.Option(help="Shards of the Hub that lie on the disk at a time, in GiB. Default: four of the largest.", min=0),
+]
+To = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--to", help=f"Variant to make; repeatable, and GGUF types may be listed: gguf:Q8_0,Q4_0. One of {_VARIANTS}."
+    ),
+]
+RecipeFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--recipe", help="YAML file of a GGUF variant of one's own (docs/formats.md); repeatable."),
+]
+Imatrix = Annotated[
+    Path | None, typer.Option(help="Importance matrix of llama-imatrix, GGUF or .dat, for the GGUF variants.")
+]
+IncludeWeights = Annotated[
+    list[str] | None, typer.Option(help="Use the importance matrix for tensors with this in their names; repeatable.")
+]
+ExcludeWeights = Annotated[
+    list[str] | None, typer.Option(help="Do not use it for tensors with this in their names; repeatable.")
+]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(help="REGEX=TYPE: the type of GGUF tensors of such names, like attn_v=q8_0; the first match counts."),
+]
+TensorTypeFile = Annotated[Path | None, typer.Option(help="File of REGEX=TYPE, separated by white space.")]
+OutputTensorType = Annotated[str | None, typer.Option(help="GGML type of output.weight.")]
+TokenEmbeddingType = Annotated[str | None, typer.Option(help="GGML type of token_embd.weight.")]
+Pure = Annotated[bool, typer.Option("--pure", help="No mix: the file type's own format for every tensor.")]
+LeaveOutputTensor = Annotated[
+    bool, typer.Option("--leave-output-tensor", help="output.weight stays as it is in the source.")
+]
+GuardTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--guard-template",
+        help="Put guards into the chat template where bos_token may be undefined, or a reply may lack </think>.",
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="Name of the model in file names. Default: the name of its folder.")]
+SplitMaxSize = Annotated[
+    str | None, typer.Option(help="Split GGUF files at this many bytes of tensors, e.g. 40G (decimal, as llama.cpp).")
+]
+MaxShardSize = Annotated[
+    str | None, typer.Option(help="Largest FP8 shard, e.g. 5G. Default: the shards of the source.")
+]
+Pre = Annotated[str | None, typer.Option(help="tokenizer.ggml.pre, where it cannot be told from tokenizer.json.")]
+Metadata = Annotated[
+    Path | None, typer.Option(help="JSON file of GGUF keys that override the model card (llama.cpp's --metadata).")
+]
+Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Worker threads. Default: all cores.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Tensors = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
+Original = Annotated[
+    str,
+    typer.Argument(
+        help="The reference: folder of the BF16 checkpoint, ORG/NAME[@REVISION] on the Hub (fetched whole into the "
+        "local cache), or any variant taken as the reference."
+    ),
+]
+Variants = Annotated[
+    list[Path], typer.Argument(help="GGUF files (of a split, any file) and compressed-tensors folders, of any maker.")
+]
+Texts = Annotated[
+    list[Path], typer.Option("--text", help="UTF-8 text to measure on; repeatable, each is a category of its own.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda. auto: cuda if there is a GPU.")]
+ComputeDType = Annotated[str | None, typer.Option("--dtype", help="bf16 or f32. Default: bf16 on a GPU, f32 on a CPU.")]
+Context = Annotated[int, typer.Option(min=2, help="Tokens in a chunk.")]
+Chunks = Annotated[int | None, typer.Option(min=1, help="Chunks of each text. Default: all.")]
+Scratch = Annotated[Path | None, typer.Option(help="Folder for hidden states that do not fit into memory.")]
+
+
+def forward_setting(device: str, dtype: str | None, scratch: Path | None) -> "Setting":
+    """The setting of a forward pass. Raises UsageError for a device or dtype that does not exist."""
+    from streamquant.model.forward import default_setting
+
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is None:
+        raise UsageError("no such device", where="--device", found=device, required="auto, cpu or cuda")
+    setting = replace(default_setting(device), scratch=scratch)
+    if dtype is None:
+        return setting
+    if dtype not in ("bf16", "f32"):
+        raise UsageError("no such dtype", where="--dtype", found=dtype, required="bf16 or f32")
+    return replace(setting, dtype="bf16" if dtype == "bf16" else "f32")
+
+
+def names_of(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The names of a list with commas. Raises UsageError, which names the option, for one that is not known."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError("unknown name", where=option, found=", ".join(unknown), required=f"of {', '.join(known)}")
+    return names
+
+
+def size_of(option: str, text: str | None) -> int | None:
+    """Bytes of a size like 40G. Raises UsageError, which names the option."""
+    return None if text is None else parse_size(text, option)

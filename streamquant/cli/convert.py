@@ -1,0 +1,298 @@
+"""`plan` and `convert`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from streamquant.convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.disk import Disk
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.plan.records import Plan
+from streamquant.convert.plan.view import plan_json, plan_view
+from streamquant.convert.recipes.imatrix import ImportanceMatrix, read_imatrix
+from streamquant.convert.recipes.overrides import Overrides, parse_rule, parse_type, read_rules
+from streamquant.convert.recipes.recipe import Recipe, parse_variants
+from streamquant.convert.recipes.recipe_file import read_recipe
+from streamquant.convert.run.device import choose_device, with_notes
+from streamquant.convert.source.open import open_source
+from streamquant.files.sizes import human_bytes
+from streamquant.files.strict_json import read_json_object
+from streamquant.quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from streamquant.publish.upload.push import Pushed
+    from streamquant.publish.upload.streaming import EarlyPush
+from streamquant.cli.arguments import (
+    AsJson,
+    Device,
+    ExcludeWeights,
+    GuardTemplate,
+    Imatrix,
+    IncludeWeights,
+    Jobs,
+    LeaveOutputTensor,
+    MaxShardSize,
+    Metadata,
+    Model,
+    Name,
+    OutputTensorType,
+    Pre,
+    Pure,
+    RecipeFiles,
+    SplitMaxSize,
+    SpoolGib,
+    Tensors,
+    TensorType,
+    TensorTypeFile,
+    To,
+    TokenEmbeddingType,
+    size_of,
+)
+from streamquant.cli.console import error_console, out_console, print_result, say_waiting
+from streamquant.cli.progress import console_listener
+from streamquant.cli.publish import say_pushed
+
+
+def plan_command(
+    model: Model,
+    to: To = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also check that this folder could be written and its disk is large enough.")
+    ] = None,
+    name: Name = None,
+    split_max_size: SplitMaxSize = None,
+    max_shard_size: MaxShardSize = None,
+    pre: Pre = None,
+    metadata: Metadata = None,
+    recipe: RecipeFiles = None,
+    imatrix: Imatrix = None,
+    include_weights: IncludeWeights = None,
+    exclude_weights: ExcludeWeights = None,
+    tensor_type: TensorType = None,
+    tensor_type_file: TensorTypeFile = None,
+    output_tensor_type: OutputTensorType = None,
+    token_embedding_type: TokenEmbeddingType = None,
+    pure: Pure = False,
+    leave_output_tensor: LeaveOutputTensor = False,
+    guard_template: GuardTemplate = False,
+    spool_gib: SpoolGib = None,
+    delete_after_upload: Annotated[
+        bool,
+        typer.Option("--delete-after-upload", help="As of convert --push: what it needs then, and the Hub's limits."),
+    ] = False,
+    device: Device = "auto",
+    jobs: Jobs = None,
+    as_json: AsJson = False,
+    tensors: Tensors = False,
+) -> None:
+    """Print what a conversion would write: exact bytes, formats and reasons. No weight is read.
+
+    Of a model on the Hub a few MB are fetched: small files, and the headers of the shards.
+
+    Examples:
+
+    `streamquant plan Hermes-4-14B --to fp8-dynamic --to gguf:Q8_0,Q4_0`
+
+    `streamquant plan NousResearch/Hermes-4-405B@main --to fp8-dynamic --to gguf:Q8_0,Q6_K,Q4_K_M`
+    """
+    recipes = _recipes(to, recipe)
+    overrides = _overrides(
+        tensor_type, tensor_type_file, output_tensor_type, token_embedding_type, pure, leave_output_tensor
+    )
+    _check_taken(overrides, recipes)
+    options = replace(
+        _options(name, split_max_size, max_shard_size, pre, metadata),
+        imatrix=_imatrix(imatrix, include_weights, exclude_weights),
+        overrides=overrides,
+        guard_template=guard_template,
+    )
+    checkpoint = open_source(model, out=out)
+    plan = with_notes(make_plan(checkpoint, recipes, options), choose_device(device))
+    if delete_after_upload:
+        from streamquant.publish.upload.limits import check_plan
+
+        plan = replace(plan, notes=(*plan.notes, *check_plan(plan)))
+    jobs = jobs or default_jobs()
+    disk = _disk(plan, spool_gib, jobs, delete_after_upload)
+    if out is not None:
+        check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
+        check_disk(plan, out, disk)
+    print_result(plan_json(plan, jobs, disk) if as_json else plan_view(plan, jobs, disk, tensors=tensors))
+
+
+def convert_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the variants; each gets a folder of its own in it.")],
+    to: To = None,
+    name: Name = None,
+    split_max_size: SplitMaxSize = None,
+    max_shard_size: MaxShardSize = None,
+    pre: Pre = None,
+    metadata: Metadata = None,
+    recipe: RecipeFiles = None,
+    imatrix: Imatrix = None,
+    include_weights: IncludeWeights = None,
+    exclude_weights: ExcludeWeights = None,
+    tensor_type: TensorType = None,
+    tensor_type_file: TensorTypeFile = None,
+    output_tensor_type: OutputTensorType = None,
+    token_embedding_type: TokenEmbeddingType = None,
+    pure: Pure = False,
+    leave_output_tensor: LeaveOutputTensor = False,
+    guard_template: GuardTemplate = False,
+    spool_gib: SpoolGib = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Upload each file as soon as it is finished, to ORG/NAME-GGUF and so on. Needs --private or "
+            "--without-report: there is no report yet.",
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: to private repositories.")] = False,
+    without_report: Annotated[
+        bool, typer.Option("--without-report", help="With --push: publish what nobody has measured; the card says so.")
+    ] = False,
+    push_revision: Annotated[str | None, typer.Option(help="With --push: the branch. Default: main.")] = None,
+    delete_after_upload: Annotated[
+        bool, typer.Option("--delete-after-upload", help="With --push: delete each file when the Hub holds it.")
+    ] = False,
+    device: Device = "auto",
+    jobs: Jobs = None,
+) -> None:
+    """Make every variant from one read of the checkpoint. Stopped? The same command goes on where it was.
+
+    Shards of a model on the Hub are fetched while others are converted, and deleted when they are done.
+
+    Examples:
+
+    `streamquant convert Hermes-4-14B --to fp8-dynamic --out variants`
+
+    `streamquant convert Hermes-4-14B --to fp8-dynamic --to gguf:BF16,Q8_0,Q4_0 --split-max-size 40G --out variants`
+
+    `streamquant convert NousResearch/Hermes-4-405B@main --to gguf:Q4_K_M --spool-gib 60 --out variants`
+
+    `streamquant convert NousResearch/Hermes-4-405B --to fp8-dynamic --out variants --push ORG/Hermes-4-405B --private
+    --delete-after-upload`
+    """
+    recipes = _recipes(to, recipe)
+    overrides = _overrides(
+        tensor_type, tensor_type_file, output_tensor_type, token_embedding_type, pure, leave_output_tensor
+    )
+    _check_taken(overrides, recipes)
+    options = replace(
+        _options(name, split_max_size, max_shard_size, pre, metadata),
+        imatrix=_imatrix(imatrix, include_weights, exclude_weights),
+        overrides=overrides,
+        guard_template=guard_template,
+    )
+    where = _early_push(push, private, without_report, push_revision, delete_after_upload)
+    chosen, workers = choose_device(device), jobs or default_jobs()
+    checkpoint = open_source(model, out=out)
+    with console_listener() as listener:
+
+        def start(plan: Plan) -> None:
+            listener.started("converting", sum(m.source.stop - m.source.start for m in plan.matrices), "bytes")
+            if error_console.is_terminal:
+                disk = _disk(plan, spool_gib, workers, delete_after_upload)
+                error_console.print(plan_view(with_notes(plan, chosen), workers, disk))
+
+        how: Any = {
+            "jobs": workers,
+            "device": chosen,
+            "fetching": Fetching(spool_gib, listener.bytes_of("fetching"), say_waiting),
+            "on_start": start,
+            "on_progress": listener.bytes_of("converting"),
+        }
+        pushed: Sequence[Pushed] = ()
+        if where is None:
+            done = convert(checkpoint, recipes, out, options, **how)
+        else:
+            from streamquant.publish.upload.streaming import convert_and_push
+
+            done, pushed = convert_and_push(
+                checkpoint, recipes, out, options, where, on_upload=listener.bytes_of("uploading"), **how
+            )
+    for variant in done.plan.variants:
+        state = "was done already" if variant.recipe.spec in done.already_done else "done"
+        size = human_bytes(done.plan.variant_bytes(variant))
+        out_console.print(f"{variant.recipe.spec}: {state}, {size} in {out / variant.folder}", highlight=False)
+    if done.resumed_chunks:
+        out_console.print(f"resumed: {done.resumed_chunks} of {len(done.plan.chunks)} chunks were written before")
+    say_pushed(pushed)
+
+
+def _options(
+    name: str | None, split_max_size: str | None, max_shard_size: str | None, pre: str | None, metadata: Path | None
+) -> ConversionOptions:
+    overrides = read_json_object(metadata) if metadata is not None else {}
+    return ConversionOptions(
+        name, size_of("--split-max-size", split_max_size), size_of("--max-shard-size", max_shard_size), pre, overrides
+    )
+
+
+def _recipes(to: list[str] | None, files: list[Path] | None) -> list[Recipe]:
+    return parse_variants(to or [], [read_recipe(file) for file in files or []])
+
+
+def _imatrix(path: Path | None, include: list[str] | None, exclude: list[str] | None) -> ImportanceMatrix | None:
+    if path is not None:
+        return read_imatrix(path).select(include or (), exclude or ())
+    if include or exclude:
+        raise UsageError(
+            "--include-weights and --exclude-weights choose from an importance matrix", required="--imatrix"
+        )
+    return None
+
+
+def _overrides(
+    rules: list[str] | None,
+    file: Path | None,
+    output_tensor_type: str | None,
+    token_embedding_type: str | None,
+    pure: bool,
+    leave_output_tensor: bool,
+) -> Overrides:
+    """The rules of the command line, then those of the file."""
+    listed = read_rules(file) if file is not None else ()
+    output, embedding = (
+        parse_type(name, option) if name is not None else None
+        for name, option in (
+            (output_tensor_type, "--output-tensor-type"),
+            (token_embedding_type, "--token-embedding-type"),
+        )
+    )
+    return Overrides((*map(parse_rule, rules or ()), *listed), output, embedding, pure, leave_output_tensor)
+
+
+def _check_taken(overrides: Overrides, recipes: list[Recipe]) -> None:
+    """Refuse overrides that no variant takes."""
+    if overrides and not any(recipe.takes_overrides for recipe in recipes):
+        raise UsageError(
+            "overrides without a variant that takes them",
+            found=", ".join(overrides.record()),
+            required="--to with a GGUF type; recipe files have overrides of their own",
+        )
+
+
+def _early_push(
+    repo: str | None, private: bool, without_report: bool, revision: str | None, delete: bool
+) -> "EarlyPush | None":
+    """What --push and its options ask for."""
+    if repo is None and not (private or without_report or revision or delete):
+        return None
+    from streamquant.publish.upload.streaming import early_push
+
+    return early_push(repo, private=private, without_report=without_report, revision=revision, delete=delete)
+
+
+def _disk(plan: Plan, spool_gib: float | None, jobs: int, delete_after_upload: bool) -> Disk:
+    if not delete_after_upload:
+        return disk_of(plan, spool_gib)
+    from streamquant.publish.upload.streaming import disk_with_delivery
+
+    return disk_with_delivery(plan, spool_gib, jobs, delete=True)

@@ -1,0 +1,56 @@
+"""`imatrix`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from streamquant.cli.arguments import Chunks, ComputeDType, Context, Device, Scratch, Texts, forward_setting
+from streamquant.cli.console import out_console
+from streamquant.cli.models import local_weights
+from streamquant.cli.progress import console_listener
+
+
+def imatrix_command(
+    model: Annotated[
+        str, typer.Argument(help="Folder of the checkpoint, ORG/NAME[@REVISION] on the Hub, or any variant of it.")
+    ],
+    text: Texts,
+    out: Annotated[
+        Path, typer.Option(help="File to write, in llama.cpp's GGUF format; one that is there is continued.")
+    ],
+    device: Device = "auto",
+    dtype: ComputeDType = None,
+    context: Context = 512,
+    chunks: Chunks = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Save after so many chunks; each time all weights are read. Default: once."),
+    ] = None,
+    scratch: Scratch = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json of the texts, where MODEL has none (a GGUF).")
+    ] = None,
+) -> None:
+    """Write the importance matrix of a model over texts, for `--imatrix` and llama-quantize. Stopped? Goes on.
+
+    Example: `streamquant imatrix Hermes-4-14B --text calibration.txt --out imatrix.gguf --save-every 50`
+    """
+    from streamquant.calibrate.importance import write_importance
+    from streamquant.model.corpus import read_corpus
+    from streamquant.model.variants.open import open_variant
+
+    with console_listener("the same command does it again, with what is in the cache") as listener:
+        variant = open_variant(local_weights(model, listener.step))
+        corpus = read_corpus(text, tokenizer or variant.path, context, chunks)
+        done = write_importance(
+            variant,
+            corpus,
+            out,
+            forward_setting(device, dtype, scratch),
+            round_chunks=save_every,
+            on_progress=lambda at, total: listener.step("layers", at, total),
+        )
+    resumed = f", {done.resumed_from} of them from before" if done.resumed_from else ""
+    line = f"{done.entries} tensors over {done.chunks} chunks of {corpus.context} tokens{resumed} in {done.path}"
+    out_console.print(line, markup=False, highlight=False)

@@ -1,0 +1,131 @@
+"""`push`, `card` and `run`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from streamquant.publish.upload.push import Pushed
+from streamquant.cli.console import print_line, print_result, say_note, say_waiting
+from streamquant.cli.progress import console_listener
+
+
+def push_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A variant folder, or the --out folder with several.")],
+    repo: Annotated[
+        str, typer.Option(help="ORG/NAME; for an --out folder the stem, to which -GGUF and so on is added.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private; refuse a public one.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it is not there. Default: main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Into a pull request.")] = False,
+    without_report: Annotated[
+        bool, typer.Option("--without-report", help="Also what was not measured or failed a gate; the card says so.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="Folder of the report. Default: report beside or in DIR.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go where; change nothing.")] = False,
+    commit_message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+) -> None:
+    """Publish variants on the Hugging Face Hub with their cards and reports. What is there already is not sent again.
+
+    Exit code 3 if a variant was not measured or failed a gate. Example:
+    `streamquant push variants --repo ORG/Hermes-4-14B`
+    """
+    from streamquant.publish.upload.push import Wish, push
+    from streamquant.publish.upload.push_report import push_view
+
+    wish = Wish(private, revision, create_pr, without_report, commit_message)
+    with console_listener() as listener:
+        pushed = push(
+            folder,
+            repo,
+            wish,
+            report=report,
+            dry_run=dry_run,
+            on_start=lambda total: listener.started("uploading", total, "bytes"),
+            on_bytes=listener.bytes_of("uploading"),
+            on_wait=say_waiting,
+        )
+    if dry_run:
+        print_result(push_view(pushed))
+        return
+    say_pushed(pushed)
+
+
+def card_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A variant folder, or the --out folder with several.")],
+    report: Annotated[Path | None, typer.Option(help="Folder of the report. Default: report beside or in DIR.")] = None,
+    repo: Annotated[
+        str | None,
+        typer.Option(help="ORG/NAME for the commands in the card; for an --out folder the stem, as for push"),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="ORG/NAME of the original, where it came from a local folder.")
+    ] = None,
+    quantized_by: Annotated[str | None, typer.Option(help="Who made the variants. Default: the ORG of --repo.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Folder of the original, for its licence, sampling defaults and chat template.")
+    ] = None,
+    no_prompts: Annotated[bool, typer.Option("--no-prompts", help="Do not render the chat template.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a README.md that is somebody's own.")] = False,
+) -> None:
+    """Write the model card, README.md, of every variant, from its manifest and the report of exactly its files.
+
+    Example: `streamquant card variants --report report --repo ORG/Hermes-4-14B --base-model NousResearch/Hermes-4-14B`
+    """
+    from streamquant.publish.cards.card import CardOptions, write_cards
+
+    options = CardOptions(base_model, repo, quantized_by, source, not no_prompts, force)
+    for path in write_cards(folder, options, report):
+        print_line(path)
+
+
+def run_command(
+    release: Annotated[
+        Path, typer.Argument(metavar="RELEASE.yaml", help="The release: source, variants, texts, gates, repository.")
+    ],
+    first: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="Run this stage and those after it, done or not."),
+    ] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage alone, done or not.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the stages and what each would do; change nothing.")
+    ] = False,
+) -> None:
+    """The whole road in one file: importance matrix, variants, validation, cards, push. What is done is skipped.
+
+    Stages: plan, imatrix, convert, verify, validate, card, push. Exit code 3: a gate failed, and nothing was pushed.
+
+    Example: `streamquant run examples/hermes-4-14b.yaml --dry-run`
+    """
+    from streamquant.publish.release.release import run_release
+    from streamquant.publish.release.release_file import read_release, stage_name
+    from streamquant.publish.release.release_run import Watch
+
+    begin = stage_name(first, "--from") if first is not None else None
+    single = stage_name(only, "--only") if only is not None else None
+
+    with console_listener("the same command does it again, with what is in the cache") as listener:
+        run_release(
+            read_release(release),
+            first=begin,
+            only=single,
+            dry_run=dry_run,
+            command=("streamquant", *sys.argv[1:]),
+            watch=Watch(print_line, listener.step, listener.note),
+        )
+
+
+def say_pushed(pushed: "Sequence[Pushed]") -> None:
+    """A line for each repository, and what there is to know."""
+    for one in pushed:
+        from streamquant.publish.upload.push_report import summary
+
+        for note in one.notes:
+            say_note(note)
+        print_line(summary(one))

@@ -1,0 +1,88 @@
+"""`inspect`, `verify` and `recipe`: what is in a file."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from streamquant.cli.arguments import AsJson, Tensors
+from streamquant.cli.console import print_result, say_note
+from streamquant.cli.models import local_weights
+from streamquant.cli.progress import console_listener
+from streamquant.convert.recipes.imatrix import read_imatrix
+from streamquant.convert.recipes.recipe_extract import extract_recipe
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.files.writing import explain, write_atomically
+from streamquant.quant.errors import UsageError
+from streamquant.validate.readback.inspect import inspect_path
+from streamquant.validate.readback.verify import bytes_to_verify, verify
+from streamquant.validate.readback.verify_report import inspect_json, inspect_view, verify_json, verify_view
+
+
+def inspect_command(
+    path: Annotated[Path, typer.Argument(help="A .gguf or .safetensors file, or a folder of them.", exists=True)],
+    as_json: AsJson = False,
+    tensors: Tensors = False,
+) -> None:
+    """Show tensors, types, bytes and metadata of any GGUF or safetensors file.
+
+    Example: `streamquant inspect variants/Hermes-4-14B-GGUF/Hermes-4-14B-Q8_0.gguf --tensors`
+    """
+    files = inspect_path(path)
+    print_result(inspect_json(files) if as_json else inspect_view(files, tensors=tensors))
+
+
+def verify_command(
+    folder: Annotated[
+        Path, typer.Argument(help="A folder that convert wrote, or the --out folder that holds several.")
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Also encode the source again and compare; prints the error (SQNR). A folder, or ORG/NAME[@REVISION]."
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="The importance matrix that the variants were made with; --source needs it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read back what was written: hashes against the manifest and, with --source, every byte against the checkpoint.
+
+    Exit code 1 if anything differs. Example: `streamquant verify variants --source Hermes-4-14B`
+    """
+    checkpoint = open_checkpoint(local_weights(source)) if source is not None else None
+    matrix = read_imatrix(imatrix) if imatrix is not None else None
+    with console_listener() as listener:
+        listener.started("verifying", bytes_to_verify(folder, with_source=source is not None), "bytes")
+        results = verify(folder, checkpoint, matrix, on_progress=listener.bytes_of("verifying"))
+    print_result(verify_json(results) if as_json else verify_view(results))
+    if any(result.problems for result in results):
+        raise typer.Exit(1)
+
+
+def recipe_command(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE.gguf", help="A GGUF of any publisher; of a split set, any file.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="File to write, in place of the screen.")] = None,
+    label: Annotated[str | None, typer.Option(help="Name of the variant. Default: its file type and -like.")] = None,
+) -> None:
+    """Write the recipe of a GGUF: its file type and every tensor that differs, for `--recipe`. Reads the header only.
+
+    Example: `streamquant recipe Model-UD-Q4_K_XL.gguf --label UD-like --out ud.yaml`
+    """
+    if out is not None and out.exists():
+        raise UsageError("the output file exists already", where=str(out), hint="choose another --out")
+    found = extract_recipe(path, label)
+    text = found.recipe.yaml()
+    for note in found.notes:
+        say_note(note)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        try:
+            write_atomically(out, text.encode())
+        except OSError as error:
+            raise explain(error, out) from error

@@ -1,0 +1,133 @@
+"""`validate`, `chat-check` and `report`."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from streamquant.cli.arguments import (
+    AsJson,
+    Chunks,
+    ComputeDType,
+    Context,
+    Device,
+    Original,
+    Scratch,
+    Texts,
+    Variants,
+    forward_setting,
+    names_of,
+)
+from streamquant.cli.console import out_console, print_result, say
+from streamquant.cli.models import local_weights, without_weights
+from streamquant.cli.progress import console_listener
+from streamquant.quant.errors import GateFailedError
+from streamquant.validate.sections import ANSWER_TOKENS, SKIPPABLE
+
+
+def validate_command(
+    original: Original,
+    variants: Variants,
+    text: Texts,
+    out: Annotated[Path, typer.Option(help="Folder for report.json, report.md, report.html and plots.")],
+    device: Device = "auto",
+    dtype: ComputeDType = None,
+    context: Context = 512,
+    chunks: Chunks = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Do not quantize activations where the runtime would.")
+    ] = False,
+    max_mean_kld: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats per token.")] = None,
+    max_kld_99_9: Annotated[float | None, typer.Option("--max-kld-99-9", help="Gate: its 99.9th percentile.")] = None,
+    min_same_top: Annotated[float | None, typer.Option(help="Gate: share of the same top token, like 0.9.")] = None,
+    max_ppl_ratio: Annotated[float | None, typer.Option(help="Gate: perplexity over the original's.")] = None,
+    max_errors: Annotated[int, typer.Option(help="Gate: problems of severity error in a variant.")] = 0,
+    max_token_mismatches: Annotated[int | None, typer.Option(help="Gate: texts tokenized differently.")] = None,
+    max_chat_mismatches: Annotated[int | None, typer.Option(help="Gate: chats rendered differently.")] = None,
+    skip: Annotated[str, typer.Option(help=f"Sections to leave out, by comma: {', '.join(SKIPPABLE)}.")] = "",
+    noise: Annotated[str, typer.Option(help="Noise floors of the original, by comma: dtype, batch.")] = "batch",
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for the original's hidden states. Default: in the user's cache.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no hidden states.")] = False,
+    scratch: Scratch = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json of the texts, where ORIGINAL has none (a GGUF).")
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest greedy answer.")] = ANSWER_TOKENS,
+) -> None:
+    """Is each variant still the model? Perplexity, divergence, tokens, chat, engines and answers, as a report.
+
+    Exit code 3 names every gate that failed. Stopped? The original's hidden states are kept from the first run.
+
+    Example: `streamquant validate Hermes-4-14B Hermes-4-14B-Q4_K_M.gguf --text wiki.test.raw --out report`
+    """
+    from streamquant.validate.gates import Gates, failed
+    from streamquant.validate.report.console import report_view
+    from streamquant.validate.report.data import check_report_folder, write_report
+    from streamquant.validate.report.render import write_pages
+    from streamquant.validate.validation import Job, default_cache, prune_cache, validate
+
+    gates = Gates(
+        max_mean_kld, max_kld_99_9, min_same_top, max_ppl_ratio, max_errors, max_token_mismatches, max_chat_mismatches
+    )
+    check_report_folder(out)
+    kept = None if no_cache else cache or default_cache()
+    job = Job(
+        texts=tuple(text),
+        setting=replace(forward_setting(device, dtype, scratch), weights_only=weights_only),
+        context=context,
+        chunks=chunks,
+        skip=frozenset(names_of("--skip", skip, SKIPPABLE)),
+        noise=names_of("--noise", noise, ("dtype", "batch")),  # type: ignore[arg-type] # those are its names
+        gates=gates,
+        cache=kept,
+        tokenizer=tokenizer,
+        answer_tokens=answer_tokens,
+        command=("streamquant", *sys.argv[1:]),
+    )
+    with console_listener("the same command does it again, with what is in the cache") as listener:
+        report = validate(local_weights(original, listener.step), variants, job, listener.step)
+        listener.step("report", 0, 1)
+        write_report(report, out)
+        write_pages(report, out)
+    if kept is not None:
+        prune_cache(kept)
+    print_result(report_view(report))
+    out_console.print(f"report: {out / 'report.html'}", markup=False, highlight=False)
+    wrong = failed(report.gate_results)
+    for gate in wrong:
+        say(f"gate failed: {gate}")
+    if wrong:
+        raise typer.Exit(GateFailedError.exit_code)
+
+
+def chat_check_command(original: Original, variants: Variants, as_json: AsJson = False) -> None:
+    """Tokens and chat templates of variants against the original's, in the engines themselves. Reads no weight.
+
+    Exit code 3 if one differs. Example: `streamquant chat-check Hermes-4-14B variants/*-GGUF/*.gguf`
+    """
+    from streamquant.validate.report.console import chat_json, chat_view
+    from streamquant.validate.validation import chat_check
+
+    with console_listener("the same command does it again, with what is in the cache") as listener:
+        found = chat_check(without_weights(original), variants, listener.step)
+    print_result(chat_json(*found) if as_json else chat_view(*found))
+    if any(variant.errors for variant in found[0]):
+        raise typer.Exit(GateFailedError.exit_code)
+
+
+def report_command(
+    report: Annotated[Path, typer.Argument(help="Folder of a report, or its report.json.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pages. Default: that of report.json.")] = None,
+) -> None:
+    """Render report.md, report.html and plots again from report.json. Example: `streamquant report report`."""
+    from streamquant.validate.report.data import read_report
+    from streamquant.validate.report.render import write_pages
+
+    found = read_report(report)
+    folder = out or (report if report.is_dir() else report.parent)
+    for path in write_pages(found, folder):
+        out_console.print(str(path), markup=False, highlight=False)
