@@ -20,14 +20,18 @@ from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan, VariantPlan
 from streamquant.convert.recipes.quantization_config import QuantizationConfigs
 from streamquant.convert.recipes.recipe import Recipe
+from streamquant.convert.run.blocks import Encode
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.device import choose_device, inner_loop
 from streamquant.convert.run.journal import WORK_FOLDER, Journal
-from streamquant.convert.run.stream import PARTIAL, Encode, head_of, run
+from streamquant.convert.run.output_files import PARTIAL, partial_of
+from streamquant.convert.run.stream import RunResources, head_of, run
 from streamquant.convert.source.checkpoint import CONFIG, INDEX, Checkpoint
 from streamquant.convert.source.open import fetch_side_files, pin, unpin
+from streamquant.convert.source.shards import LocalShards
 from streamquant.convert.source.spool import Spool, spool_limit
 from streamquant.files.folders import nearest_folder
+from streamquant.files.listener import Listener
 from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import explain, write_atomically
 from streamquant.hub.repo import OnBytes, OnWait
@@ -63,6 +67,14 @@ class _Job:
     disk: Disk | None
     on_start: Callable[[Plan], None]
     on_progress: Callable[[int], None]
+
+
+class _Progress(Listener):
+    def __init__(self, on_progress: Callable[[int], None]) -> None:
+        self._on_progress = on_progress
+
+    def advanced(self, _task: str, amount: int = 1) -> None:
+        self._on_progress(amount)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +170,7 @@ def disk_of(plan: Plan, spool_gib: float | None = None) -> Disk:
 
 def _allocated(final: Path) -> int:
     """Bytes that a file of an earlier run already takes on the disk."""
-    for path in (final, final.with_name(final.name + PARTIAL)):
+    for path in (final, partial_of(final)):
         with contextlib.suppress(FileNotFoundError):
             return path.stat().st_blocks * 512
     return 0
@@ -197,20 +209,11 @@ def _convert(plan: Plan, out: Path, journal: Journal, job: _Job) -> int:
     if schemes:
         fetch_side_files(plan.checkpoint)
     with contextlib.ExitStack() as stack:
-        if spool is not None:
-            stack.enter_context(contextlib.closing(spool))
+        shards = stack.enter_context(contextlib.closing(spool or LocalShards(plan.checkpoint)))
         configs = stack.enter_context(contextlib.closing(QuantizationConfigs(schemes)))
         job.on_start(plan)
-        written = run(
-            plan,
-            out,
-            journal,
-            jobs=job.jobs,
-            on_progress=job.on_progress,
-            encode=job.encode,
-            shards=spool,
-            delivery=job.delivery,
-        )
+        resources = RunResources(job.jobs, job.encode, shards, job.delivery, _Progress(job.on_progress))
+        written = run(plan, out, journal, resources)
         for variant in plan.variants:
             if variant.recipe.scheme is not None:
                 _write_checkpoint_files(plan, variant, out, configs)

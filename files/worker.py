@@ -4,6 +4,10 @@ import threading
 from collections.abc import Callable
 
 
+class Stopped(Exception):  # noqa: N818 - not an error: somebody else failed first, or the user stopped the run
+    """What a thread was doing was given up, because the whole ends."""
+
+
 class Worker(threading.Thread):
     """A daemon thread that `join` and `is_alive` tell the truth about after a KeyboardInterrupt.
 

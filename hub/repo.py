@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamquant.files.worker import Stopped as Stopped
 from streamquant.quant.errors import StreamquantError
 
 READ_BYTES = 4 * 1024 * 1024
@@ -26,10 +27,6 @@ MAIN = "main"
 OnBytes = Callable[[int], None]
 OnWait = Callable[[str, float], None]
 """What failed, in words, and the seconds until it is tried again."""
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: somebody else failed first, or the user stopped the run
-    """The run ends; a download was given up."""
 
 
 @dataclass(frozen=True, slots=True)

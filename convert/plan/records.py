@@ -100,6 +100,11 @@ class Matrix:
         """The largest run of rows, a multiple of row_step, with at most `weights` weights; at least row_step."""
         return max(self.row_step, weights // self.n // self.row_step * self.row_step)
 
+    def source_bytes(self, first: int, last: int) -> tuple[int, int]:
+        """Rows [first, last) -> bytes [start, stop) of the source file."""
+        row = (self.source.stop - self.source.start) // self.rows
+        return self.source.start + first * row, self.source.start + last * row
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

@@ -4,7 +4,7 @@ A block is small enough for the cache of a core: between the read and the writes
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,10 @@ class Scratch:
             buffer = np.empty(nbytes, np.uint8)
             self._buffers[purpose] = buffer
         return buffer[:nbytes]
+
+
+Encode = Callable[[Plan, Chunk, int, frozenset[int], Scratch], Iterator[list[Piece]]]
+"""An inner loop: `encode_chunk`, or what does the same on a GPU."""
 
 
 def encode_chunk(

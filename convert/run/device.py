@@ -23,8 +23,7 @@ import numpy as np
 
 from streamquant.convert.plan.records import Chunk, Matrix, OutputTensor, Plan
 from streamquant.convert.run import blocks
-from streamquant.convert.run.blocks import Bytes, Piece, Scratch
-from streamquant.convert.run.stream import Encode
+from streamquant.convert.run.blocks import Bytes, Encode, Piece, Scratch
 from streamquant.quant import gpu
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.formats import FORMATS

@@ -34,14 +34,23 @@ class Head:
     """Spec -> fingerprint of the variant."""
 
 
+@dataclass(frozen=True, slots=True)
+class FinishedFile:
+    """The hashes of a file that is complete and on disk."""
+
+    sha256: str
+    tensors: dict[str, str]
+    """"PART:TENSOR" -> quick hash."""
+
+
 @dataclass
 class Progress:
     """What a journal says is done."""
 
     chunks: dict[int, list[str]] = field(default_factory=dict)
     """Chunk number -> hashes of the bytes written, in the order of the chunk's outputs and parts."""
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Path -> {"sha256": ..., "tensors": {"PART:TENSOR": hash}}."""
+    files: dict[str, FinishedFile] = field(default_factory=dict)
+    """By path."""
     sources: dict[str, str] = field(default_factory=dict)
     """Source file name -> sha256."""
 
@@ -51,7 +60,7 @@ class Progress:
             case {"chunk": int(number), "hashes": list(hashes)} if all(isinstance(item, str) for item in hashes):
                 self.chunks[number] = hashes
             case {"file": str(path), "sha256": str(sha256), "tensors": dict(tensors)}:
-                self.files[path] = {"sha256": sha256, "tensors": tensors}
+                self.files[path] = FinishedFile(sha256, tensors)
             case {"source": str(name), "sha256": str(sha256)}:
                 self.sources[name] = sha256
             case _:
@@ -113,9 +122,9 @@ class Journal:
         """Record that all bytes of a chunk were written."""
         self._append({"chunk": number, "hashes": hashes})
 
-    def file(self, path: str, sha256: str, tensors: dict[str, str]) -> None:
+    def file(self, path: str, found: FinishedFile) -> None:
         """Record that a file is complete and on disk; the caller renames it next."""
-        self._append({"file": path, "sha256": sha256, "tensors": tensors}, sync=True)
+        self._append({"file": path, "sha256": found.sha256, "tensors": found.tensors}, sync=True)
 
     def source(self, name: str, sha256: str) -> None:
         """Record the hash of a source file."""

@@ -22,8 +22,8 @@ from typing import Literal
 
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.files.safetensors_file import read_header
-from streamquant.files.worker import Worker
-from streamquant.hub.repo import HubRepo, OnBytes, OnWait, Stopped
+from streamquant.files.worker import Stopped, Worker
+from streamquant.hub.repo import HubRepo, OnBytes, OnWait
 from streamquant.quant.errors import StreamquantError, UsageError
 
 FETCHERS = 2

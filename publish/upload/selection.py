@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from streamquant.convert.manifest import MANIFEST
 from streamquant.convert.run.journal import WORK_FOLDER
-from streamquant.convert.run.stream import PARTIAL
+from streamquant.convert.run.output_files import PARTIAL
 from streamquant.convert.source.checkpoint import CONFIG, INDEX, SIDE_FOLDERS, may_be_side_file
 from streamquant.files.hashing import READ_BYTES
 from streamquant.hub.target import Outgoing

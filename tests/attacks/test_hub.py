@@ -188,7 +188,7 @@ def test_ten_kills(shards: int, whole: Reference, zygote: Zygote, hub: Hub, tmp_
 
 
 LAST_STEPS = [
-    "run.stream._rename",
+    "run.output_files._rename",
     "conversion.write_manifests",
     "source.spool.Spool.remove",
     "run.journal.Journal.remove",

@@ -16,7 +16,8 @@ from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.open import open_source, pinned_commit
 from streamquant.convert.source.spool import GIB, Spool
-from streamquant.hub.repo import Stopped, _meter
+from streamquant.files.worker import Stopped
+from streamquant.hub.repo import _meter
 from tests.attacks.harness import TO, checksums, flip, run, state
 from tests.hub import WRITE_TOKEN, Fault, Hub
 from tests.hub_source import FIVE, REPO, SHARD, Later, commit_of, fetched, gib_of, use, without_origin, write_in_shards

@@ -15,9 +15,10 @@ import pytest
 from streamquant.convert.source.checkpoint import Checkpoint, SourceFile
 from streamquant.convert.source.spool import DEFAULT_SHARDS, GIB, Spool, spool_limit
 from streamquant.files.safetensors_file import write_header
+from streamquant.files.worker import Stopped
 from streamquant.hub import errors
 from streamquant.hub.errors import DamagedBody
-from streamquant.hub.repo import HubFile, HubRepo, OnBytes, Stopped
+from streamquant.hub.repo import HubFile, HubRepo, OnBytes
 from streamquant.quant.errors import StreamquantError, UsageError
 from tests.attacks.harness import untouched
 from tests.hub_source import SECONDS, Later

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamquant.convert.run.journal import WORK_FOLDER, Head, Journal, Progress
+from streamquant.convert.run.journal import WORK_FOLDER, FinishedFile, Head, Journal, Progress
 from streamquant.quant.errors import StreamquantError
 
 HEAD = Head("f" * 64, {"gguf:Q8_0": "a" * 64})
@@ -35,8 +35,8 @@ def record(journal: Journal, expected: Progress, entry: tuple[object, ...]) -> N
             journal.chunk(number, hashes)
             expected.chunks[number] = hashes
         case ("file", str(path), dict(tensors)):
-            journal.file(path, "5" * 64, tensors)
-            expected.files[path] = {"sha256": "5" * 64, "tensors": tensors}
+            expected.files[path] = FinishedFile("5" * 64, tensors)
+            journal.file(path, expected.files[path])
         case ("source", str(name), str(sha256)):
             journal.source(name, sha256)
             expected.sources[name] = sha256

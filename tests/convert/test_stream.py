@@ -16,7 +16,7 @@ from streamquant.convert.options import ConversionOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.run.blocks import Piece, encode_chunk
-from streamquant.convert.run.stream import write_all
+from streamquant.convert.run.output_files import write_all
 from streamquant.convert.source.checkpoint import open_checkpoint
 from tests.attacks.harness import checksums, write_model
 
