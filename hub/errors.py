@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-import httpx
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -32,6 +31,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from streamquant.hub.http_library import httpx
 from streamquant.quant.errors import StreamquantError, UsageError
 
 T = TypeVar("T")

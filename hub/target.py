@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-import httpx
 from huggingface_hub import (
     CommitOperationAdd,
     HfApi,
@@ -38,6 +37,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from streamquant.files.hashing import sha256_of
 from streamquant.files.worker import Worker
 from streamquant.hub.errors import ask, scrub
+from streamquant.hub.http_library import httpx
 from streamquant.hub.repo import MAIN, OnBytes, OnWait, Stopped, git_blob, parse_spec, quiet_client
 from streamquant.quant.errors import StreamquantError, UsageError
 

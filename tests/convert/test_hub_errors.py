@@ -6,7 +6,6 @@ import time
 from email.utils import formatdate
 from typing import Any
 
-import httpx
 import pytest
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -21,6 +20,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from streamquant.hub import errors
 from streamquant.hub.errors import DamagedBody, ask, explain, is_transient, retry_after, scrub, with_retries
+from streamquant.hub.http_library import httpx
 from streamquant.quant.errors import StreamquantError, UsageError
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"

@@ -3,12 +3,12 @@
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 from huggingface_hub import HfApi, constants, get_session, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils._http import http_backoff
 
+from streamquant.hub.http_library import httpx
 from tests.hub import WRITE_TOKEN, Fault, Hub, move_main, rate_limit, refuse_token
 from tests.hub.conftest import noise
 from tests.hub.faults import NO_FAULT, Faults, parse_fault

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils._http import close_session
 
 from streamquant.hub import errors
 from streamquant.hub import target as target_module
+from streamquant.hub.http_library import httpx
 from streamquant.hub.repo import Stopped
 from streamquant.hub.target import Outgoing, Target, _Meter, _MeteredFile, connect, in_background
 from streamquant.publish.upload import push as push_module
