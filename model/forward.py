@@ -235,7 +235,6 @@ class _Model:
                     rows.to(self.device),
                     attention_mask=mask,
                     position_ids=self.positions,
-                    past_key_values=None,
                     use_cache=False,
                     position_embeddings=self.rotary,
                 )
