@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamquant.convert.manifest import MANIFEST, is_complete, is_of_same_source, write_manifests
+from streamquant.convert.manifest import MANIFEST, complete_variants, is_of_same_source, write_manifests
 from streamquant.convert.metadata.guard_template import bos_text, guard_side_file
 from streamquant.convert.options import ConversionOptions
 from streamquant.convert.plan.disk import Disk
@@ -185,7 +185,7 @@ def _what_is_left(
     """
     if (head := journal.head()) is not None and head.fingerprint == plan.fingerprint:
         return plan, ()
-    done = tuple(variant.recipe.spec for variant in plan.variants if is_complete(out, plan, variant, delivery))
+    done = tuple(variant.recipe.spec for variant in complete_variants(out, plan, delivery))
     recipes = [variant.recipe for variant in plan.variants if variant.recipe.spec not in done]
     if not done:
         return plan, ()

@@ -1,9 +1,10 @@
 """Objects of JSON files that this package writes itself, read back with suspicion: each value is checked for its kind.
 
-A file on a disk may be damaged, forged or of another version; its paths are opened and its texts printed.
+A file on a disk may be damaged, forged or of another version; its paths are opened and its texts printed. Unlike in
+files/records.py, unknown keys are left alone, and the reader says what a place must hold and what to do if it does not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from streamquant.quant.errors import StreamquantError
@@ -30,6 +31,10 @@ class JsonRecord:
         if not isinstance(value, dict):
             raise self.broken(None, value, "an object")
         self._values: Mapping[str, Any] = value
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys."""
+        return iter(self._values)
 
     def broken(self, key: str | None, found: object, required: str) -> StreamquantError:
         """The error of a wrong value."""

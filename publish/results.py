@@ -5,56 +5,25 @@ and hashes as the manifest; a report of earlier bytes, or of bytes that nobody c
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from streamquant.convert.manifest import MANIFEST, read_manifest
-from streamquant.convert.recipes.container import Container, container_of
+from streamquant.convert.manifest import MANIFEST, ManifestFile, ManifestSource, ManifestVariant, read_manifest
+from streamquant.convert.recipes.container import Container
 from streamquant.files.hashing import sha256_of
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.gates import GateResult
 from streamquant.validate.logits.comparison import VariantResult
-from streamquant.validate.readback.measured_files import SHA256, MeasuredFile
+from streamquant.validate.readback.measured_files import MeasuredFile
 from streamquant.validate.report.data import REPORT, Report, VariantReport, read_report
 
 REPORT_FOLDER = "report"
 """Where a report is looked for, below the --out folder and below a variant folder; and its name in a repository."""
 CARD = "README.md"
-COMMIT = re.compile(r"[0-9a-f]{40}")
 MATRIX = re.compile(r"\w[\w.+ -]{0,200}\.(gguf|dat)", re.ASCII)
 """Names of importance matrices."""
-REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-"""ORG/NAME, as the Hub takes it (huggingface_hub's validate_repo_id is stricter still)."""
-
-
-@dataclass(frozen=True, slots=True)
-class PublishedFile:
-    """A file of a manifest."""
-
-    path: str
-    """Relative to the variant folder, with slashes; never outside of it."""
-    size: int
-    """Bytes."""
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """What variants were made of."""
-
-    name: str
-    architecture: str
-    """transformers' class."""
-    parameters: int
-    files: tuple[PublishedFile, ...]
-    repo: str | None
-    """ORG/NAME on the Hub; None for a local folder."""
-    revision: str | None
-    """The commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,36 +57,37 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class PublishedVariant:
-    """A variant of a manifest. Records that depend on the kind of variant are as in the manifest."""
+    """A variant of a manifest, and what was measured of it."""
 
-    spec: str
-    """As on the command line: "fp8-dynamic", "gguf:Q4_K_M"."""
-    label: str
-    """As in names of files: "FP8-dynamic", "Q4_K_M"."""
-    description: str
-    files: tuple[PublishedFile, ...]
-    bits_per_weight: float
-    recipe: Mapping[str, Any] | None
-    """The recipe file, where there was one."""
-    options: Mapping[str, Any]
-    imatrix: Mapping[str, Any] | None
-    """file, sha256, datasets, entries, chunks, include_weights, exclude_weights"""
-    versions: Mapping[str, str]
-    formats: Mapping[str, int]
-    """Format -> number of tensors, most first."""
-    measurement: Measurement | None
-    why_not: str | None
+    made: ManifestVariant
+    measurement: Measurement | None = None
+    why_not: str | None = None
     """A sentence, without a full stop, where there is no measurement."""
+
+    @property
+    def spec(self) -> str:
+        """As on the command line: "fp8-dynamic", "gguf:Q4_K_M"."""
+        return self.made.spec
+
+    @property
+    def label(self) -> str:
+        """As in names of files: "FP8-dynamic", "Q4_K_M"."""
+        return self.made.recipe.label
 
     @property
     def container(self) -> Container:
         """What its files are."""
-        return container_of(self.spec)
+        return self.made.recipe.container
+
+    @property
+    def files(self) -> tuple[ManifestFile, ...]:
+        """All files with weights."""
+        return self.made.files
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files with weights."""
-        return sum(file.size for file in self.files)
+        """Their bytes."""
+        return self.made.nbytes
 
     @property
     def passed(self) -> bool:
@@ -133,7 +103,7 @@ class VariantFolder:
     container: Container
     model: str
     """The model's name in file names."""
-    source: Source
+    source: ManifestSource
     variants: tuple[PublishedVariant, ...]
     """Largest first."""
     report: Report | None
@@ -141,7 +111,7 @@ class VariantFolder:
     report_folder: Path | None
 
     @cached_property
-    def files(self) -> tuple[PublishedFile, ...]:
+    def files(self) -> tuple[ManifestFile, ...]:
         """All files with weights, of all variants."""
         return tuple(file for variant in self.variants for file in variant.files)
 
@@ -154,7 +124,9 @@ class VariantFolder:
         """
         found = {}
         for variant in self.variants:
-            name, sha256 = (str((variant.imatrix or {}).get(key)) for key in ("file", "sha256"))
+            if (record := variant.made.imatrix) is None:
+                continue
+            name, sha256 = record.file, record.sha256
             if MATRIX.fullmatch(name) is None or any(file.path == name for file in self.files):
                 continue
             for path in (self.path / name, self.path.resolve().parent / name):
@@ -193,110 +165,15 @@ def read_folder(folder: Path, report: Path | None = None) -> VariantFolder:
     manifest = read_manifest(folder)
     if manifest is None:
         raise UsageError("no variants here", where=str(folder), required=MANIFEST)
-    where = str(folder / MANIFEST)
-    source = _source(manifest["source"], where)
-    plain = [_variant(spec, entry, where) for spec, entry in manifest["variants"].items()]
+    plain = [PublishedVariant(variant) for variant in manifest.variants.values()]
     kinds = {variant.container for variant in plain}
     if len(kinds) != 1:
-        found_kinds = sorted(kind.name for kind in kinds)
-        raise StreamquantError("a folder of one kind of variant is published", where=where, found=found_kinds)
-    model = _text(manifest.get("model"), f"{where}, model")
+        where, names = str(folder / MANIFEST), sorted(kind.name for kind in kinds)
+        raise StreamquantError("a folder of one kind of variant is published", where=where, found=names)
     found, place, why_not = _report_of(folder, report, plain)
-    variants = [_measured(variant, found, source, why_not) for variant in plain]
+    variants = [_measured(variant, found, manifest.source, why_not) for variant in plain]
     variants.sort(key=lambda variant: (-variant.nbytes, variant.spec))
-    return VariantFolder(folder, kinds.pop(), model, source, tuple(variants), found, place)
-
-
-# The manifest, read with suspicion: its paths are uploaded, and its texts are printed
-
-
-def _source(record: Mapping[str, Any], where: str) -> Source:
-    where = f"{where}, source"
-    repo, revision = record.get("repo"), record.get("revision")
-    if repo is not None and (not isinstance(repo, str) or not REPO.fullmatch(repo)):
-        raise _broken(f"{where}.repo", repo, "ORG/NAME")
-    if revision is not None and (not isinstance(revision, str) or not COMMIT.fullmatch(revision)):
-        raise _broken(f"{where}.revision", revision, "a commit: 40 hexadecimal digits")
-    return Source(
-        name=_text(record.get("name"), f"{where}.name"),
-        architecture=_text(record.get("architecture"), f"{where}.architecture"),
-        parameters=_count(record.get("parameters"), f"{where}.parameters"),
-        files=_files(record["files"], f"{where}.files"),
-        repo=repo,
-        revision=revision,
-    )
-
-
-def _variant(spec: str, entry: Mapping[str, Any], where: str) -> PublishedVariant:
-    where = f"{where}, variant {spec!r:.80}"
-    bits = entry.get("bits_per_weight")
-    if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < 1000:
-        raise _broken(f"{where}.bits_per_weight", bits, "a number")
-    options = _object(entry.get("options"), f"{where}.options")
-    imatrix, recipe = options.get("imatrix"), entry.get("recipe")
-    versions = _object(entry.get("versions"), f"{where}.versions")
-    return PublishedVariant(
-        spec=_text(spec, where),
-        label=container_of(spec).label(spec),
-        description=_text(entry.get("description"), f"{where}.description"),
-        files=_files(entry.get("files"), f"{where}.files"),
-        bits_per_weight=float(bits),
-        recipe=None if recipe is None else _object(recipe, f"{where}.recipe"),
-        options=options,
-        imatrix=None if imatrix is None else _object(imatrix, f"{where}.options.imatrix"),
-        versions={name: _text(text, f"{where}.versions") for name, text in versions.items()},
-        formats=_formats(entry.get("tensors"), f"{where}.tensors"),
-        measurement=None,
-        why_not=None,
-    )
-
-
-def _files(record: object, where: str) -> tuple[PublishedFile, ...]:
-    if not isinstance(record, list) or not record:
-        raise _broken(where, record, "a list of files")
-    files = tuple(_file(item, where) for item in record)
-    if twice := [path for path, count in Counter(file.path for file in files).items() if count > 1]:
-        raise _broken(where, twice[0], "every file once")
-    return files
-
-
-def _file(record: object, where: str) -> PublishedFile:
-    match record:
-        case {"path": str(path), "size": int(size), "sha256": str(sha256)} if size > 0 and SHA256.fullmatch(sha256):
-            parts = PurePosixPath(path).parts
-            plain = str(PurePosixPath(*parts)) == path and not path.startswith("/") and ".." not in parts
-            if plain and path.isprintable() and "\\" not in path and parts:
-                return PublishedFile(path, size, sha256)
-            raise _broken(where, path, "a path inside the folder")
-    raise _broken(where, record, "path, size and sha256 of a file")
-
-
-def _formats(record: object, where: str) -> dict[str, int]:
-    if not isinstance(record, list) or not all(isinstance(tensor, dict) for tensor in record):
-        raise _broken(where, record, "a list of tensors")
-    return dict(Counter(_text(tensor.get("format"), where) for tensor in record).most_common())
-
-
-def _object(value: object, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _broken(where, value, "an object")
-    return value
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise _broken(where, value, "a text")
-    return value
-
-
-def _count(value: object, where: str) -> int:
-    if type(value) is not int or value < 0:
-        raise _broken(where, value, "a whole number")
-    return value
-
-
-def _broken(where: str, found: object, required: str) -> StreamquantError:
-    return StreamquantError("broken manifest", where=where, found=f"{found!r:.200}", required=required)
+    return VariantFolder(folder, kinds.pop(), manifest.model, manifest.source, tuple(variants), found, place)
 
 
 # The report, tied to bytes
@@ -326,7 +203,9 @@ def _report_of(
     return None, None, reasons[-1]
 
 
-def _measured(variant: PublishedVariant, report: Report | None, source: Source, why_not: str) -> PublishedVariant:
+def _measured(
+    variant: PublishedVariant, report: Report | None, source: ManifestSource, why_not: str
+) -> PublishedVariant:
     measurement = None
     if report is not None:
         about = _about(variant, report)
@@ -365,6 +244,6 @@ def _stale(variant: PublishedVariant, report: Report) -> bool:
     )
 
 
-def _is_source(files: Sequence[MeasuredFile], source: Source) -> bool:
+def _is_source(files: Sequence[MeasuredFile], source: ManifestSource) -> bool:
     sizes = {(file.name, file.size) for file in files}
     return sizes == {(PurePosixPath(file.path).name, file.size) for file in source.files}

@@ -49,12 +49,3 @@ SAFETENSORS = Container(
     takes_overrides=False,
     split_option="--max-shard-size",
 )
-
-
-def container_of(spec: str) -> Container:
-    """The container of a variant.
-
-    >>> container_of("gguf:Q8_0").name, container_of("fp8-block").name
-    ('gguf', 'safetensors')
-    """
-    return GGUF if spec.startswith(GGUF.prefix) else SAFETENSORS

@@ -105,7 +105,7 @@ def front_matter(
     """The metadata that the Hub reads; a key without a value is left out."""
     base = options.base_model
     own = [*_TAGS[folder.container], "quantized", "streamquant"]
-    own += ["imatrix"] if any(variant.imatrix for variant in folder.variants) else []
+    own += ["imatrix"] if any(variant.made.imatrix for variant in folder.variants) else []
     own += ["conversational"] if prompts is not None and prompts.prompts else []
     theirs = [tag for tag in card.tags if not _NOT_OURS.search(tag)]
     data = {

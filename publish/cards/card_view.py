@@ -10,11 +10,12 @@ from urllib.parse import quote
 
 from huggingface_hub import constants
 
+from streamquant.convert.manifest import ManifestFile
 from streamquant.files.sizes import human_bytes
 from streamquant.publish.cards import commands
 from streamquant.publish.cards.prompts import PromptFormat
 from streamquant.publish.cards.public_report import PublicReport
-from streamquant.publish.results import PublishedFile, PublishedVariant, VariantFolder
+from streamquant.publish.results import PublishedVariant, VariantFolder
 from streamquant.validate.gates import GATES, option
 from streamquant.validate.logits.divergence import Divergence
 from streamquant.validate.report.text import MISSING, Markdown, code, estimate, markdown, number, visible
@@ -126,7 +127,7 @@ def make_card_view(folder: VariantFolder, repo: str | None, public: PublicReport
         against=None if first is None or first.against_source else first.report.comparison.original.model.label,
         made=tuple(commands.made_by(folder)),
         imatrices=_imatrices(folder),
-        guarded=tuple(variant.label for variant in folder.variants if variant.options.get("guard_template")),
+        guarded=tuple(variant.label for variant in folder.variants if variant.made.options.guard_template),
         versions=_versions(folder.variants),
         formats=tuple((row.variant.label, _formats(row.variant)) for row in rows),
     )
@@ -147,7 +148,7 @@ def _row(variant: PublishedVariant, folder: VariantFolder, view: View | None) ->
         else "warn" if variant.passed else "fail",
         link=_link(variant, folder),
         size=human_bytes(variant.nbytes),
-        bits=f"{variant.bits_per_weight:.2f}",
+        bits=f"{variant.made.bits_per_weight:.2f}",
         split="no" if len(variant.files) == 1 else f"{len(variant.files)} files",
         kld=numbers[0],
         ppl_ratio=numbers[1],
@@ -197,8 +198,8 @@ def _sentence(parts: Sequence[str]) -> str:
 
 
 def _note(variant: PublishedVariant) -> str:
-    if variant.recipe is not None:
-        return variant.description
+    if variant.made.recipe.file is not None:
+        return variant.made.description
     if variant.label == "Q3_K_L":
         return ""
     return next((note for shape, note in _NOTES if re.fullmatch(shape, variant.label)), "")
@@ -291,11 +292,15 @@ def _grouped(pairs: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
 def _imatrices(folder: VariantFolder) -> tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]:
     groups: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
     for variant in folder.variants:
-        if variant.imatrix is not None:
-            record = {name: variant.imatrix.get(name) for name in ("file", "datasets", "chunks", "entries", "sha256")}
-            name = file_name(record["file"])
-            record["file"] = link(name, name) if str(record["sha256"]) in folder.matrices else code(name)
-            record["datasets"] = [file_name(text) for text in record["datasets"] or ()]
+        if (made := variant.made.imatrix) is not None:
+            name = file_name(made.file)
+            record = {
+                "file": link(name, name) if made.sha256 in folder.matrices else code(name),
+                "datasets": [file_name(text) for text in made.datasets],
+                "chunks": made.chunks,
+                "entries": made.entries,
+                "sha256": made.sha256,
+            }
             groups.setdefault(repr(record), (record, []))[1].append(variant.label)
     return tuple((record, tuple(labels)) for record, labels in groups.values())
 
@@ -304,13 +309,13 @@ def _versions(variants: Sequence[PublishedVariant]) -> tuple[tuple[str, str], ..
     """Package -> version; several where variants were made at different times."""
     found: dict[str, dict[str, None]] = {}
     for variant in variants:
-        for name, text in variant.versions.items():
+        for name, text in variant.made.versions.items():
             found.setdefault(name, {})[text] = None
     return tuple((name, ", ".join(texts)) for name, texts in sorted(found.items()))
 
 
 def _formats(variant: PublishedVariant) -> str:
-    return ", ".join(f"{name} x {count}" for name, count in variant.formats.items())
+    return ", ".join(f"{name} x {count}" for name, count in variant.made.formats.items())
 
 
 # What the templates call
@@ -369,7 +374,7 @@ def labels(names: Sequence[str]) -> Markdown:
     return Markdown(spans[0] if len(spans) == 1 else f"{', '.join(spans[:-1])} and {spans[-1]}")
 
 
-def checksums(files: Sequence[PublishedFile]) -> Markdown:
+def checksums(files: Sequence[ManifestFile]) -> Markdown:
     """For `sha256sum --check`."""
     return fence("\n".join(f"{file.sha256}  {file.path}" for file in files))
 

@@ -99,12 +99,11 @@ def is_ours(card: Path) -> bool:
 
 def _beside(folder: VariantFolder) -> Iterator[Path]:
     """Checkpoint folders in the same --out folder that were made of the same source."""
-    ours = (read_manifest(folder.path) or {}).get("source")
     for path in sorted(folder.path.resolve().parent.glob(f"*/{MANIFEST}")):
         place = path.parent
         if place != folder.path.resolve() and (place / "config.json").is_file():
             manifest = read_manifest(place)
-            if manifest is not None and manifest["source"] == ours:
+            if manifest is not None and manifest.source == folder.source:
                 yield place
 
 

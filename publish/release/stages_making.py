@@ -1,6 +1,5 @@
 """The stages that make things: the plan, the importance matrix, the variants."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,7 +10,7 @@ import numpy as np
 from streamquant.convert.architectures import describe
 from streamquant.convert.architectures.base import TensorKind
 from streamquant.convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
-from streamquant.convert.manifest import MANIFEST, is_complete, read_manifest
+from streamquant.convert.manifest import MANIFEST, complete_variants, read_manifest
 from streamquant.convert.plan.disk import Disk
 from streamquant.convert.plan.records import Plan, VariantPlan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix, read_imatrix
@@ -21,10 +20,10 @@ from streamquant.convert.source.snapshot import check_cache, client_cache, missi
 from streamquant.files.folders import nearest_folder
 from streamquant.files.hashing import sha256_of
 from streamquant.files.sizes import human_bytes
-from streamquant.files.writing import explain, write_atomically
+from streamquant.files.writing import explain
 from streamquant.publish.release.release_file import ImatrixStage
 from streamquant.publish.release.release_run import Outcome, Road, Work
-from streamquant.publish.results import CARD, REPORT_FOLDER, read_folder
+from streamquant.publish.results import CARD, REPORT_FOLDER
 from streamquant.quant.errors import StreamquantError
 
 
@@ -40,7 +39,7 @@ class PlanWork(Work):
         notes = list(plan.notes)
         if self.file.push is not None:
             notes += self._check_push(plan)
-        if not all(is_complete(out, plan, variant) for variant in plan.variants):
+        if len(complete_variants(out, plan)) < len(plan.variants):
             self._check_texts()
             notes += self._check_disk(plan)
         for note in notes:
@@ -196,7 +195,7 @@ class ConvertWork(Work):
         return self.plan.fingerprint
 
     def _complete(self) -> list[VariantPlan]:
-        return [variant for variant in self.plan.variants if is_complete(self.file.out, self.plan, variant)]
+        return complete_variants(self.file.out, self.plan)
 
     def found(self) -> str | None:
         """All variants, if all are complete; whoever made them."""
@@ -232,17 +231,16 @@ class ConvertWork(Work):
     def _remove_obsolete(self, variant: VariantPlan, ours: set[str]) -> None:
         folder = self.file.out / variant.folder
         manifest = read_manifest(folder)
-        entry = manifest["variants"].get(variant.recipe.spec) if manifest is not None else None
-        if manifest is None or entry is None or entry.get("fingerprint") not in ours:
+        entry = manifest.variants.get(variant.recipe.spec) if manifest is not None else None
+        if manifest is None or entry is None or entry.fingerprint not in ours:
             return
         self.watch.on_note(f"{variant.recipe.spec}: made again, of other inputs; the old files are removed")
-        files = next(v.files for v in read_folder(folder).variants if v.spec == variant.recipe.spec)
-        for file in files:
+        for file in entry.files:
             (folder / file.path).unlink(missing_ok=True)
         # the files first: an entry without its files is found again by the next run, files without an entry are not
-        del manifest["variants"][variant.recipe.spec]
-        if manifest["variants"]:
-            write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+        manifest = manifest.without(variant.recipe.spec)
+        if manifest.variants:
+            manifest.write(folder)
             return
         if variant.recipe.container.is_checkpoint:
             self._remove_side_files(folder)

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from streamquant.convert.manifest import MANIFEST
+from streamquant.convert.manifest import MANIFEST, ManifestFile
 from streamquant.convert.run.journal import WORK_FOLDER
 from streamquant.convert.run.output_files import PARTIAL
 from streamquant.convert.source.checkpoint import CONFIG, INDEX, SIDE_FOLDERS, may_be_side_file
 from streamquant.files.hashing import READ_BYTES
 from streamquant.hub.target import Outgoing
 from streamquant.publish.cards.origin import BASE_CARD
-from streamquant.publish.results import CARD, REPORT_FOLDER, PublishedFile, VariantFolder
+from streamquant.publish.results import CARD, REPORT_FOLDER, VariantFolder
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.report.data import read_report, report_bytes
 
@@ -189,7 +189,7 @@ def _whole(path: Path, name: str) -> Outgoing:
     return Outgoing(name, path, path.stat().st_size, None)
 
 
-def _weights(root: Path, file: PublishedFile) -> Outgoing:
+def _weights(root: Path, file: ManifestFile) -> Outgoing:
     path = root / file.path
     if not path.exists():
         return Outgoing(file.path, None, file.size, file.sha256)

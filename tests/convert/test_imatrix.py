@@ -303,7 +303,7 @@ def test_files_say_what_weighed_them(weighted: Path) -> None:
 def test_manifest_records_the_matrix(weighted: Path, matrix: Path) -> None:
     manifest = read_manifest(weighted / "Tiny-GGUF")
     assert manifest is not None
-    assert manifest["variants"]["gguf:Q4_K_M"]["options"]["imatrix"] == {
+    assert manifest.variants["gguf:Q4_K_M"].json()["options"]["imatrix"] == {
         "file": "Tiny.imatrix.gguf",
         "sha256": read_imatrix(matrix).sha256,
         "datasets": ["calibration.txt"],
@@ -312,8 +312,8 @@ def test_manifest_records_the_matrix(weighted: Path, matrix: Path) -> None:
         "include_weights": [],
         "exclude_weights": [],
     }
-    assert manifest["variants"]["gguf:Q8_0"]["options"]["imatrix"] is None
-    assert str(matrix.parent) not in json.dumps(manifest)
+    assert manifest.variants["gguf:Q8_0"].json()["options"]["imatrix"] is None
+    assert str(matrix.parent) not in json.dumps(manifest.json())
 
 
 def test_source_is_verified_with_the_same_matrix(weighted: Path, tiny: Path, matrix: Path, tmp_path: Path) -> None:

@@ -164,11 +164,13 @@ def test_recipes_are_variants_beside_others(tiny: Path, tmp_path: Path) -> None:
 
     manifest = read_manifest(out / "Tiny-GGUF")
     assert manifest is not None
-    entry = manifest["variants"]["gguf:Tiny-dynamic"]
-    assert entry["recipe"] == recipe.record()
-    assert parse_recipe(entry["recipe"], "manifest") == recipe
-    assert manifest["variants"]["gguf:Q4_K_M"]["recipe"] is None
-    assert manifest["variants"]["gguf:Q4_K_M"]["options"]["overrides"] == {"token-embedding-type": "Q5_K"}
+    entry = manifest.variants["gguf:Tiny-dynamic"]
+    assert entry.recipe.file == recipe
+    assert entry.json()["recipe"] == recipe.record()
+    assert parse_recipe(entry.json()["recipe"], "manifest") == recipe
+    plain_entry = manifest.variants["gguf:Q4_K_M"].json()
+    assert plain_entry["recipe"] is None
+    assert plain_entry["options"]["overrides"] == {"token-embedding-type": "Q5_K"}
     assert [result.problems for result in verify(out, open_checkpoint(tiny))] == [[], []]
 
     found = extract_recipe(out / "Tiny-GGUF/Tiny-Tiny-dynamic.gguf", "again")

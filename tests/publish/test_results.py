@@ -40,7 +40,7 @@ def test_a_folder_is_read_with_its_report(out: Path, report: Report) -> None:
         for file in folder.files:
             assert (folder.path / file.path).stat().st_size == file.size
     bf16, q8_0, q4_k_m = gguf.variants
-    assert bf16.formats["BF16"] > 0
+    assert bf16.made.formats["BF16"] > 0
     assert q8_0.nbytes == q8_0.files[0].size
     assert bf16.passed
     assert not q4_k_m.passed

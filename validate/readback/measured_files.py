@@ -4,15 +4,11 @@ Nothing is hashed here: a manifest counts for a file of the size that it says, a
 """
 
 import contextlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamquant.convert.manifest import read_manifest
-from streamquant.quant.errors import StreamquantError
-
-SHA256 = re.compile(r"[0-9a-f]{64}")
+from streamquant.convert.manifest import listed_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +43,5 @@ def weight_files(path: Path) -> tuple[Path, ...]:
 
 def _listed(folder: Path) -> Iterator[tuple[tuple[Path, int], str]]:
     """((file, size), sha256) of all files in the manifest of a folder; nothing without one, or in a broken one."""
-    try:
-        manifest = read_manifest(folder)
-    except StreamquantError:
-        return
-    for variant in manifest["variants"].values() if manifest is not None else ():
-        for file in variant.get("files") or ():
-            match file:
-                case {"path": str(path), "size": int(size), "sha256": str(sha256)} if SHA256.fullmatch(sha256):
-                    yield ((folder / path).resolve(), size), sha256
+    for file in listed_files(folder):
+        yield ((folder / file.path).resolve(), file.size), file.sha256

@@ -6,7 +6,7 @@ decoded and compared with the weights, which gives the error of the variant (SQN
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from streamquant.convert.manifest import MANIFEST, read_manifest
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.manifest import (
+    MANIFEST,
+    Manifest,
+    ManifestFile,
+    ManifestPart,
+    ManifestVariant,
+    read_manifest,
+)
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, Plan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix
-from streamquant.convert.recipes.overrides import parse_overrides
-from streamquant.convert.recipes.recipe import Recipe, parse_variants, recipe_of
-from streamquant.convert.recipes.recipe_file import parse_recipe
 from streamquant.convert.run.blocks import Piece, Scratch, encode_chunk, read_into, read_rows, widen_rows
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.files.hashing import FileHash
@@ -89,154 +92,91 @@ def verify(
     manifest or a source that cannot be read.
     """
     results = []
-    manifests = [(child, read_manifest(child)) for child in find_manifests(folder)]
+    manifests = [(child, _manifest(child)) for child in find_manifests(folder)]
     if source is not None:
         for child, manifest in manifests:
-            for spec, entry in _variants(manifest or {}, child):
-                _ = _same_imatrix(entry, imatrix, f"{child / MANIFEST}, variant {spec!r}")
+            for spec, variant in manifest.variants.items():
+                _ = _same_imatrix(variant, imatrix, f"{child / MANIFEST}, variant {spec!r}")
     for child, manifest in manifests:
-        assert manifest is not None, "find_manifests returns folders with one"
-        for spec, entry in _variants(manifest, child):
+        for spec, variant in manifest.variants.items():
             result = VerifiedVariant(child, spec)
             results.append(result)
-            _verify_files(result, entry, on_progress)
+            _verify_files(result, variant, on_progress)
             if source is not None and not result.problems:
-                found = _same_imatrix(entry, imatrix, str(child))
-                _verify_source(result, manifest, entry, (source, found), on_progress)
+                found = _same_imatrix(variant, imatrix, str(child))
+                _verify_source(result, manifest, variant, (source, found), on_progress)
     return results
 
 
 def bytes_to_verify(folder: Path, *, with_source: bool) -> int:
     """The number of bytes that `verify` will report, for a progress bar."""
-    total = 0
-    for child in find_manifests(folder):
-        manifest = read_manifest(child) or {}
-        for _, entry in _variants(manifest, child):
-            size = sum(file["size"] for file in entry["files"])
-            total += 2 * size if with_source else size
-    return total
+    manifests = [_manifest(child) for child in find_manifests(folder)]
+    total = sum(variant.nbytes for manifest in manifests for variant in manifest.variants.values())
+    return 2 * total if with_source else total
 
 
-_PART = {"name": str, "file": str, "offset": int, "size": int, "xxh3_128": str, "stored_as": str}
+def _manifest(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    assert manifest is not None, "find_manifests returns folders with one"
+    return manifest
 
 
-def _variants(manifest: dict[str, Any], folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The variants of a manifest, checked for what is used of them."""
-    for spec, entry in manifest["variants"].items():
-        try:
-            for file in entry["files"]:
-                if not isinstance(file["size"], int) or not isinstance(file["sha256"], str):
-                    raise TypeError("files")
-                if Path(file["path"]).is_absolute() or ".." in Path(file["path"]).parts:
-                    raise ValueError(f"path {file['path']!r} leaves the folder")
-            for tensor in entry["tensors"]:
-                for part in tensor["parts"]:
-                    for key, kind in _PART.items():
-                        if not isinstance(part[key], kind):
-                            raise TypeError(f"{key} of a tensor: {part[key]!r:.100}")
-            _ = _options(entry), _recipe(spec, entry)
-        except (KeyError, TypeError, ValueError, UsageError) as error:
-            raise StreamquantError(
-                "broken manifest", where=f"{folder / MANIFEST}, variant {spec!r}", found=repr(error)
-            ) from error
-        yield spec, entry
-
-
-def _options(entry: dict[str, Any]) -> ConversionOptions:
-    """The options that a variant was made with. Raises KeyError or TypeError if they are not what a manifest holds."""
-    options = entry["options"]
-    for key, kinds in {"name": str, "split_max_size": int, "max_shard_size": int, "pre": str, "metadata": dict}.items():
-        if options[key] is not None and not isinstance(options[key], kinds):
-            raise TypeError(f"option {key}: {options[key]!r}")
-    record, overrides = options.get("imatrix"), options.get("overrides") or {}
-    if record is not None and not all(isinstance(record[key], kind) for key, kind in _IMATRIX.items()):
-        raise TypeError(f"option imatrix: {record!r:.100}")
-    if not isinstance(overrides, dict):
-        raise TypeError(f"option overrides: {overrides!r:.100}")
-    return ConversionOptions(
-        options["name"],
-        options["split_max_size"],
-        options["max_shard_size"],
-        options["pre"],
-        options["metadata"] or {},
-        overrides=parse_overrides(overrides, lambda key: f"manifest, {key}"),
-        guard_template=bool(options.get("guard_template")),
-    )
-
-
-_IMATRIX = {"file": str, "sha256": str, "include_weights": list, "exclude_weights": list}
-
-
-def _recipe(spec: str, entry: dict[str, Any]) -> Recipe:
-    """The recipe of a variant, from the record of its recipe file if it has one. Raises UsageError."""
-    if (record := entry.get("recipe")) is not None:
-        return recipe_of(parse_recipe(record, "recipe"))
-    return parse_variants([spec])[0]
-
-
-def _same_imatrix(entry: dict[str, Any], imatrix: ImportanceMatrix | None, where: str) -> ImportanceMatrix | None:
+def _same_imatrix(variant: ManifestVariant, imatrix: ImportanceMatrix | None, where: str) -> ImportanceMatrix | None:
     """The importance matrix that a variant was made with, under its name then. Raises UsageError if it is another."""
-    record = entry["options"].get("imatrix")
+    record = variant.imatrix
     if record is None:
         return None
-    if imatrix is None or imatrix.sha256 != record["sha256"]:
+    if imatrix is None or imatrix.sha256 != record.sha256:
         raise UsageError(
             "made with an importance matrix, and so can only be encoded again with it",
             where=where,
             found="none" if imatrix is None else f"{imatrix.name}, SHA-256 {imatrix.sha256}",
-            required=f"--imatrix with {record['file']}, SHA-256 {record['sha256']}",
+            required=f"--imatrix with {record.file}, SHA-256 {record.sha256}",
         )
-    return replace(imatrix, name=record["file"]).select(record["include_weights"], record["exclude_weights"])
+    return replace(imatrix, name=record.file).select(record.include_weights, record.exclude_weights)
 
 
 # Against the manifest
 
 
-def _verify_files(result: VerifiedVariant, entry: dict[str, Any], on_progress: Callable[[int], None]) -> None:
-    for file in entry["files"]:
-        path = result.folder / file["path"]
-        parts = [
-            (part["name"], part["offset"], part["offset"] + part["size"], part["xxh3_128"], part["stored_as"])
-            for tensor in entry["tensors"]
-            for part in tensor["parts"]
-            if part["file"] == file["path"]
-        ]
+def _verify_files(result: VerifiedVariant, variant: ManifestVariant, on_progress: Callable[[int], None]) -> None:
+    for file in variant.files:
+        path = result.folder / file.path
+        parts = [part for tensor in variant.tensors for part in tensor.parts if part.file == file.path]
         result.files += 1
         result.tensors += len(parts)
         if not path.is_file():
-            result.problems.append(f"{file['path']}: missing")
+            result.problems.append(f"{file.path}: missing")
             continue
         result.nbytes += path.stat().st_size
-        if path.stat().st_size != file["size"]:
-            result.problems.append(f"{file['path']}: {path.stat().st_size:,} bytes, should be {file['size']:,}")
+        if path.stat().st_size != file.size:
+            result.problems.append(f"{file.path}: {path.stat().st_size:,} bytes, should be {file.size:,}")
             continue
         result.problems += _verify_hashes(path, file, parts, on_progress)
-        result.problems += _verify_header(path, file["path"], parts)
+        result.problems += _verify_header(path, file.path, parts)
 
 
 def _verify_hashes(
-    path: Path, file: dict[str, Any], parts: list[tuple[str, int, int, str, str]], on_progress: Callable[[int], None]
+    path: Path, file: ManifestFile, parts: list[ManifestPart], on_progress: Callable[[int], None]
 ) -> list[str]:
-    found = FileHash(file["size"], [], [(name, start, stop) for name, start, stop, _, _ in parts])
+    found = FileHash(file.size, [], [(part.name, part.offset, part.offset + part.size) for part in parts])
     with path.open("rb") as opened:
         at = 0
-        while (step := found.step()) is not None and at < file["size"]:
+        while (step := found.step()) is not None and at < file.size:
             found.hash(opened.fileno(), step[1])
             found.busy = False
             on_progress(step[1] - at)
             at = step[1]
     hashes = found.tensor_hashes()
-    damaged = [name for name, _, _, expected, _ in parts if hashes[name] != expected]
-    if found.sha256() == file["sha256"]:
-        return [
-            f"{file['path']}: tensor {name} has another hash in the manifest; the file is whole" for name in damaged
-        ]
+    damaged = [part.name for part in parts if hashes[part.name] != part.xxh3_128]
+    if found.sha256() == file.sha256:
+        return [f"{file.path}: tensor {name} has another hash in the manifest; the file is whole" for name in damaged]
     if not damaged:
-        return [f"{file['path']}: header or padding damaged (SHA-256 differs, all tensors are whole)"]
-    return [f"{file['path']}: tensor {name} is damaged" for name in damaged]
+        return [f"{file.path}: header or padding damaged (SHA-256 differs, all tensors are whole)"]
+    return [f"{file.path}: tensor {name} is damaged" for name in damaged]
 
 
-def _verify_header(path: Path, name: str, parts: list[tuple[str, int, int, str, str]]) -> list[str]:
+def _verify_header(path: Path, name: str, parts: list[ManifestPart]) -> list[str]:
     """Whether the container says of each tensor what the manifest says."""
     try:
         stored: StoredFile = inspect_file(path)
@@ -244,12 +184,12 @@ def _verify_header(path: Path, name: str, parts: list[tuple[str, int, int, str, 
         return [f"{name}: {error}"]
     present = {tensor.name: tensor for tensor in stored.tensors}
     problems = []
-    for tensor_name, start, stop, _, stored_as in parts:
-        tensor = present.get(tensor_name)
+    for part in parts:
+        tensor = present.get(part.name)
         if tensor is None:
-            problems.append(f"{name}: no tensor {tensor_name} in the file's header")
-        elif (tensor.offset, tensor.offset + tensor.nbytes, tensor.stored_as) != (start, stop, stored_as):
-            problems.append(f"{name}: tensor {tensor_name} has another place or type in the file's header")
+            problems.append(f"{name}: no tensor {part.name} in the file's header")
+        elif (tensor.offset, tensor.nbytes, tensor.stored_as) != (part.offset, part.size, part.stored_as):
+            problems.append(f"{name}: tensor {part.name} has another place or type in the file's header")
     return problems
 
 
@@ -258,17 +198,17 @@ def _verify_header(path: Path, name: str, parts: list[tuple[str, int, int, str, 
 
 def _verify_source(
     result: VerifiedVariant,
-    manifest: dict[str, Any],
-    entry: dict[str, Any],
+    manifest: Manifest,
+    variant: ManifestVariant,
     made_of: tuple[Checkpoint, ImportanceMatrix | None],
     on_progress: Callable[[int], None],
 ) -> None:
     source, imatrix = made_of
-    expected = {(file["path"], file["size"]) for file in manifest["source"]["files"]}
+    expected = {(file.path, file.size) for file in manifest.source.files}
     if {(file.name, file.size) for file in source.files} != expected:
         result.problems.append(f"made of another source than {source.folder}: names or sizes of its files differ")
         return
-    plan = make_plan(source, [_recipe(result.spec, entry)], replace(_options(entry), imatrix=imatrix))
+    plan = make_plan(source, [variant.recipe], replace(variant.options, imatrix=imatrix))
     with ExitStack() as stack:
         outputs = []
         for file in plan.files:

@@ -21,6 +21,8 @@ from streamquant.cli import app as command_line
 from streamquant.convert.conversion import convert
 from streamquant.convert.manifest import MANIFEST
 from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.imatrix import ImatrixRecord
+from streamquant.convert.recipes.overrides import Overrides
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.model.problem import Problem
@@ -121,7 +123,7 @@ def test_the_table_has_the_reports_numbers(cards: Path, report: Report) -> None:
             cells = [cell.replace("\xa0", " ").replace("<br>", " ") for cell in rows[row.name]]
             variant = next(variant for variant in manifest.variants if variant.label == row.name)
             assert f"[Tiny-{row.name}.gguf]" in cells[0].replace("\\", "")
-            assert cells[2] == f"{variant.bits_per_weight:.2f}"
+            assert cells[2] == f"{variant.made.bits_per_weight:.2f}"
             assert cells[3] == "no"
             assert cells[4] == " ± ".join(row.kld)
             assert cells[5] == " ± ".join(row.ppl_ratio)
@@ -286,9 +288,11 @@ def test_the_command_of_the_card_makes_the_same_bytes(plain: Path, tiny: Path, t
         assert read_folder(tmp_path / "again" / name).files == read_folder(plain / name).files
 
 
-def with_options(folder: VariantFolder, **options: Any) -> VariantFolder:
+def with_options(folder: VariantFolder, imatrix: ImatrixRecord | None = None, **options: Any) -> VariantFolder:
     variants = tuple(
-        dataclasses.replace(v, options={**v.options, **options}, imatrix=options.get("imatrix"))
+        dataclasses.replace(
+            v, made=dataclasses.replace(v.made, options=dataclasses.replace(v.made.options, **options), imatrix=imatrix)
+        )
         for v in folder.variants
     )
     return dataclasses.replace(folder, variants=variants)
@@ -300,8 +304,8 @@ def test_the_command_names_every_option_and_no_path(plain: Path) -> None:
         name="My Tiny",
         split_max_size=40_000_000_000,
         metadata={"general.author": "me"},
-        imatrix={"file": "/home/me/tiny.imatrix.gguf", "include_weights": ["blk"], "exclude_weights": []},
-        overrides={"tensor-type": ["attn_v=q8_0", "a b=q4_0"], "pure": True, "output-tensor-type": "Q8_0"},
+        imatrix=ImatrixRecord("/home/me/tiny.imatrix.gguf", "ab" * 32, (), 1, 1, ("blk",), ()),
+        overrides=Overrides((("attn_v", "q8_0"), ("a b", "q4_0")), output_tensor_type="Q8_0", pure=True),
         guard_template=True,
     )
     (made,) = made_by(folder)
@@ -309,7 +313,7 @@ def test_the_command_names_every_option_and_no_path(plain: Path) -> None:
         *("streamquant", "convert", "Tiny", "--to", "gguf:BF16,Q8_0,Q4_K_M", "--name", "My Tiny"),
         *("--split-max-size", "40G", "--pre", TINY_PRE, "--metadata", "metadata.json"),
         *("--imatrix", "tiny.imatrix.gguf", "--include-weights", "blk"),
-        *("--tensor-type", "attn_v=q8_0", "--tensor-type", "a b=q4_0", "--pure", "--output-tensor-type", "Q8_0"),
+        *("--tensor-type", "attn_v=q8_0", "--tensor-type", "a b=q4_0", "--output-tensor-type", "Q8_0", "--pure"),
         *("--guard-template", "--out", "variants"),
     ]
     assert made.inputs == (("metadata.json", '{\n  "general.author": "me"\n}'),)

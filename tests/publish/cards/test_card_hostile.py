@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,13 @@ def test_names_and_texts_of_strangers_come_out_as_text(out: Path, report: Report
         record["model"] = record["source"]["name"] = record["source"]["architecture"] = HOSTILE
         entry = record["variants"]["gguf:Q8_0"]
         entry["description"] = HOSTILE
-        entry["recipe"] = {"label": HOSTILE, "note": HOSTILE}
+        entry["recipe"] = {"label": "UD", "base": "Q4_K_M", "note": HOSTILE, "tensors": {HOSTILE: "Q8_0"}}
         entry["versions"] = {HOSTILE: HOSTILE}
         entry["options"] |= {"name": HOSTILE, "pre": HOSTILE, "metadata": {HOSTILE: HOSTILE}}
-        entry["options"]["overrides"] = {"tensor-type": [HOSTILE]}
-        entry["options"]["imatrix"] = {"file": HOSTILE, "sha256": HOSTILE, "datasets": [HOSTILE], "chunks": HOSTILE}
+        entry["options"]["overrides"] = {"tensor-type": [f"{re.escape(HOSTILE)}=Q8_0"]}
+        entry["options"]["imatrix"] = {"file": HOSTILE, "sha256": HOSTILE, "datasets": [HOSTILE], "chunks": 3}
         entry["tensors"][0]["format"] = HOSTILE
-        record["variants"][f"gguf:{HOSTILE}"] = record["variants"].pop("gguf:Q4_K_M")
+        record["variants"][f"gguf:{HOSTILE}"] = record["variants"].pop("gguf:Q8_0")
 
     edit(out / "Tiny-GGUF" / MANIFEST, hostile)
     comparison = dataclasses.replace(report.comparison, files=tuple(
@@ -150,6 +151,25 @@ def test_names_and_texts_of_strangers_come_out_as_text(out: Path, report: Report
     assert [link for link in page.links if not allowed.fullmatch(link)] == []
     assert set(page.cells) == {8, 7, 2}
     assert all(shlex.split(block)[0] in PROGRAMS for block in blocks(card, "bash"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["variants"].update({f"gguf:{HOSTILE}": record["variants"].pop("gguf:Q4_K_M")}),
+        lambda record: record["variants"]["gguf:Q8_0"].update(recipe={"label": HOSTILE, "base": "Q4_K_M"}),
+        lambda record: record["variants"]["gguf:Q8_0"].update(recipe={"label": "x", "note": HOSTILE}),
+        lambda record: record["variants"]["gguf:Q8_0"]["options"].update(overrides={"tensor-type": [HOSTILE]}),
+        lambda record: record["variants"]["gguf:Q8_0"]["options"].update(
+            imatrix={"file": "x", "sha256": "x", "chunks": HOSTILE}
+        ),
+    ],
+)
+def test_what_cannot_have_made_a_variant_is_refused(plain: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    edit(plain / "Tiny-GGUF" / MANIFEST, change)
+    with pytest.raises(StreamquantError, match="broken manifest") as caught:
+        write_cards(plain / "Tiny-GGUF", OPTIONS)
+    assert not {letter for letter in str(caught.value) if letter in "\u202e\x1b"}
 
 
 @pytest.mark.parametrize("option", ["base_model", "repo"])
