@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from streamquant.convert.recipes.recipe import RECIPES
-from streamquant.files.sizes import parse_size
 from streamquant.quant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,44 +37,6 @@ To = Annotated[
 RecipeFiles = Annotated[
     list[Path] | None,
     typer.Option("--recipe", help="YAML file of a GGUF variant of one's own (docs/formats.md); repeatable."),
-]
-Imatrix = Annotated[
-    Path | None, typer.Option(help="Importance matrix of llama-imatrix, GGUF or .dat, for the GGUF variants.")
-]
-IncludeWeights = Annotated[
-    list[str] | None, typer.Option(help="Use the importance matrix for tensors with this in their names; repeatable.")
-]
-ExcludeWeights = Annotated[
-    list[str] | None, typer.Option(help="Do not use it for tensors with this in their names; repeatable.")
-]
-TensorType = Annotated[
-    list[str] | None,
-    typer.Option(help="REGEX=TYPE: the type of GGUF tensors of such names, like attn_v=q8_0; the first match counts."),
-]
-TensorTypeFile = Annotated[Path | None, typer.Option(help="File of REGEX=TYPE, separated by white space.")]
-OutputTensorType = Annotated[str | None, typer.Option(help="GGML type of output.weight.")]
-TokenEmbeddingType = Annotated[str | None, typer.Option(help="GGML type of token_embd.weight.")]
-Pure = Annotated[bool, typer.Option("--pure", help="No mix: the file type's own format for every tensor.")]
-LeaveOutputTensor = Annotated[
-    bool, typer.Option("--leave-output-tensor", help="output.weight stays as it is in the source.")
-]
-GuardTemplate = Annotated[
-    bool,
-    typer.Option(
-        "--guard-template",
-        help="Put guards into the chat template where bos_token may be undefined, or a reply may lack </think>.",
-    ),
-]
-Name = Annotated[str | None, typer.Option(help="Name of the model in file names. Default: the name of its folder.")]
-SplitMaxSize = Annotated[
-    str | None, typer.Option(help="Split GGUF files at this many bytes of tensors, e.g. 40G (decimal, as llama.cpp).")
-]
-MaxShardSize = Annotated[
-    str | None, typer.Option(help="Largest FP8 shard, e.g. 5G. Default: the shards of the source.")
-]
-Pre = Annotated[str | None, typer.Option(help="tokenizer.ggml.pre, where it cannot be told from tokenizer.json.")]
-Metadata = Annotated[
-    Path | None, typer.Option(help="JSON file of GGUF keys that override the model card (llama.cpp's --metadata).")
 ]
 Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Worker threads. Default: all cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -120,8 +81,3 @@ def names_of(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in known]:
         raise UsageError("unknown name", where=option, found=", ".join(unknown), required=f"of {', '.join(known)}")
     return names
-
-
-def size_of(option: str, text: str | None) -> int | None:
-    """Bytes of a size like 40G. Raises UsageError, which names the option."""
-    return None if text is None else parse_size(text, option)

@@ -8,20 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from streamquant.convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import read_options
 from streamquant.convert.plan.disk import Disk
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan
 from streamquant.convert.plan.view import plan_json, plan_view
-from streamquant.convert.recipes.imatrix import ImportanceMatrix, read_imatrix
-from streamquant.convert.recipes.overrides import Overrides, parse_rule, parse_type, read_rules
 from streamquant.convert.recipes.recipe import Recipe, parse_variants
 from streamquant.convert.recipes.recipe_file import read_recipe
 from streamquant.convert.run.device import choose_device, with_notes
 from streamquant.convert.source.open import open_source
 from streamquant.files.sizes import human_bytes
-from streamquant.files.strict_json import read_json_object
-from streamquant.quant.errors import UsageError
 
 if TYPE_CHECKING:
     from streamquant.publish.upload.push import Pushed
@@ -29,56 +25,28 @@ if TYPE_CHECKING:
 from streamquant.cli.arguments import (
     AsJson,
     Device,
-    ExcludeWeights,
-    GuardTemplate,
-    Imatrix,
-    IncludeWeights,
     Jobs,
-    LeaveOutputTensor,
-    MaxShardSize,
-    Metadata,
     Model,
-    Name,
-    OutputTensorType,
-    Pre,
-    Pure,
     RecipeFiles,
-    SplitMaxSize,
     SpoolGib,
     Tensors,
-    TensorType,
-    TensorTypeFile,
     To,
-    TokenEmbeddingType,
-    size_of,
 )
 from streamquant.cli.console import error_console, out_console, print_result, say_waiting
+from streamquant.cli.conversion_options import NOTHING, CommandLine, takes_conversion_options
 from streamquant.cli.progress import console_listener
 from streamquant.cli.publish import say_pushed
 
 
+@takes_conversion_options
 def plan_command(
     model: Model,
     to: To = None,
     out: Annotated[
         Path | None, typer.Option(help="Also check that this folder could be written and its disk is large enough.")
     ] = None,
-    name: Name = None,
-    split_max_size: SplitMaxSize = None,
-    max_shard_size: MaxShardSize = None,
-    pre: Pre = None,
-    metadata: Metadata = None,
     recipe: RecipeFiles = None,
-    imatrix: Imatrix = None,
-    include_weights: IncludeWeights = None,
-    exclude_weights: ExcludeWeights = None,
-    tensor_type: TensorType = None,
-    tensor_type_file: TensorTypeFile = None,
-    output_tensor_type: OutputTensorType = None,
-    token_embedding_type: TokenEmbeddingType = None,
-    pure: Pure = False,
-    leave_output_tensor: LeaveOutputTensor = False,
-    guard_template: GuardTemplate = False,
+    given: CommandLine = NOTHING,
     spool_gib: SpoolGib = None,
     delete_after_upload: Annotated[
         bool,
@@ -100,16 +68,7 @@ def plan_command(
     `streamquant plan NousResearch/Hermes-4-405B@main --to fp8-dynamic --to gguf:Q8_0,Q6_K,Q4_K_M`
     """
     recipes = _recipes(to, recipe)
-    overrides = _overrides(
-        tensor_type, tensor_type_file, output_tensor_type, token_embedding_type, pure, leave_output_tensor
-    )
-    _check_taken(overrides, recipes)
-    options = replace(
-        _options(name, split_max_size, max_shard_size, pre, metadata),
-        imatrix=_imatrix(imatrix, include_weights, exclude_weights),
-        overrides=overrides,
-        guard_template=guard_template,
-    )
+    options = read_options(given, recipes)
     checkpoint = open_source(model, out=out)
     plan = with_notes(make_plan(checkpoint, recipes, options), choose_device(device))
     if delete_after_upload:
@@ -124,26 +83,13 @@ def plan_command(
     print_result(plan_json(plan, jobs, disk) if as_json else plan_view(plan, jobs, disk, tensors=tensors))
 
 
+@takes_conversion_options
 def convert_command(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the variants; each gets a folder of its own in it.")],
     to: To = None,
-    name: Name = None,
-    split_max_size: SplitMaxSize = None,
-    max_shard_size: MaxShardSize = None,
-    pre: Pre = None,
-    metadata: Metadata = None,
     recipe: RecipeFiles = None,
-    imatrix: Imatrix = None,
-    include_weights: IncludeWeights = None,
-    exclude_weights: ExcludeWeights = None,
-    tensor_type: TensorType = None,
-    tensor_type_file: TensorTypeFile = None,
-    output_tensor_type: OutputTensorType = None,
-    token_embedding_type: TokenEmbeddingType = None,
-    pure: Pure = False,
-    leave_output_tensor: LeaveOutputTensor = False,
-    guard_template: GuardTemplate = False,
+    given: CommandLine = NOTHING,
     spool_gib: SpoolGib = None,
     push: Annotated[
         str | None,
@@ -180,16 +126,7 @@ def convert_command(
     --delete-after-upload`
     """
     recipes = _recipes(to, recipe)
-    overrides = _overrides(
-        tensor_type, tensor_type_file, output_tensor_type, token_embedding_type, pure, leave_output_tensor
-    )
-    _check_taken(overrides, recipes)
-    options = replace(
-        _options(name, split_max_size, max_shard_size, pre, metadata),
-        imatrix=_imatrix(imatrix, include_weights, exclude_weights),
-        overrides=overrides,
-        guard_template=guard_template,
-    )
+    options = read_options(given, recipes)
     where = _early_push(push, private, without_report, push_revision, delete_after_upload)
     chosen, workers = choose_device(device), jobs or default_jobs()
     checkpoint = open_source(model, out=out)
@@ -226,57 +163,8 @@ def convert_command(
     say_pushed(pushed)
 
 
-def _options(
-    name: str | None, split_max_size: str | None, max_shard_size: str | None, pre: str | None, metadata: Path | None
-) -> ConversionOptions:
-    overrides = read_json_object(metadata) if metadata is not None else {}
-    return ConversionOptions(
-        name, size_of("--split-max-size", split_max_size), size_of("--max-shard-size", max_shard_size), pre, overrides
-    )
-
-
 def _recipes(to: list[str] | None, files: list[Path] | None) -> list[Recipe]:
     return parse_variants(to or [], [read_recipe(file) for file in files or []])
-
-
-def _imatrix(path: Path | None, include: list[str] | None, exclude: list[str] | None) -> ImportanceMatrix | None:
-    if path is not None:
-        return read_imatrix(path).select(include or (), exclude or ())
-    if include or exclude:
-        raise UsageError(
-            "--include-weights and --exclude-weights choose from an importance matrix", required="--imatrix"
-        )
-    return None
-
-
-def _overrides(
-    rules: list[str] | None,
-    file: Path | None,
-    output_tensor_type: str | None,
-    token_embedding_type: str | None,
-    pure: bool,
-    leave_output_tensor: bool,
-) -> Overrides:
-    """The rules of the command line, then those of the file."""
-    listed = read_rules(file) if file is not None else ()
-    output, embedding = (
-        parse_type(name, option) if name is not None else None
-        for name, option in (
-            (output_tensor_type, "--output-tensor-type"),
-            (token_embedding_type, "--token-embedding-type"),
-        )
-    )
-    return Overrides((*map(parse_rule, rules or ()), *listed), output, embedding, pure, leave_output_tensor)
-
-
-def _check_taken(overrides: Overrides, recipes: list[Recipe]) -> None:
-    """Refuse overrides that no variant takes."""
-    if overrides and not any(recipe.takes_overrides for recipe in recipes):
-        raise UsageError(
-            "overrides without a variant that takes them",
-            found=", ".join(overrides.record()),
-            required="--to with a GGUF type; recipe files have overrides of their own",
-        )
 
 
 def _early_push(
