@@ -1,6 +1,6 @@
 """Model families: HF tensor name -> GGUF tensor name, row order, hyperparameters. What is unknown is an error.
 
-Adding a family is adding one file with its table and one line in ARCHITECTURES.
+All that is known of a family is in its file (family.py has the records); FAMILIES below lists them.
 
 >>> sorted(ARCHITECTURES)[:2]
 ['LlamaForCausalLM', 'MistralForCausalLM']
@@ -9,37 +9,33 @@ Adding a family is adding one file with its table and one line in ARCHITECTURES.
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from streamquant.convert.architectures.base import (
-    ExtraTensor,
-    Family,
-    ModelDescription,
-    TensorKind,
-    TensorRule,
-    describe_model,
-)
 from streamquant.convert.architectures.config_values import describe_type, shorten
+from streamquant.convert.architectures.description import ExtraTensor, ModelDescription, TensorRule
+from streamquant.convert.architectures.family import Family, TensorKind, VocabularyRules
+from streamquant.convert.architectures.from_config import describe_model
 from streamquant.convert.architectures.llama import LLAMA
 from streamquant.convert.architectures.mistral import MISTRAL
 from streamquant.convert.architectures.qwen2 import QWEN2
 from streamquant.convert.architectures.qwen3 import QWEN3
-from streamquant.convert.architectures.rope import rope_row_order
+from streamquant.convert.architectures.rope import ROPE_FREQS, rope_row_order
 from streamquant.convert.architectures.seed_oss import SEED_OSS
 from streamquant.quant.errors import StreamquantError
 
 __all__ = [
     "ARCHITECTURES",
+    "ROPE_FREQS",
     "ExtraTensor",
     "Family",
     "ModelDescription",
     "TensorKind",
     "TensorRule",
+    "VocabularyRules",
     "describe",
     "rope_row_order",
 ]
 
-ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
-    {family.hf_architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS)}
-)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS)
+ARCHITECTURES: Mapping[str, Family] = MappingProxyType({family.hf_architecture: family for family in FAMILIES})
 
 
 def describe(config: Mapping[str, object]) -> ModelDescription:

@@ -6,12 +6,24 @@ conversion/llama.py). Defaults: LlamaConfig of transformers.
 
 import gguf
 
-from streamquant.convert.architectures.base import Family, linear, norm
+from streamquant.convert.architectures.family import Family, LlamaCpp, VocabularyRules, linear, norm
+
+LLAMA_MODEL = LlamaCpp(
+    arch=gguf.MODEL_ARCH.LLAMA,
+    vocabulary=VocabularyRules(
+        sentencepiece=True,
+        add_space_prefix=True,
+        no_bos=frozenset({49152}),  # small Granite models and SmolLM
+        fill_in_the_middle={32016: {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}},  # CodeLlama
+    ),
+    added_keys=((gguf.Keys.LLM.VOCAB_SIZE, "vocabulary"), (gguf.Keys.Rope.DIMENSION_COUNT, "head_dim")),
+    rope_freqs=True,
+)
+"""The converter's class LlamaModel (conversion/llama.py) and the loader of arch "llama"."""
 
 LLAMA = Family(
     hf_architecture="LlamaForCausalLM",
     model_type="llama",
-    arch=gguf.MODEL_ARCH.LLAMA,
     layer=(
         *linear("self_attn.q_proj", ("query", "hidden"), rope="query", bias="attention_bias"),
         *linear("self_attn.k_proj", ("key_value", "hidden"), rope="key", bias="attention_bias"),
@@ -34,7 +46,6 @@ LLAMA = Family(
         "mlp_bias": False,
     },
     nullable=frozenset({"num_key_value_heads", "head_dim"}),
-    rope_types=frozenset({"default", "linear", "llama3", "yarn"}),
-    adds_vocab_size=True,
+    llama_cpp=LLAMA_MODEL,
     hidden_divides_by_heads=True,
 )

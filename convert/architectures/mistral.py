@@ -5,14 +5,12 @@ Mistral's own layout (params.json, consolidated.safetensors) has other names and
 of transformers.
 """
 
-import gguf
-
-from streamquant.convert.architectures.base import Family, linear, norm
+from streamquant.convert.architectures.family import Family, linear, norm
+from streamquant.convert.architectures.llama import LLAMA_MODEL
 
 MISTRAL = Family(
     hf_architecture="MistralForCausalLM",
     model_type="mistral",
-    arch=gguf.MODEL_ARCH.LLAMA,
     layer=(
         *linear("self_attn.q_proj", ("query", "hidden"), rope="query"),
         *linear("self_attn.k_proj", ("key_value", "hidden"), rope="key"),
@@ -34,6 +32,5 @@ MISTRAL = Family(
         "sliding_window": 4096,
     },
     nullable=frozenset({"head_dim", "sliding_window"}),
-    rope_types=frozenset({"default", "linear", "llama3", "yarn"}),
-    adds_vocab_size=True,
+    llama_cpp=LLAMA_MODEL,
 )

@@ -6,12 +6,11 @@ names one.
 
 import gguf
 
-from streamquant.convert.architectures.base import Family, linear, norm
+from streamquant.convert.architectures.family import Family, LlamaCpp, VocabularyRules, linear, norm
 
 QWEN2 = Family(
     hf_architecture="Qwen2ForCausalLM",
     model_type="qwen2",
-    arch=gguf.MODEL_ARCH.QWEN2,
     layer=(
         *linear("self_attn.q_proj", ("query", "hidden"), bias=True),
         *linear("self_attn.k_proj", ("key_value", "hidden"), bias=True),
@@ -33,5 +32,5 @@ QWEN2 = Family(
         "sliding_window": 4096,
     },
     nullable=frozenset({"num_key_value_heads", "head_dim", "sliding_window"}),
-    window_switch="use_sliding_window",
+    llama_cpp=LlamaCpp(arch=gguf.MODEL_ARCH.QWEN2, vocabulary=VocabularyRules(sentencepiece=True)),
 )

@@ -5,12 +5,11 @@ Defaults: Qwen3Config of transformers. Its attention_bias puts a bias on q, k, v
 
 import gguf
 
-from streamquant.convert.architectures.base import Family, linear, norm
+from streamquant.convert.architectures.family import Family, LlamaCpp, VocabularyRules, linear, norm
 
 QWEN3 = Family(
     hf_architecture="Qwen3ForCausalLM",
     model_type="qwen3",
-    arch=gguf.MODEL_ARCH.QWEN3,
     layer=(
         *linear("self_attn.q_proj", ("query", "hidden"), bias="attention_bias"),
         *linear("self_attn.k_proj", ("key_value", "hidden"), bias="attention_bias"),
@@ -36,6 +35,7 @@ QWEN3 = Family(
         "sliding_window": 4096,
     },
     nullable=frozenset({"num_key_value_heads", "sliding_window"}),
-    window_switch="use_sliding_window",
-    unread=("attention_bias",),
+    llama_cpp=LlamaCpp(
+        arch=gguf.MODEL_ARCH.QWEN3, vocabulary=VocabularyRules(sentencepiece=True), unread=("attention_bias",)
+    ),
 )

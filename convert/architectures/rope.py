@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from streamquant.convert.architectures.config_values import ConfigValues, shorten
 from streamquant.quant.errors import StreamquantError
 
+ROPE_FREQS = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight"
+"""The GGUF tensor by whose values llama.cpp divides the rotation frequencies."""
+
 # What transformers assumes when config.json names no theta (RotaryEmbeddingConfigMixin.default_theta).
 DEFAULT_THETA = 10000.0
 

@@ -6,12 +6,11 @@ conversion/olmo.py of llama.cpp adds nothing to the common converter). Defaults:
 
 import gguf
 
-from streamquant.convert.architectures.base import Family, linear, norm
+from streamquant.convert.architectures.family import Family, LlamaCpp, linear, norm
 
 SEED_OSS = Family(
     hf_architecture="SeedOssForCausalLM",
     model_type="seed_oss",
-    arch=gguf.MODEL_ARCH.SEED_OSS,
     layer=(
         *linear("self_attn.q_proj", ("query", "hidden"), bias="attention_bias"),
         *linear("self_attn.k_proj", ("key_value", "hidden"), bias="attention_bias"),
@@ -35,5 +34,5 @@ SEED_OSS = Family(
         "mlp_bias": False,
     },
     nullable=frozenset({"num_key_value_heads", "head_dim"}),
-    unread=("attention_out_bias", "mlp_bias"),
+    llama_cpp=LlamaCpp(arch=gguf.MODEL_ARCH.SEED_OSS, unread=("attention_out_bias", "mlp_bias")),
 )

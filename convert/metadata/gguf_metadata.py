@@ -65,36 +65,21 @@ def gguf_metadata(
     Raises StreamquantError for a tokenizer, card or config that cannot be expressed in GGUF.
     """
     vocabulary = read_vocabulary(
-        checkpoint.folder,
-        vocab_size=model.vocab_size,
-        gguf_arch=model.gguf_arch,
-        hf_architecture=model.hf_architecture,
-        pre=pre,
+        checkpoint.folder, model.family.llama_cpp.vocabulary, vocab_size=model.vocab_size, pre=pre
     )
-    general = read_model_metadata(
-        checkpoint.folder, gguf_arch=model.gguf_arch, parameter_count=parameter_count, overrides=overrides
-    )
+    general = read_model_metadata(checkpoint.folder, parameter_count=parameter_count, overrides=overrides)
     tokenizer: Mapping[str, Any] = vocabulary.metadata
     guards: tuple[str, ...] = ()
     if guard_template:
         tokenizer, guards = guard_gguf_keys(tokenizer)
-    common, own = _split(model)
     before = {
         Keys.General.ARCHITECTURE: GGUFValue(model.gguf_arch, GGUFValueType.STRING),
         **general,
-        **common,
+        **model.metadata,
     }
     after = {
-        **own,
+        **model.added_metadata,
         Keys.General.QUANTIZATION_VERSION: GGUFValue(GGML_QUANT_VERSION, GGUFValueType.UINT32),
         **tokenizer,
     }
     return GgufMetadata(before, after, (*vocabulary.notes, *guards))
-
-
-def _split(model: ModelDescription) -> tuple[dict[str, GGUFValue], dict[str, GGUFValue]]:
-    """(the keys of all families, those that a family adds): the converter writes general.file_type between them."""
-    first_own = Keys.LLM.VOCAB_SIZE.format(arch=model.gguf_arch)
-    names = list(model.metadata)
-    at = names.index(first_own) if first_own in model.metadata else len(names)
-    return {name: model.metadata[name] for name in names[:at]}, {name: model.metadata[name] for name in names[at:]}

@@ -54,17 +54,13 @@ _HINT = "set the right value with --metadata, or correct the file"
 def read_model_metadata(
     folder: pathlib.Path,
     *,
-    gguf_arch: str,
     parameter_count: int,
-    name: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, GGUFValue]:
     """Return the general.* keys of a model, as llama.cpp's converter writes them.
 
     folder           the checkpoint: README.md (front matter), config.json, generation_config.json, and its own name
-    gguf_arch        such as 'llama'
     parameter_count  weights of the model, for general.size_label where the name holds no size
-    name             general.name, instead of the one found (--model-name)
     overrides        GGUF key -> value, instead of what was found (--metadata)
 
     general.architecture, .file_type and .quantization_version are left to the caller. The rules are those of the PyPI
@@ -76,7 +72,7 @@ def read_model_metadata(
     path = folder.resolve() if folder.name in ("", "..") else folder.absolute()
     _check_files(path)
     try:
-        metadata = gguf.Metadata.load(None, path, name, parameter_count)
+        metadata = gguf.Metadata.load(None, path, None, parameter_count)
     except Exception as fault:  # what the library cannot read although each file was checked
         raise StreamquantError(
             "cannot read the model card metadata",
@@ -84,16 +80,16 @@ def read_model_metadata(
             found=f"{type(fault).__name__}: {fault}",
             hint="correct the front matter of README.md",
         ) from fault
-    _override(metadata, overrides or {}, keep_name=name is not None)
+    _override(metadata, overrides or {})
     if metadata.name is None:
         metadata.name = path.name
     if metadata.size_label is None and parameter_count > 0:
         metadata.size_label = gguf.size_label(parameter_count, parameter_count, 0, 0)
-    return _collect(metadata, gguf_arch, path)
+    return _collect(metadata, path)
 
 
-def _collect(metadata: Any, gguf_arch: str, path: pathlib.Path) -> dict[str, GGUFValue]:
-    writer = gguf.GGUFWriter(path=None, arch=gguf_arch)
+def _collect(metadata: Any, path: pathlib.Path) -> dict[str, GGUFValue]:
+    writer = gguf.GGUFWriter(path=None, arch="")
     writer.add_type(gguf.GGUFType.MODEL)
     try:
         metadata.set_gguf_meta_model(writer)
@@ -173,7 +169,7 @@ def _check_sampling(value: object, kind: type, where: str, error: type[Streamqua
         raise error("wrong sampling setting", where=where, found=json.dumps(value, default=str), required=needed)
 
 
-def _override(metadata: Any, overrides: Mapping[str, Any], *, keep_name: bool) -> None:
+def _override(metadata: Any, overrides: Mapping[str, Any]) -> None:
     for key, value in overrides.items():
         attribute = _ATTRIBUTES.get(key)
         if attribute is None:
@@ -184,8 +180,7 @@ def _override(metadata: Any, overrides: Mapping[str, Any], *, keep_name: bool) -
                 required="one of " + ", ".join(sorted(_ATTRIBUTES)),
             )
         _check_override(key, attribute, value)
-        if not (keep_name and attribute == "name"):
-            setattr(metadata, attribute, value)
+        setattr(metadata, attribute, value)
 
 
 def _check_override(key: str, attribute: str, value: object) -> None:

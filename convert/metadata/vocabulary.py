@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import gguf
 
+from streamquant.convert.architectures import VocabularyRules
 from streamquant.convert.metadata.pretokenizer import BYTES, choose_pre, definition_of, group_of
 from streamquant.convert.metadata.vocabulary_files import TokenizerFiles, content_of, read_files
 from streamquant.convert.metadata.vocabulary_special import write_fill_in_the_middle, write_special
@@ -40,30 +41,6 @@ DEVIATIONS: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What the converter's class for an architecture does about vocabularies (conversion/llama.py, qwen.py, base.py).
-
-    sentencepiece  tokenizer.model wins over tokenizer.json
-    llama          add_prefix_space, CodeLlama's fill-in-the-middle ids, no BOS for the vocabulary of 49152
-    """
-
-    sentencepiece: bool = False
-    llama: bool = False
-
-
-RULES = {
-    "llama": Rules(sentencepiece=True, llama=True),
-    "qwen2": Rules(sentencepiece=True),
-    "qwen3": Rules(sentencepiece=True),
-    "seed_oss": Rules(),
-}
-# Classes for which the converter has rules of its own, none of which is a plain decoder.
-REFUSED_ARCHITECTURES = frozenset({"InternS1ForConditionalGeneration", "GlmasrModel"})
-CODELLAMA_VOCAB, CODELLAMA_IDS = 32016, {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
-GRANITE_VOCAB = 49152  # small Granite models and SmolLM: BOS exists but must not be added
-
-
-@dataclass(frozen=True)
 class Vocabulary:
     """The vocabulary as GGUF metadata.
 
@@ -76,15 +53,14 @@ class Vocabulary:
 
 
 def read_vocabulary(
-    folder: pathlib.Path, *, vocab_size: int, gguf_arch: str, hf_architecture: str, pre: str | None = None
+    folder: pathlib.Path, rules: VocabularyRules, *, vocab_size: int, pre: str | None = None
 ) -> Vocabulary:
     """Read the tokenizer of a checkpoint folder and return it as GGUF metadata.
 
-    folder           holds tokenizer.json or tokenizer.model, tokenizer_config.json, config.json, chat templates
-    vocab_size       rows of the embedding: the number of tokens written
-    gguf_arch        'llama', 'qwen2', 'qwen3' or 'seed_oss'
-    hf_architecture  the class in config.json, such as 'LlamaForCausalLM'
-    pre              the name for tokenizer.ggml.pre, instead of the detected one
+    folder      holds tokenizer.json or tokenizer.model, tokenizer_config.json, config.json, chat templates
+    rules       what the converter does about the tokenizers of the model's family
+    vocab_size  rows of the embedding: the number of tokens written
+    pre         the name for tokenizer.ggml.pre, instead of the detected one
 
     Keys, types and values equal those of llama.cpp's converter (conversion/base.py: get_vocab_base, _set_vocab_gpt2,
     _set_vocab_sentencepiece, _set_vocab_llama_hf; conversion/llama.py: set_vocab) but for DEVIATIONS. Code that the
@@ -92,7 +68,6 @@ def read_vocabulary(
 
     Raises StreamquantError if a file is missing, malformed or of an unknown kind, UsageError on a wrong `pre`.
     """
-    rules = _rules(gguf_arch, hf_architecture)
     files = read_files(folder, vocab_size=vocab_size)
     _refuse_unreadable(files)
     notes = list(files.notes)
@@ -100,31 +75,23 @@ def read_vocabulary(
         notes.append(
             "tokenizer_config.json asks for code of the checkpoint (auto_map): not run, the files are read instead"
         )
-    writer = gguf.GGUFWriter(path=None, arch=gguf_arch)
-    if rules.llama and files.config.get("add_prefix_space") is not None:
+    writer = gguf.GGUFWriter(path=None, arch="")
+    if rules.add_space_prefix and files.config.get("add_prefix_space") is not None:
         writer.add_add_space_prefix(files.config["add_prefix_space"])
     pieces = pieces_from_model(files, vocab_size) if rules.sentencepiece else None
     if pieces is not None or _is_byte_fallback(files):
         notes += _write_spm(writer, files, pieces, vocab_size, pre)
     else:
         notes += _write_bpe(writer, files, vocab_size, pre)
-    if rules.llama:
-        _apply_llama_rules(writer, files, vocab_size)
+    if vocab_size in rules.fill_in_the_middle:
+        write_fill_in_the_middle(writer, files, rules.fill_in_the_middle[vocab_size])
+    if vocab_size in rules.no_bos:
+        writer.kv_data[0].pop(gguf.Keys.Tokenizer.ADD_BOS, None)
+        writer.add_add_bos_token(False)
     _check_texts(writer, files)
     metadata = {key: value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")}
     notes += _notes_on_bos(files, metadata)
     return Vocabulary(metadata, tuple(dict.fromkeys(notes)))
-
-
-def _rules(gguf_arch: str, hf_architecture: str) -> Rules:
-    if gguf_arch not in RULES or hf_architecture in REFUSED_ARCHITECTURES:
-        raise StreamquantError(
-            "no vocabulary rules for this architecture",
-            where="config.json, architectures",
-            found=f"{hf_architecture} ({gguf_arch})",
-            required=", ".join(RULES),
-        )
-    return RULES[gguf_arch]
 
 
 def _refuse_unreadable(files: TokenizerFiles) -> None:
@@ -249,14 +216,6 @@ def _write_tokens(
     if scores is not None:
         writer.add_token_scores(scores)
     writer.add_token_types(types)
-
-
-def _apply_llama_rules(writer: Any, files: TokenizerFiles, vocab_size: int) -> None:
-    if vocab_size == CODELLAMA_VOCAB:
-        write_fill_in_the_middle(writer, files, CODELLAMA_IDS)
-    if vocab_size == GRANITE_VOCAB:
-        writer.kv_data[0].pop(gguf.Keys.Tokenizer.ADD_BOS, None)
-        writer.add_add_bos_token(False)
 
 
 def _check_texts(writer: Any, files: TokenizerFiles) -> None:

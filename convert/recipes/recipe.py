@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from gguf.constants import LlamaFileType
 
-from streamquant.convert.architectures.base import ModelDescription, TensorKind, TensorRule
+from streamquant.convert.architectures import ModelDescription, TensorKind, TensorRule
 from streamquant.convert.recipes.container import GGUF, SAFETENSORS, Container
 from streamquant.convert.recipes.mix import DEFAULTS, UNQUANTIZED, MixModel, MixTensor, choose_mix
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides

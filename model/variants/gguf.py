@@ -13,7 +13,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from streamquant.convert.architectures import TensorRule, describe, rope_row_order
+from streamquant.convert.architectures import ROPE_FREQS, TensorRule, describe, rope_row_order
 from streamquant.files.gguf_file import GgufHeader, GgufTensor, read_header
 from streamquant.files.reading import read_bytes
 from streamquant.model.activations import DOT_TYPES, QUANTIZERS
@@ -100,7 +100,7 @@ class GgufVariant(Variant):
 
     def _note_unread(self) -> None:
         known = {rule.gguf_name for rule in self.description.rules.values()}
-        known |= {"rope_freqs.weight"} if self.description.gguf_arch == "llama" else set()
+        known |= {ROPE_FREQS} if self.description.family.llama_cpp.rope_freqs else set()
         for name, (file, tensor) in self._stored.items():
             if name not in known:
                 self.problems.append(
@@ -169,7 +169,7 @@ class GgufVariant(Variant):
         """See Variant.rotary: llama.cpp's frequencies for this file, its rope_freqs.weight included."""
         import torch
 
-        freqs = self._stored.get("rope_freqs.weight") if self.description.gguf_arch == "llama" else None
+        freqs = self._stored.get(ROPE_FREQS) if self.description.family.llama_cpp.rope_freqs else None
         divisors = None if freqs is None else self._decode(freqs[0], freqs[1], 0, 1)[0]
         frequencies, factor = self._rope.frequencies(divisors)
         return torch.from_numpy(frequencies), factor

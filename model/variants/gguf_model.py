@@ -8,16 +8,17 @@ besides factor, context and attn_factor are not read for these architectures.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
-from streamquant.convert.architectures import ARCHITECTURES, describe
+from streamquant.convert.architectures import ARCHITECTURES, ROPE_FREQS, Family, describe
 from streamquant.files.gguf_file import GgufTensor
 from streamquant.model.problem import Problem
 from streamquant.quant.errors import StreamquantError
@@ -113,19 +114,19 @@ def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Gg
     for what is not a dense decoder.
     """
     arch = metadata.get("general.architecture")
-    family = next((name for name, found in ARCHITECTURES.items() if found.gguf_arch == arch), None)
-    if family is None:
+    families = [family for family in ARCHITECTURES.values() if family.gguf_arch == arch]
+    if not families:
         raise StreamquantError(
             "unknown architecture",
             where=f"{path}, key 'general.architecture'",
             found=str(arch)[:100],
-            required=", ".join(sorted({found.gguf_arch for found in ARCHITECTURES.values()})),
+            required=", ".join(sorted({family.gguf_arch for family in ARCHITECTURES.values()})),
         )
     keys = Keys(path, metadata, str(arch))
     if metadata.get(f"{arch}.expert_count"):
         raise keys.refuse("expert_count", "a mixture of experts", "no experts")
     problems: list[Problem] = []
-    config = read_config(keys, family, tensors)
+    config = read_config(keys, families, tensors)
     rope = read_rope(keys, config, problems)
     try:
         describe(config)
@@ -137,8 +138,8 @@ def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Gg
     return GgufModel(config, rope, problems)
 
 
-def read_config(keys: Keys, family: str, tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
-    """config.json for the class of transformers that computes what llama.cpp does."""
+def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
+    """config.json for the first of the architecture's families whose class of transformers can have these sizes."""
     embeddings = tensors.get("token_embd.weight")
     if embeddings is None or len(embeddings.shape) != 2:
         raise StreamquantError("a tensor is missing", where=f"{keys.path}, tensor 'token_embd.weight'")
@@ -148,12 +149,12 @@ def read_config(keys: Keys, family: str, tensors: Mapping[str, GgufTensor]) -> d
         raise keys.refuse("attention.value_length", "values of another width than keys", str(head_dim))
     if keys.count("rope.dimension_count", head_dim) != head_dim:
         raise keys.refuse("rope.dimension_count", "heads that are rotated in part", str(head_dim))
-    biased = {name.split(".")[2] for name in tensors if name.startswith("blk.") and name.endswith(".bias")}
-    if family == "LlamaForCausalLM" and hidden % heads:
-        family = "MistralForCausalLM"  # the same computation; its class lets heads be of any width
+    fitting = (family for family in families if hidden % heads == 0 or not family.hidden_divides_by_heads)
+    family = next(fitting, families[0])
+    no_window = {"sliding_window": None, "use_sliding_window": False}
     return {
-        "architectures": [family],
-        "model_type": ARCHITECTURES[family].model_type,
+        "architectures": [family.hf_architecture],
+        "model_type": family.model_type,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": keys.count("feed_forward_length"),
@@ -166,12 +167,22 @@ def read_config(keys: Keys, family: str, tensors: Mapping[str, GgufTensor]) -> d
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "rope_parameters": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)},
         "tie_word_embeddings": "output.weight" not in tensors,
-        "sliding_window": None,
-        "use_sliding_window": False,
-        "attention_bias": bool(biased & {"attn_q", "attn_k", "attn_v", "attn_output"}),
-        "attention_out_bias": "attn_output" in biased,
-        "mlp_bias": bool(biased & {"ffn_gate", "ffn_up", "ffn_down"}),
+        **{key: value for key, value in no_window.items() if key in family.defaults},
+        **read_switches(family, tensors),
     }
+
+
+def read_switches(family: Family, tensors: Iterable[str]) -> dict[str, bool]:
+    """The booleans of config.json that put tensors into the layers -> whether a layer of the file has one of them."""
+    names = gguf.get_tensor_name_map(family.llama_cpp.arch, 1)
+    present = {name.split(".", 2)[-1] for name in tensors if name.startswith("blk.")}
+    switches: dict[str, bool] = {}
+    for tensor in family.layer:
+        if tensor.when is not None:
+            name = names.get_name(f"model.layers.0.{tensor.suffix}", try_suffixes=(".weight", ".bias"))
+            found = name is not None and name.split(".", 2)[-1] in present
+            switches[tensor.when] = found or switches.get(tensor.when, False)
+    return switches
 
 
 def read_rope(keys: Keys, config: Mapping[str, Any], problems: list[Problem]) -> GgufRope:
@@ -228,11 +239,11 @@ def check_vocabulary(
 
 def check_rope_freqs(path: Path, tensors: Mapping[str, GgufTensor], rope: GgufRope) -> None:
     """rope_freqs.weight must have a divisor for each frequency."""
-    found = tensors.get("rope_freqs.weight")
+    found = tensors.get(ROPE_FREQS)
     if found is not None and found.shape != (rope.head_dim // 2,):
         raise StreamquantError(
             "a tensor's shape does not fit the hyperparameters",
-            where=f"{path}, tensor 'rope_freqs.weight'",
+            where=f"{path}, tensor {ROPE_FREQS!r}",
             found=list(found.shape),
             required=[rope.head_dim // 2],
         )

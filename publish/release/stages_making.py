@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from streamquant.convert.architectures import describe
-from streamquant.convert.architectures.base import TensorKind
+from streamquant.convert.architectures import TensorKind, describe
 from streamquant.convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
 from streamquant.convert.manifest import MANIFEST, complete_variants, read_manifest
 from streamquant.convert.plan.disk import Disk

@@ -176,7 +176,7 @@ def as_stored(description: ModelDescription) -> dict[str, KeyValue]:
     """The described metadata as GGUFReader gives it back."""
     return {
         key: ((value.type,), float(np.float32(value.value)) if value.type == GGUFValueType.FLOAT32 else value.value)
-        for key, value in description.metadata.items()
+        for key, value in {**description.metadata, **description.added_metadata}.items()
     }
 
 
@@ -212,7 +212,8 @@ def check_same_file(folder: Path, converted_file: Path) -> None:
     keys, tensors = gguf_peer.read_gguf(converted_file)
     assert keys["general.architecture"][1] == description.gguf_arch
     assert as_stored(description) == arch_metadata(keys, description.gguf_arch)
-    assert list(description.metadata) == [key for key in keys if key in description.metadata], "order"
+    written = [*description.metadata, "general.file_type", *description.added_metadata]
+    assert written == [key for key in keys if key in written], "order"
     expected = expected_tensors(description, read_checkpoint(folder))
     assert {name: tensor[:2] for name, tensor in expected.items()} == {n: tensor[:2] for n, tensor in tensors.items()}
     assert [name for name in tensors if expected[name] != tensors[name]] == []
@@ -353,11 +354,9 @@ def test_what_a_description_says() -> None:
     assert rules["model.layers.1.self_attn.k_proj.weight"].rope_heads == 2
     assert rules["model.layers.1.self_attn.v_proj.weight"].rope_heads is None
     assert rules["model.norm.weight"].kind is TensorKind.NORM
-    assert description.hf_name("blk.1.ffn_norm.weight") == "model.layers.1.post_attention_layernorm.weight"
-    assert description.hf_names()["output.weight"] == "lm_head.weight"
-    assert len(description.hf_names()) == len(rules)
-    with pytest.raises(StreamquantError, match="unknown GGUF tensor name"):
-        description.hf_name("blk.2.ffn_norm.weight")
+    assert rules["model.layers.1.post_attention_layernorm.weight"].gguf_name == "blk.1.ffn_norm.weight"
+    assert rules["lm_head.weight"].gguf_name == "output.weight"
+    assert len({rule.gguf_name for rule in rules.values()}) == len(rules)
     biased = describe(synthetic.make_config(QWEN2)).rules["model.layers.0.self_attn.q_proj.bias"]
     assert (biased.kind, biased.rope_heads, biased.shape) == (TensorKind.BIAS, None, (64,))
 
@@ -609,5 +608,5 @@ def test_any_config_is_described_or_refused(
     except StreamquantError:
         return
     assert len(description.rules) >= 3 + 9 * description.block_count
-    for value in description.metadata.values():
+    for value in (*description.metadata.values(), *description.added_metadata.values()):
         gguf.GGUFWriter(None, "llama")._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)

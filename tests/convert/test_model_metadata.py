@@ -67,7 +67,7 @@ def add_model(folder: pathlib.Path) -> None:
 
 def read(folder: pathlib.Path, **options: Any) -> dict[str, Any]:
     """The values alone."""
-    found = read_model_metadata(folder, gguf_arch="qwen3", **{"parameter_count": 0, **options})
+    found = read_model_metadata(folder, **{"parameter_count": 0, **options})
     return {key: value.value for key, value in found.items()}
 
 
@@ -91,7 +91,7 @@ def test_equals_the_reference_converter(folders: dict[str, pathlib.Path], refere
     others = {"general.architecture", "general.file_type", "general.quantization_version"}
     reference = {k: v for k, v in references[name].items() if k.startswith("general.") and k not in others}
     assert "error" not in references[name]
-    assert spelled(read_model_metadata(folders[name], gguf_arch="qwen3", parameter_count=0)) == reference
+    assert spelled(read_model_metadata(folders[name], parameter_count=0)) == reference
     assert others <= references[name].keys()
 
 
@@ -119,8 +119,7 @@ def test_the_name_tells_the_size_if_it_can_be_true(folders: dict[str, pathlib.Pa
 
 def test_names(folders: dict[str, pathlib.Path], monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(folders["Hermes-4-70B"])["general.name"] == "Hermes 4 — Llama-3.1 70B"
-    assert read(folders["Hermes-4-70B"], name="Mine")["general.name"] == "Mine"
-    both = read(folders["Hermes-4-70B"], name="Mine", overrides={"general.name": "Theirs", "general.version": "v2"})
+    both = read(folders["Hermes-4-70B"], overrides={"general.name": "Mine", "general.version": "v2"})
     assert (both["general.name"], both["general.version"]) == ("Mine", "v2")
     monkeypatch.chdir(folders["plain"])
     assert read(pathlib.Path())["general.name"] == "Plain"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from streamquant.convert.architectures.base import TensorKind
+from streamquant.convert.architectures import TensorKind
 from streamquant.convert.plan.disk import peak_disk
 from streamquant.convert.plan.records import Plan
 from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint

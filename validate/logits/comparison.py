@@ -425,25 +425,22 @@ def check_comparable(original: Variant, variant: Variant) -> None:
         )
 
 
-COMPARED = {
-    "num_hidden_layers": "layers", "hidden_size": "hidden size", "intermediate_size": "feed-forward size",
-    "num_attention_heads": "attention heads", "num_key_value_heads": "key-value heads",
-}  # fmt: skip
-
-
 def differences(original: Variant, variant: Variant) -> list[Problem]:
     """Problems where the hyperparameters or rotary frequencies of a variant are not the original's."""
     problems = []
-    for key, name in COMPARED.items():
-        a, b = (model.config.get(key) for model in (original, variant))
-        if a != b and a is not None:
-            problems.append(Problem("hyperparameters", "error", f"another number of {name}", None, str(b), str(a)))
-    a, b = (float(model.config.get("rms_norm_eps", 1e-6)) for model in (original, variant))
+    expected, found = original.description, variant.description
+    for name, size in expected.hyperparameters.items():
+        other = found.hyperparameters.get(name)
+        if other != size:
+            problems.append(
+                Problem("hyperparameters", "error", f"another number of {name}", None, str(other), str(size))
+            )
+    a, b = expected.norm_epsilon, found.norm_epsilon
     if abs(a - b) > 1e-4 * a:
         problems.append(Problem("hyperparameters", "error", "another rms_norm_eps", None, f"{b:g}", f"{a:g}"))
     problems += _rope_differences(original, variant)
-    window = original.config.get("sliding_window")
-    if window and original.config.get("use_sliding_window", True) and variant.config.get("sliding_window") != window:
+    window = expected.sliding_window
+    if window is not None and found.sliding_window != window:
         problems.append(
             Problem(
                 "window",

@@ -1,0 +1,125 @@
+"""The records of a model that its config.json describes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from gguf.gguf_writer import GGUFValue
+from numpy.typing import NDArray
+
+from streamquant.convert.architectures.family import Family, TensorKind
+from streamquant.quant.errors import StreamquantError
+
+# Suffixes of tensors that old checkpoints carry and no GGUF has (llama.cpp, conversion/base.py, prepare_tensors).
+IGNORED_SUFFIXES = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """One tensor of a model: its two names and the shape that config.json demands, in Hugging Face's order.
+
+    rope_heads is the number of heads whose rows llama.cpp wants interleaved (rope_row_order), None where rows stay.
+    A tensor that is not required may be missing from the checkpoint.
+    """
+
+    hf_name: str
+    gguf_name: str
+    kind: TensorKind
+    shape: tuple[int, ...]
+    rope_heads: int | None
+    required: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExtraTensor:
+    """A tensor that GGUF has and the checkpoint has not; values are float32, one-dimensional. Equal by its bytes."""
+
+    gguf_name: str
+    values: NDArray[np.float32]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ExtraTensor):
+            return NotImplemented
+        return self.gguf_name == other.gguf_name and self.values.tobytes() == other.values.tobytes()
+
+    def __hash__(self) -> int:
+        return hash((self.gguf_name, self.values.tobytes()))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """A model as its config.json describes it, in the terms of both worlds."""
+
+    family: Family
+    block_count: int
+    vocab_size: int
+    hyperparameters: Mapping[str, int]
+    """The sizes that every variant of the model must have, by their names in messages: "attention heads" -> 64."""
+    norm_epsilon: float
+    sliding_window: int | None
+    """Tokens that a token sees, itself included; None where it sees all before it."""
+    tied_embeddings: bool
+    rules: Mapping[str, TensorRule]
+    """By HF name: every tensor that this model may have, in the order of a state dict."""
+    metadata: Mapping[str, GGUFValue]
+    """The {arch}.* keys that all families have, in the reference converter's order."""
+    added_metadata: Mapping[str, GGUFValue]
+    """Those that this family adds: the converter writes general.file_type before them."""
+    extra_tensors: tuple[ExtraTensor, ...]
+    notes: tuple[str, ...]
+    """Decisions that a user should see in the plan."""
+
+    @property
+    def hf_architecture(self) -> str:
+        """The class under `architectures`."""
+        return self.family.hf_architecture
+
+    @property
+    def gguf_arch(self) -> str:
+        """llama.cpp's name of the architecture."""
+        return self.family.gguf_arch
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether the HF tensor is known and not wanted in a GGUF."""
+        return name.endswith(IGNORED_SUFFIXES)
+
+    def match(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TensorRule, ...]:
+        """The rules of the tensors that a checkpoint has, in the checkpoint's order, ignored tensors left out.
+
+        Raises StreamquantError on a tensor that this model does not have, a missing required one, or a wrong shape.
+        """
+        found = []
+        for name, shape in shapes.items():
+            rule = self.rules.get(name)
+            if rule is not None:
+                check_shape(rule, shape)
+                found.append(rule)
+            elif not self.is_ignored(name):
+                raise StreamquantError(
+                    "the checkpoint has a tensor that its config.json does not explain",
+                    where=f"tensor {name!r}",
+                    found=f"shape {list(shape)}",
+                    required=f"a tensor of {self.hf_architecture}",
+                    hint="check config.json (number of layers, *_bias, architectures)",
+                )
+        missing = [rule.hf_name for rule in self.rules.values() if rule.required and rule.hf_name not in shapes]
+        if missing:
+            raise StreamquantError(
+                "the checkpoint lacks tensors that its config.json demands",
+                where=f"tensor {missing[0]!r}",
+                found=f"{len(missing)} missing",
+                required=f"all tensors of {self.hf_architecture} with {self.block_count} layers",
+                hint="is a shard missing?",
+            )
+        return tuple(found)
+
+
+def check_shape(rule: TensorRule, shape: tuple[int, ...]) -> None:
+    """Raise StreamquantError if a tensor has another shape than config.json demands."""
+    if tuple(shape) != rule.shape:
+        raise StreamquantError(
+            "a tensor's shape does not fit config.json",
+            where=f"tensor {rule.hf_name!r}",
+            found=list(shape),
+            required=list(rule.shape),
+        )

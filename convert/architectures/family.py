@@ -1,0 +1,112 @@
+"""The records that a model family's file is made of.
+
+A family is data: Hugging Face's class with its defaults, a table of the tensors of one layer, and what llama.cpp's
+converter and loader do for its architecture. from_config.py reads a config.json by it.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import gguf
+
+
+class TensorKind(enum.Enum):
+    """What a tensor is for; recipes choose formats by it."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    LINEAR = "linear"
+    BIAS = "bias"
+
+
+Size = Literal["hidden", "query", "key_value", "intermediate", "head_dim", "vocabulary"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTensor:
+    """A tensor of one decoder layer; `when` names the boolean of config.json without which it does not exist."""
+
+    suffix: str
+    kind: TensorKind
+    shape: tuple[Size, ...]
+    rope: Literal["query", "key"] | None = None
+    when: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyRules:
+    """What the class of llama.cpp's converter does about the tokenizer (its set_vocab). Sizes count tokens.
+
+    sentencepiece: tokenizer.model wins over tokenizer.json. add_space_prefix: add_prefix_space of tokenizer_config.json
+    is written. no_bos: sizes of vocabularies for which BOS exists but must not be added. fill_in_the_middle: size of a
+    vocabulary -> ids by kind (prefix, suffix, middle, eot), for tokenizers whose files do not name them.
+    """
+
+    sentencepiece: bool = False
+    add_space_prefix: bool = False
+    no_bos: frozenset[int] = frozenset()
+    fill_in_the_middle: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaCpp:
+    """What llama.cpp's converter and loader do for an architecture, where it is not what they do for all.
+
+    added_keys are the keys that the converter's class writes after the common ones, each with the size that it holds.
+    rope_freqs says whether the loader reads rope_freqs.weight, without which rope of type "llama3" would run unscaled.
+    unread are the booleans of config.json whose biases the converter writes but the loader does not read.
+    """
+
+    arch: gguf.MODEL_ARCH
+    vocabulary: VocabularyRules = VocabularyRules()
+    added_keys: tuple[tuple[str, Size], ...] = ()
+    rope_freqs: bool = False
+    unread: tuple[str, ...] = ()
+
+    @property
+    def rope_types(self) -> frozenset[str]:
+        """The rope types that llama.cpp computes for the architecture."""
+        return frozenset({"default", "linear", "yarn"} | ({"llama3"} if self.rope_freqs else set()))
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family: Hugging Face's class, and where it differs from the others.
+
+    defaults are those of the configuration class in transformers, for keys that a config.json may leave out; nullable
+    are the keys where null is allowed. A family whose defaults have no head_dim writes key_length only if config.json
+    has it. hidden_divides_by_heads: the configuration class refuses a hidden_size that is no multiple of the heads; a
+    GGUF with such sizes is read as the next family of its architecture.
+    """
+
+    hf_architecture: str
+    model_type: str
+    layer: tuple[LayerTensor, ...]
+    defaults: Mapping[str, object]
+    nullable: frozenset[str]
+    llama_cpp: LlamaCpp
+    hidden_divides_by_heads: bool = False
+
+    @property
+    def gguf_arch(self) -> str:
+        """llama.cpp's name of the architecture, the prefix of its keys."""
+        return str(gguf.MODEL_ARCH_NAMES[self.llama_cpp.arch])
+
+
+def linear(
+    path: str, shape: tuple[Size, Size], *, rope: Literal["query", "key"] | None = None, bias: str | bool = False
+) -> tuple[LayerTensor, ...]:
+    """The rows of a layer table for one projection; bias is True, False, or the boolean of config.json it hangs on."""
+    weight = LayerTensor(f"{path}.weight", TensorKind.LINEAR, shape, rope)
+    if bias is False:
+        return (weight,)
+    when = bias if isinstance(bias, str) else None
+    return weight, LayerTensor(f"{path}.bias", TensorKind.BIAS, shape[:1], rope, when)
+
+
+def norm(path: str, size: Size = "hidden") -> LayerTensor:
+    """The row of a layer table for one norm."""
+    return LayerTensor(f"{path}.weight", TensorKind.NORM, (size,))
