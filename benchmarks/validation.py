@@ -201,23 +201,24 @@ def lockstep(source: Path, arguments: dict[str, Any]) -> dict[str, Callable[[], 
     """A comparison with three variants, against one with none."""
     from streamquant.model.forward import Setting as Computation
     from streamquant.model.variants.open import open_variant
-    from streamquant.validate.logits.comparison import compare
+    from streamquant.validate.logits.comparison import ComparisonOptions, compare
 
     out = Path(arguments["variants"])
     paths = [*out.glob("*-FP8-dynamic"), *sorted(out.glob("*-GGUF/*.gguf"))]
-    corpus, setting = corpus_of(source, arguments["chunks"]), Computation(batch_tokens=BATCH * CONTEXT)
-    compare(open_variant(source), [open_variant(path) for path in paths], corpus_of(source, 1), setting)
+    corpus = corpus_of(source, arguments["chunks"])
+    options = ComparisonOptions(Computation(batch_tokens=BATCH * CONTEXT))
+    compare(open_variant(source), [open_variant(path) for path in paths], corpus_of(source, 1), options)
     return {
         "original and three variants": lambda: compare(
-            open_variant(source), [open_variant(path) for path in paths], corpus, setting
+            open_variant(source), [open_variant(path) for path in paths], corpus, options
         ),
-        "original alone": lambda: compare(open_variant(source), [], corpus, setting),
+        "original alone": lambda: compare(open_variant(source), [], corpus, options),
     }
 
 
 def imatrix(source: Path, arguments: dict[str, Any]) -> dict[str, Callable[[], object]]:
     """The importance matrix, against the pass that it comes from."""
-    from streamquant.calibrate.importance import write_importance
+    from streamquant.calibrate.importance import ImportanceOptions, write_importance
     from streamquant.model.forward import Lane, run_layers
     from streamquant.model.forward import Setting as Computation
     from streamquant.model.variants.open import open_variant
@@ -227,7 +228,7 @@ def imatrix(source: Path, arguments: dict[str, Any]) -> dict[str, Callable[[], o
 
     def importance() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            write_importance(open_variant(source), corpus, Path(folder) / "imatrix.gguf", setting)
+            write_importance(open_variant(source), corpus, Path(folder) / "imatrix.gguf", ImportanceOptions(setting))
 
     return {
         "importance matrix": importance,

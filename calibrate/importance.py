@@ -8,7 +8,7 @@ later run goes on from it.
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from streamquant.files.gguf_file import pack_header, pad, read_header
+from streamquant.files.listener import SILENT, Listener
 from streamquant.files.reading import read_bytes
 from streamquant.model.corpus import Corpus
 from streamquant.model.forward import Lane, Setting, Tokens, run_layers
@@ -80,22 +81,31 @@ class ImportanceRun:
     bytes_read: int
 
 
+@dataclass(frozen=True, slots=True)
+class ImportanceOptions:
+    """How to compute an importance matrix.
+
+    save_every  chunks after which the file is saved; every round reads all weights once. None: one round
+    """
+
+    setting: Setting = field(default_factory=Setting)
+    save_every: int | None = None
+
+
 def write_importance(
     variant: Variant,
     corpus: Corpus,
     out: Path,
-    setting: Setting,
-    *,
-    round_chunks: int | None = None,
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    options: ImportanceOptions | None = None,
+    listener: Listener = SILENT,
 ) -> ImportanceRun:
     """Compute the importance matrix of a model over a corpus, and write it to `out` in llama.cpp's GGUF format.
 
-    round_chunks: chunks after which the file is saved; every round reads all weights once, None is one round.
-    on_progress gets layers done and layers in all. A file that is there already is continued if it is of the beginning
-    of the same tokens. Inputs are summed before the runtime of a quantized model would quantize them, as there.
+    A file that is there already is continued if it is of the beginning of the same tokens. Inputs are summed before the
+    runtime of a quantized model would quantize them, as there. The listener hears of "layers", of all rounds together.
     Raises StreamquantError if the file is another's, for NaN or infinity, and what reading raises.
     """
+    options = options or ImportanceOptions()
     names = {
         rule.hf_name.removesuffix(".weight"): rule.gguf_name
         for rule in variant.description.rules.values()
@@ -103,19 +113,13 @@ def write_importance(
     }
     sums = InputSums(names)
     before = _resume(out, corpus, sums) if out.exists() else 0
-    step = round_chunks or max(1, len(corpus.tokens))
+    step = options.save_every or max(1, len(corpus.tokens))
     rounds = [(at, min(at + step, len(corpus.tokens))) for at in range(before, len(corpus.tokens), step)]
-    total = len(rounds) * variant.description.block_count
-    bytes_read = done = 0
+    listener.started("layers", len(rounds) * variant.description.block_count)
+    bytes_read = 0
     for first, last in rounds:
         lane = Lane(variant, on_input=sums.observe)
-
-        def on_layer(layer: int, _number: int, _lane: Lane) -> None:
-            nonlocal done
-            done += layer >= 0
-            on_progress(done, total)
-
-        run_layers([lane], corpus.tokens[first:last], setting, on_layer)
+        run_layers([lane], corpus.tokens[first:last], options.setting, listener)
         bytes_read += lane.bytes_read
         sums.check()
         save_importance(out, sums, corpus, last)

@@ -8,7 +8,7 @@ themselves. CUDA does much the same with blocks of 32. For an 8-bit file this is
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from streamquant.model.row_slices import in_parts
+from streamquant.model.row_slices import for_each_slice
 from streamquant.quant.kernels import activations_cpu
 from streamquant.quant.kernels.vectors import LANES
 
@@ -82,7 +82,7 @@ def _by_kernel(x: "torch.Tensor", group: int, kernel: Any, *arguments: int) -> "
     flat = x.float().contiguous().reshape(-1)
     out = torch.empty_like(flat)
     values, results = flat.numpy(), out.numpy()
-    in_parts(len(values), lambda part: kernel(values[part], results[part], *arguments), group)
+    for_each_slice(len(values), lambda part: kernel(values[part], results[part], *arguments), group)
     return out.reshape(x.shape).to(x.dtype)
 
 

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from streamquant.files.listener import SILENT, Listener
+from streamquant.model.errors import errors_of
 from streamquant.model.variants.variant import EMBEDDINGS, FINAL_NORM, Variant
 from streamquant.quant.errors import StreamquantError, UsageError
 
@@ -76,6 +78,8 @@ class Lane:
     on_input: InputObserver | None = None
     on_weight: "Callable[[str, int, torch.Tensor], None] | None" = None
     """Gets name, first row and float32 rows of every tensor while it is decoded, in the reading thread."""
+    on_layer: "Callable[[int, torch.Tensor], None] | None" = None
+    """Gets a layer and the hidden states after it, [chunks, context, hidden_size]; -1 is the embeddings."""
     hidden: "torch.Tensor | None" = field(default=None, init=False)
     """[chunks, context, hidden_size] after the last layer that ran; before the final norm."""
     bytes_read: int = field(default=0, init=False)
@@ -96,19 +100,11 @@ class Lane:
         return not weights_only
 
 
-LayerObserver = Callable[[int, int, Lane], None]
-"""Gets (layer, number of the lane, lane) when the lane's hidden states are those after the layer; -1: embeddings."""
-
-
-def run_layers(
-    lanes: Sequence[Lane],
-    tokens: Tokens,
-    setting: Setting,
-    on_layer: LayerObserver = lambda _layer, _number, _lane: None,
-) -> None:
+def run_layers(lanes: Sequence[Lane], tokens: Tokens, setting: Setting, listener: Listener = SILENT) -> None:
     """Run all decoder layers of all lanes over `tokens`, in lock step; leaves `Lane.hidden` for the head.
 
-    Raises StreamquantError if a token is not in a vocabulary, and what reading raises. The hidden states live until the
+    The listener hears of every layer of every lane as a step of "layers"; `count_layers` says how many there are.
+    Raises VariantError if a token is not in a vocabulary or a variant cannot be read. The hidden states live until the
     lanes are dropped.
     """
     import torch
@@ -116,9 +112,8 @@ def run_layers(
     check_tokens(lanes, tokens)
     models = [_Model(lane, tokens.shape, setting) for lane in lanes]
     with torch.inference_mode():
-        for number, model in enumerate(models):
+        for model in models:
             model.embed(tokens)
-            on_layer(-1, number, lanes[number])
         steps = [
             (layer, number)
             for layer in range(max((model.layers for model in models), default=0))
@@ -132,7 +127,13 @@ def run_layers(
             # Once a layer: the next model takes what one leaves. Mapping the same pages again was a tenth of the time.
             if number == last_of_layer[layer]:
                 release_memory()
-            on_layer(layer, number, lanes[number])
+            models[number].observe(layer)
+            listener.advanced("layers")
+
+
+def count_layers(lanes: Sequence[Lane]) -> int:
+    """Decoder layers of all lanes together: the steps of `run_layers`."""
+    return sum(lane.variant.description.block_count for lane in lanes)
 
 
 def release_memory() -> None:
@@ -142,19 +143,24 @@ def release_memory() -> None:
 
 
 def check_tokens(lanes: Sequence[Lane], tokens: Tokens) -> None:
-    """Raise StreamquantError if there are no tokens, or a token has no row in the embeddings of a lane."""
+    """Raise StreamquantError if there are no tokens, VariantError if one has no row in the embeddings of a lane."""
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise StreamquantError("no tokens to run", found=f"shape {list(tokens.shape)}", required="[chunks, context]")
     for lane in lanes:
-        size = lane.variant.description.vocab_size
-        if int(tokens.max()) >= size or int(tokens.min()) < 0:
-            raise StreamquantError(
-                "a token is not in the vocabulary",
-                where=str(lane.variant.path),
-                found=int(tokens.max()) if int(tokens.max()) >= size else int(tokens.min()),
-                required=f"0 to {size - 1}",
-                hint="the tokenizer is not that of this model",
-            )
+        with errors_of(lane.variant):
+            _check_tokens(lane.variant, tokens)
+
+
+def _check_tokens(variant: Variant, tokens: Tokens) -> None:
+    size, least, most = variant.description.vocab_size, int(tokens.min()), int(tokens.max())
+    if most >= size or least < 0:
+        raise StreamquantError(
+            "a token is not in the vocabulary",
+            where=str(variant.path),
+            found=most if most >= size else least,
+            required=f"0 to {size - 1}",
+            hint="the tokenizer is not that of this model",
+        )
 
 
 def _ahead(
@@ -194,16 +200,25 @@ class _Model:
         assert self.lane.hidden is not None
         for first in range(0, len(tokens), self.batch):
             ids, inverse = np.unique(tokens[first : first + self.batch], return_inverse=True)
-            rows = self.lane.variant.rows(EMBEDDINGS, ids.tolist()).to(self.dtype)
+            with errors_of(self.lane.variant):
+                rows = self.lane.variant.rows(EMBEDDINGS, ids.tolist()).to(self.dtype)
             picked = rows[torch.from_numpy(inverse.reshape(-1))]
             self.lane.hidden[first : first + self.batch] = picked.reshape(-1, tokens.shape[1], rows.shape[1])
+        self.observe(-1)
+
+    def observe(self, layer: int) -> None:
+        """Show the hidden states after a layer to the lane's observer."""
+        if self.lane.on_layer is not None and self.lane.hidden is not None:
+            self.lane.on_layer(layer, self.lane.hidden)
 
     def read(self, layer: int) -> "dict[str, torch.Tensor]":
         """The weights of a layer by their names in it, on the device."""
         variant, prefix = self.lane.variant, f"model.layers.{layer}."
         weights = {}
         for name in variant.layer_names(layer):
-            weights[name.removeprefix(prefix)] = variant.read(name, self.dtype, self._observer(name)).to(self.device)
+            with errors_of(variant):
+                whole = variant.read(name, self.dtype, self._observer(name))
+            weights[name.removeprefix(prefix)] = whole.to(self.device)
             self.lane.bytes_read += variant.tensors[name].nbytes if name in variant.tensors else 0
         return weights
 
@@ -218,12 +233,13 @@ class _Model:
         module = self.skeleton.model.layers[layer]
         module.load_state_dict(weights, strict=False, assign=True)
         left = [name for name, parameter in module.named_parameters() if parameter.device.type == "meta"]
-        if left:
-            raise StreamquantError(
-                "transformers' layer has a tensor that the variant does not have",
-                where=str(self.lane.variant.path),
-                found=f"no {left[0]!r} in layer {layer}",
-            )
+        with errors_of(self.lane.variant):
+            if left:
+                raise StreamquantError(
+                    "transformers' layer has a tensor that the variant does not have",
+                    where=str(self.lane.variant.path),
+                    found=f"no {left[0]!r} in layer {layer}",
+                )
         mask = causal_mask(self.skeleton.config, layer, self.positions)
         hidden = self.lane.hidden
         assert hidden is not None
@@ -375,11 +391,12 @@ class Head:
         variant = lane.variant
         self.dtype, self.device = lane.torch_dtype(setting), torch.device(setting.device)
         self.norm = build_skeleton(variant).model.norm
-        self.norm.load_state_dict({"weight": variant.read(FINAL_NORM, self.dtype).to(self.device)}, assign=True)
         observe = lane.on_weight
         name = variant.head_name
         on_block = None if observe is None else lambda first, block: observe(name, first, block)
-        self.weight = variant.read(name, self.dtype, on_block).to(self.device)
+        with errors_of(variant):
+            self.norm.load_state_dict({"weight": variant.read(FINAL_NORM, self.dtype).to(self.device)}, assign=True)
+            self.weight = variant.read(name, self.dtype, on_block).to(self.device)
         lane.bytes_read += variant.tensors[name].nbytes
         self.quantize = None
         if lane.quantizes_inputs(setting):

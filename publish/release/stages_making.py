@@ -22,6 +22,7 @@ from streamquant.files.sizes import human_bytes
 from streamquant.files.writing import explain
 from streamquant.publish.release.release_file import ImatrixStage
 from streamquant.publish.release.release_run import Outcome, Road, Work
+from streamquant.publish.release.steps import Steps
 from streamquant.publish.results import CARD, REPORT_FOLDER
 from streamquant.quant.errors import StreamquantError
 
@@ -161,7 +162,7 @@ class ImatrixWork(Work):
         if self.stage.file is not None:
             found = read_imatrix(self.stage.file)
             return f"{len(found.entries)} entries over {found.chunk_count} chunks in {found.name}", [self.stage.file]
-        from streamquant.calibrate.importance import write_importance
+        from streamquant.calibrate.importance import ImportanceOptions, write_importance
         from streamquant.model.corpus import read_corpus
         from streamquant.model.variants.open import open_variant
 
@@ -171,9 +172,8 @@ class ImatrixWork(Work):
             variant,
             corpus,
             self.path,
-            self.road.setting(self.stage.dtype),
-            round_chunks=self.stage.save_every,
-            on_progress=lambda at, total: self.watch.on_step("importance matrix: layers", at, total),
+            ImportanceOptions(self.road.setting(self.stage.dtype), self.stage.save_every),
+            Steps(self.watch.on_step, "importance matrix: "),
         )
         resumed = f", {done.resumed_from} of them from before" if done.resumed_from else ""
         return f"{done.entries} tensors over {done.chunks} chunks{resumed} in {self.path}", [self.path]

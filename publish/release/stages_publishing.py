@@ -11,6 +11,7 @@ from streamquant.convert.source.open import open_source
 from streamquant.files.hashing import sha256_of
 from streamquant.publish.release.release_file import ValidateStage
 from streamquant.publish.release.release_run import Work, gates_failed
+from streamquant.publish.release.steps import Steps
 from streamquant.publish.results import CARD, PublishedVariant, VariantFolder
 from streamquant.quant.errors import StreamquantError
 
@@ -161,22 +162,29 @@ class ValidateWork(_OnVariants):
     def run(self) -> tuple[str, list[Path]]:
         """Measure, or judge again; write the report."""
         from streamquant.validate.report.data import REPORT, check_report_folder, write_report
+        from streamquant.validate.report.make import judge_again
         from streamquant.validate.report.render import write_pages
 
         check_report_folder(self.stage.report)
         known = self._again
-        report = self._measure() if known is None or known.gates == self.stage.gates else rejudged(known, self.stage)
+        report = (
+            self._measure()
+            if known is None or known.gates == self.stage.gates
+            else judge_again(known, self.stage.gates)
+        )
         self.watch.on_step("report", 0, 1)
         write_report(report, self.stage.report)
         write_pages(report, self.stage.report)
         return self._judged(report), [self.stage.report / REPORT]
 
     def _measure(self) -> "Report":
-        from streamquant.validate.validation import Job, default_cache, prune_cache, validate
+        from streamquant.validate.logits.hidden_states import default_cache, prune_cache
+        from streamquant.validate.options import ValidationOptions
+        from streamquant.validate.validation import validate
 
         stage = self.stage
         cache = default_cache() if stage.cache else None
-        job = Job(
+        options = ValidationOptions(
             texts=stage.text,
             setting=replace(self.road.setting(stage.dtype), weights_only=stage.weights_only),
             context=stage.context,
@@ -192,23 +200,10 @@ class ValidateWork(_OnVariants):
             folder.path if folder.container.is_checkpoint else folder.path / variant.files[0].path
             for folder, variant in self.variants()
         ]
-        report = validate(self.road.weights, paths, job, self.watch.on_step)
+        report = validate(self.road.weights, paths, options, Steps(self.watch.on_step))
         if cache is not None:
             prune_cache(cache)
         return report
-
-
-def rejudged(report: "Report", stage: ValidateStage) -> "Report":
-    """The same measurement under other gates."""
-    from streamquant.validate.gates import judge
-    from streamquant.validate.validation import measured_numbers
-
-    results = [
-        found
-        for variant in report.variants
-        for found in judge(stage.gates, variant.label, measured_numbers(variant, report.measured(variant)))
-    ]
-    return replace(report, gates=stage.gates, gate_results=tuple(results))
 
 
 class CardWork(_OnVariants):

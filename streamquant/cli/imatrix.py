@@ -36,7 +36,7 @@ def imatrix_command(
 
     Example: `streamquant imatrix Hermes-4-14B --text calibration.txt --out imatrix.gguf --save-every 50`
     """
-    from streamquant.calibrate.importance import write_importance
+    from streamquant.calibrate.importance import ImportanceOptions, write_importance
     from streamquant.model.corpus import read_corpus
     from streamquant.model.variants.open import open_variant
 
@@ -47,9 +47,8 @@ def imatrix_command(
             variant,
             corpus,
             out,
-            forward_setting(device, dtype, scratch),
-            round_chunks=save_every,
-            on_progress=lambda at, total: listener.step("layers", at, total),
+            ImportanceOptions(forward_setting(device, dtype, scratch), save_every),
+            listener,
         )
     resumed = f", {done.resumed_from} of them from before" if done.resumed_from else ""
     line = f"{done.entries} tensors over {done.chunks} chunks of {corpus.context} tokens{resumed} in {done.path}"

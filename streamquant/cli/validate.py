@@ -65,17 +65,19 @@ def validate_command(
     Example: `streamquant validate Hermes-4-14B Hermes-4-14B-Q4_K_M.gguf --text wiki.test.raw --out report`
     """
     from streamquant.validate.gates import Gates, failed
+    from streamquant.validate.logits.hidden_states import default_cache, prune_cache
+    from streamquant.validate.options import ValidationOptions
     from streamquant.validate.report.console import report_view
     from streamquant.validate.report.data import check_report_folder, write_report
     from streamquant.validate.report.render import write_pages
-    from streamquant.validate.validation import Job, default_cache, prune_cache, validate
+    from streamquant.validate.validation import validate
 
     gates = Gates(
         max_mean_kld, max_kld_99_9, min_same_top, max_ppl_ratio, max_errors, max_token_mismatches, max_chat_mismatches
     )
     check_report_folder(out)
     kept = None if no_cache else cache or default_cache()
-    job = Job(
+    options = ValidationOptions(
         texts=tuple(text),
         setting=replace(forward_setting(device, dtype, scratch), weights_only=weights_only),
         context=context,
@@ -89,8 +91,8 @@ def validate_command(
         command=("streamquant", *sys.argv[1:]),
     )
     with console_listener("the same command does it again, with what is in the cache") as listener:
-        report = validate(local_weights(original, listener.step), variants, job, listener.step)
-        listener.step("report", 0, 1)
+        report = validate(local_weights(original, listener.step), variants, options, listener)
+        listener.started("report", 1)
         write_report(report, out)
         write_pages(report, out)
     if kept is not None:
@@ -113,9 +115,9 @@ def chat_check_command(original: Original, variants: Variants, as_json: AsJson =
     from streamquant.validate.validation import chat_check
 
     with console_listener("the same command does it again, with what is in the cache") as listener:
-        found = chat_check(without_weights(original), variants, listener.step)
-    print_result(chat_json(*found) if as_json else chat_view(*found))
-    if any(variant.errors for variant in found[0]):
+        found = chat_check(without_weights(original), variants, listener)
+    print_result(chat_json(found) if as_json else chat_view(found))
+    if found.errors:
         raise typer.Exit(GateFailedError.exit_code)
 
 

@@ -8,11 +8,11 @@ from streamquant.convert.conversion import convert
 from streamquant.convert.options import ConversionOptions
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
-from streamquant.model.forward import Setting
 from streamquant.validate.gates import Gates
+from streamquant.validate.options import ValidationOptions
 from streamquant.validate.report.data import Report, read_report, write_report
 from streamquant.validate.sections import SKIPPABLE
-from streamquant.validate.validation import Job, validate
+from streamquant.validate.validation import validate
 from tests.conftest import TINY_PRE, Shelf
 
 CONTEXT = 32
@@ -38,10 +38,10 @@ def four_variants(shelf: Shelf, tiny: Path) -> list[Path]:
     return [folder / "Tiny-FP8-dynamic", *ggufs]
 
 
-def small_job(*texts: Path, **more: object) -> Job:
-    """A job of seconds: no engines, three chunks of each text."""
+def small_options(*texts: Path, **more: object) -> ValidationOptions:
+    """Options for a validation of seconds: no engines, three chunks of each text."""
     settings: dict[str, object] = {"context": CONTEXT, "chunks": 3, "skip": ENGINES, **more}
-    return Job(texts, Setting(), **settings)  # type: ignore[arg-type] # the tests name fields of Job
+    return ValidationOptions(texts, **settings)  # type: ignore[arg-type] # the tests name its fields
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def report(shelf: Shelf, tiny: Path, four_variants: list[Path]) -> Report:
 
     def make(folder: Path) -> None:
         texts = write_text(folder / "plain.txt"), write_text(folder / "other.txt", "xyz")
-        job = small_job(*texts, gates=Gates(max_mean_kld=1e-3), command=("streamquant", "validate"))
-        write_report(validate(tiny, four_variants, job), folder / "report")
+        options = small_options(*texts, gates=Gates(max_mean_kld=1e-3), command=("streamquant", "validate"))
+        write_report(validate(tiny, four_variants, options), folder / "report")
 
     return read_report(shelf.get("tiny-report", make) / "report")

@@ -17,7 +17,7 @@ from streamquant.model.corpus import Corpus, read_corpus
 from streamquant.model.forward import Setting
 from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError, UsageError
-from streamquant.validate.logits.comparison import Comparison, compare
+from streamquant.validate.logits.comparison import Comparison, ComparisonOptions, compare
 from streamquant.validate.logits.hidden_states import layer_error, sample_positions
 from tests.conftest import read_safetensors
 from tests.validate.models import Models, edit_gguf
@@ -52,7 +52,9 @@ def result(models: Models, corpus: Corpus) -> Comparison:
     kinds = ("F32", "BF16", "Q8_0", "Q4_K_M")
     variants = [open_variant(models.gguf(CASE, kind)) for kind in kinds]
     variants.append(open_variant(models.fp8(CASE)))
-    return compare(open_variant(models.checkpoint(CASE)), variants, corpus, SETTING, noise=("dtype", "batch"))
+    return compare(
+        open_variant(models.checkpoint(CASE)), variants, corpus, ComparisonOptions(SETTING, ("dtype", "batch"))
+    )
 
 
 # --- good variants --------------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def test_a_fault_is_named(
     }
     path = edit_gguf(source, tmp_path / "model-Q8_0.gguf", **edits[fault])
     original = open_variant(models.checkpoint(CASE))
-    found = compare(original, [open_variant(path)], corpus, SETTING)
+    found = compare(original, [open_variant(path)], corpus, ComparisonOptions(SETTING))
     places = named(check)(found)
     assert places, found.variants[0].problems
     assert where is None or any(where in str(place) for place in places)
@@ -197,7 +199,7 @@ def test_one_wrong_scale_in_fp8_is_named(models: Models, corpus: Corpus, tmp_pat
 
     rewrite_shard(only, double)
     (only / path.name).rename(path)
-    found = compare(open_variant(models.checkpoint(CASE)), [open_variant(folder)], corpus, SETTING)
+    found = compare(open_variant(models.checkpoint(CASE)), [open_variant(folder)], corpus, ComparisonOptions(SETTING))
     assert any("layers.2.mlp.down_proj" in str(place) for place in named("tensor")(found) | named("block")(found))
 
 
@@ -207,7 +209,7 @@ SCALE = "model.layers.2.mlp.down_proj.weight_scale"
 def test_another_vocabulary_cannot_be_compared(models: Models, corpus: Corpus) -> None:
     other = open_variant(models.checkpoint("qwen3", vocab_size=640))
     with pytest.raises(StreamquantError, match="another vocabulary"):
-        compare(open_variant(models.checkpoint(CASE)), [other], corpus, SETTING)
+        compare(open_variant(models.checkpoint(CASE)), [other], corpus, ComparisonOptions(SETTING))
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def test_another_vocabulary_cannot_be_compared(models: Models, corpus: Corpus) -
 def test_the_original_is_computed_once(models: Models, corpus: Corpus, tmp_path: Path) -> None:
     def run(setting: Setting = SETTING, tokens: Corpus = corpus) -> Comparison:
         original, variant = open_variant(models.checkpoint(CASE)), open_variant(models.gguf(CASE, "Q8_0"))
-        return compare(original, [variant], tokens, setting, cache=tmp_path)
+        return compare(original, [variant], tokens, ComparisonOptions(setting, cache=tmp_path))
 
     first = run()
     assert not first.effort.original_cached

@@ -32,7 +32,7 @@ from tests.conftest import TINY_PRE, Shelf
 from tests.peers import requires_llama_cpp
 from tests.validate.engine_fixtures import Model, with_keys
 from tests.validate.models import edit_gguf
-from tests.validate.report_fixtures import small_job, write_text
+from tests.validate.report_fixtures import small_options, write_text
 
 Rows = NDArray[np.uint8]
 
@@ -209,7 +209,7 @@ def test_the_table_is_complete() -> None:
 
 
 def report_of(tiny: Path, variant: Path, folder: Path) -> Report:
-    return validate(tiny, [variant], small_job(write_text(folder / "text.txt"), chunks=2, noise=()))
+    return validate(tiny, [variant], small_options(write_text(folder / "text.txt"), chunks=2, noise=()))
 
 
 @pytest.mark.parametrize("kind", ["fp8", "split", "F16", "Q8_0", "Q4_K_M"])
@@ -237,9 +237,9 @@ def test_a_fault_of_weights_is_found_and_named(name: str, good: Path, tiny: Path
 @requires_llama_cpp
 @pytest.mark.long
 def test_good_tokens_and_chats_have_no_problem(hermes_llama: Model) -> None:
-    (variant,), _, not_run = chat_check(open_variant(hermes_llama.source), [hermes_llama.gguf])
-    assert variant.errors == 0
-    assert not_run == ()
+    found = chat_check(open_variant(hermes_llama.source), [hermes_llama.gguf])
+    assert found.errors == 0
+    assert found.not_run == ()
 
 
 @requires_llama_cpp
@@ -248,6 +248,6 @@ def test_good_tokens_and_chats_have_no_problem(hermes_llama: Model) -> None:
 )
 def test_a_fault_of_tokens_or_chat_is_found_and_named(name: str, hermes_llama: Model, tmp_path: Path) -> None:
     broken = PLANT[name](hermes_llama, tmp_path)
-    (variant,), _, not_run = chat_check(open_variant(hermes_llama.source), [broken])
-    assert caught(variant, FAULTS[name]), variant.problems
-    assert not_run == ()
+    found = chat_check(open_variant(hermes_llama.source), [broken])
+    assert caught(found.variants[0], FAULTS[name]), found.variants[0].problems
+    assert found.not_run == ()

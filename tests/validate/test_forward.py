@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from streamquant.files.listener import Listener
 from streamquant.model.forward import (
     DType,
     Lane,
     Setting,
     all_logits,
     causal_mask,
+    count_layers,
     default_setting,
     run_layers,
     scored_positions,
@@ -224,12 +227,27 @@ def test_rope_freqs_left_out_changes_the_logits(models: Models, tmp_path: Path) 
 # --- ways of computing ----------------------------------------------------------------------------------------------
 
 
+class Counting(Listener):
+    """Counts the steps of each task."""
+
+    def __init__(self) -> None:
+        self.steps: Counter[str] = Counter()
+
+    def advanced(self, task: str, amount: int = 1) -> None:
+        self.steps[task] += amount
+
+
 def test_lanes_in_lock_step_are_as_alone(models: Models) -> None:
     paths = [models.checkpoint("llama3.1"), models.gguf("llama3.1", "Q8_0"), models.fp8("llama3.1")]
     tokens = some_tokens(vocabulary(paths[0]))
     lanes = [Lane(open_variant(path)) for path in paths]
     seen: list[tuple[int, int]] = []
-    run_layers(lanes, tokens, F32, lambda layer, number, _lane: seen.append((layer, number)))
+    for at, lane in enumerate(lanes):
+        lane.on_layer = lambda layer, _hidden, at=at: seen.append((layer, at))
+    listener = Counting()
+    run_layers(lanes, tokens, F32, listener)
+    assert listener.steps.keys() == {"layers"}
+    assert listener.steps["layers"] == count_layers(lanes) == sum(layer >= 0 for layer, _ in seen)
     assert seen == [(layer, number) for layer in range(-1, 3) for number in range(3)]
     for lane, path in zip(lanes, paths, strict=True):
         alone = Lane(open_variant(path))

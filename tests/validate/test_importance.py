@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamquant.calibrate.importance import InputSums, write_importance
+from streamquant.calibrate.importance import ImportanceOptions, InputSums, write_importance
 from streamquant.convert.recipes.imatrix import read_imatrix
 from streamquant.model.corpus import Corpus, read_corpus
 from streamquant.model.forward import Setting
@@ -20,6 +20,7 @@ from tests.validate.test_comparison import CASE, write_texts
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(900)]
 
 SETTING = Setting(batch_tokens=128)
+OPTIONS = ImportanceOptions(SETTING)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def sums_of_transformers(folder: Path, tokens: Any) -> dict[str, np.ndarray[Any,
 
 def test_sums_are_those_of_transformers(models: Models, corpus: Corpus, tmp_path: Path) -> None:
     variant = open_variant(models.checkpoint(CASE))
-    run = write_importance(variant, corpus, tmp_path / "imatrix.gguf", SETTING)
+    run = write_importance(variant, corpus, tmp_path / "imatrix.gguf", OPTIONS)
     assert (run.chunks, run.resumed_from, run.entries) == (6, 0, 21)
     found = read_imatrix(tmp_path / "imatrix.gguf")
     assert found.chunk_count == 6
@@ -66,29 +67,29 @@ def test_sums_are_those_of_transformers(models: Models, corpus: Corpus, tmp_path
 def test_resuming_gives_the_same_sums(models: Models, corpus: Corpus, tmp_path: Path) -> None:
     variant = open_variant(models.checkpoint(CASE))
     whole, parts = tmp_path / "whole.gguf", tmp_path / "parts.gguf"
-    write_importance(variant, corpus, whole, SETTING)
+    write_importance(variant, corpus, whole, OPTIONS)
     half = dataclasses.replace(corpus, tokens=corpus.tokens[:2])
-    write_importance(variant, half, parts, SETTING)
-    run = write_importance(variant, corpus, parts, SETTING, round_chunks=3)
+    write_importance(variant, half, parts, OPTIONS)
+    run = write_importance(variant, corpus, parts, ImportanceOptions(SETTING, save_every=3))
     assert (run.chunks, run.resumed_from) == (6, 2)
     a, b = read_imatrix(whole), read_imatrix(parts)
     assert b.chunk_count == 6
     for name, sums in a.entries.items():
         assert np.allclose(sums, b.entries[name], rtol=2e-6), name
-    again = write_importance(variant, corpus, parts, SETTING)
+    again = write_importance(variant, corpus, parts, OPTIONS)
     assert (again.chunks, again.resumed_from, again.bytes_read) == (6, 6, 0)
 
 
 def test_a_file_of_other_texts_is_not_continued(models: Models, corpus: Corpus, tmp_path: Path) -> None:
     variant, path = open_variant(models.checkpoint(CASE)), tmp_path / "imatrix.gguf"
-    write_importance(variant, dataclasses.replace(corpus, tokens=corpus.tokens[1:3]), path, SETTING)
+    write_importance(variant, dataclasses.replace(corpus, tokens=corpus.tokens[1:3]), path, OPTIONS)
     before = path.read_bytes()
     with pytest.raises(StreamquantError, match="not the beginning"):
-        write_importance(variant, corpus, path, SETTING)
+        write_importance(variant, corpus, path, OPTIONS)
     assert path.read_bytes() == before
     model = models.gguf(CASE, "Q8_0")
     with pytest.raises(StreamquantError, match="not the beginning"):
-        write_importance(variant, corpus, Path(shutil_copy(model, tmp_path / "model.gguf")), SETTING)
+        write_importance(variant, corpus, Path(shutil_copy(model, tmp_path / "model.gguf")), OPTIONS)
 
 
 def shutil_copy(source: Path, target: Path) -> Path:
@@ -98,9 +99,9 @@ def shutil_copy(source: Path, target: Path) -> Path:
 
 def test_inputs_are_summed_before_they_are_quantized(models: Models, corpus: Corpus, tmp_path: Path) -> None:
     """llama-imatrix sees the inputs before the dot product rounds them."""
-    run = write_importance(open_variant(models.gguf(CASE, "Q8_0")), corpus, tmp_path / "q8.gguf", SETTING)
+    run = write_importance(open_variant(models.gguf(CASE, "Q8_0")), corpus, tmp_path / "q8.gguf", OPTIONS)
     assert run.entries == 21
-    write_importance(open_variant(models.checkpoint(CASE)), corpus, tmp_path / "f32.gguf", SETTING)
+    write_importance(open_variant(models.checkpoint(CASE)), corpus, tmp_path / "f32.gguf", OPTIONS)
     a, b = read_imatrix(tmp_path / "q8.gguf"), read_imatrix(tmp_path / "f32.gguf")
     first = "blk.0.attn_q.weight"
     assert np.allclose(a.entries[first], b.entries[first], rtol=0.05)

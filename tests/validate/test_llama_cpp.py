@@ -12,9 +12,8 @@ import pytest
 
 from streamquant.calibrate.importance import write_importance
 from streamquant.model.corpus import Corpus, read_corpus
-from streamquant.model.forward import Setting
 from streamquant.model.variants.open import open_variant
-from streamquant.validate.logits.comparison import Comparison, VariantResult, compare
+from streamquant.validate.logits.comparison import Comparison, ComparisonOptions, VariantResult, compare
 from tests.peers import DATA
 
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(1800)]
@@ -37,7 +36,9 @@ def corpus_of(smollm2: Path, chunks: int) -> Corpus:
 def run(smollm2: Path, variants: Path, chunks: int, kinds: tuple[str, ...]) -> Comparison:
     paths = [variants / "SmolLM2-135M-Instruct-GGUF" / f"SmolLM2-135M-Instruct-{kind}.gguf" for kind in kinds]
     corpus = corpus_of(smollm2, chunks)
-    return compare(open_variant(smollm2), [open_variant(path) for path in paths], corpus, Setting(), tensors=False)
+    return compare(
+        open_variant(smollm2), [open_variant(path) for path in paths], corpus, ComparisonOptions(tensors=False)
+    )
 
 
 def test_tokens_are_those_of_llama_perplexity(smollm2: Path, golden: dict[str, Any]) -> None:
@@ -112,6 +113,6 @@ def test_importance_is_that_of_llama_imatrix(smollm2: Path, tmp_path: Path) -> N
     golden = json.loads((GOLDENS / "llama_imatrix.json").read_text())
     corpus = corpus_of(smollm2, golden["chunks"])
     assert hashlib.sha256(corpus.tokens.astype("<i8").tobytes()).hexdigest() == golden["tokens_sha256"]
-    run = write_importance(open_variant(smollm2), corpus, tmp_path / "imatrix.gguf", Setting())
+    run = write_importance(open_variant(smollm2), corpus, tmp_path / "imatrix.gguf")
     assert run.entries == 210
     check_importance(tmp_path / "imatrix.gguf", golden, golden["chunks"])

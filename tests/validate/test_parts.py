@@ -9,17 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamquant.model.row_slices import in_parts
+from streamquant.model.row_slices import for_each_slice
 from tests.peers import ROOT
 
 FORKED = """
 import os
 import torch
-from streamquant.model.row_slices import in_parts
+from streamquant.model.row_slices import for_each_slice
 torch.set_num_threads(2)
-in_parts(100, lambda part: None)
+for_each_slice(100, lambda part: None)
 child = os.fork()
-in_parts(100, lambda part: None)
+for_each_slice(100, lambda part: None)
 if child:
     assert os.waitpid(child, 0)[1] == 0
 os._exit(0)
@@ -40,7 +40,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @given(st.integers(0, 500), st.sampled_from([1, 7, 32]))
 def test_every_row_once_in_whole_multiples(rows: int, multiple: int) -> None:
     seen: list[slice] = []
-    in_parts(rows, seen.append, multiple)
+    for_each_slice(rows, seen.append, multiple)
     seen.sort(key=lambda part: part.start)
     assert [row for part in seen for row in range(part.start, part.stop)] == list(range(rows))
     assert all((part.stop - part.start) % multiple == 0 for part in seen[:-1])
@@ -52,7 +52,7 @@ def test_what_a_slice_raises(threads: int) -> None:
             raise ValueError("this slice")
 
     with pytest.raises(ValueError, match="this slice"):
-        in_parts(100 * threads, work)
+        for_each_slice(100 * threads, work)
 
 
 def test_a_forked_process_has_threads_of_its_own() -> None:

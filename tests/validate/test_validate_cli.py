@@ -22,16 +22,20 @@ from streamquant.files.gguf_file import read_header
 from streamquant.model.forward import Setting, all_logits
 from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.engines.check import last_logits
+from streamquant.validate.engines.engine import EngineLoadError
 from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.logits.hidden_states import prune_cache
+from streamquant.validate.options import ValidationOptions
 from streamquant.validate.report.data import read_report
 from streamquant.validate.sections import SKIPPABLE
 from streamquant.validate.text.chat_suite import chat_cases
-from streamquant.validate.validation import Job, last_logits, prune_cache, validate
+from streamquant.validate.validation import validate
 from tests.attacks.harness import write_model
 from tests.peers import requires_llama_cpp
 from tests.validate.engine_fixtures import Model
 from tests.validate.models import edit_gguf
-from tests.validate.report_fixtures import CONTEXT, ENGINES, small_job, write_text
+from tests.validate.report_fixtures import CONTEXT, ENGINES, small_options, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +170,7 @@ def test_a_variant_that_breaks_while_it_is_read_does_not_end_the_others(
     broken = broken_inside(four_variants[2], tmp_path / "Tiny-Q8_0-broken.gguf")
     truncated = tmp_path / "cut.gguf"
     truncated.write_bytes(four_variants[1].read_bytes()[:-4096])
-    report = validate(tiny, [broken, four_variants[2], truncated], small_job(text))
+    report = validate(tiny, [broken, four_variants[2], truncated], small_options(text))
     first, second, third = report.variants
     for variant, what in ((first, "blk.1.ffn_up"), (third, "cut.gguf")):
         (problem,) = [item for item in variant.problems if item.check == "unreadable"]
@@ -181,13 +185,13 @@ def test_a_variant_that_breaks_while_it_is_read_does_not_end_the_others(
 def test_a_broken_original_ends_it(tiny: Path, four_variants: list[Path], text: Path, tmp_path: Path) -> None:
     broken = broken_inside(four_variants[2], tmp_path / "Tiny-Q8_0.gguf")
     with pytest.raises(StreamquantError, match="NaN"):
-        validate(broken, [four_variants[1]], small_job(text, tokenizer=tiny))
+        validate(broken, [four_variants[1]], small_options(text, tokenizer=tiny))
 
 
 def test_a_gguf_as_the_reference(tiny: Path, four_variants: list[Path], text: Path) -> None:
     """BF16 in GGUF is the checkpoint itself; tokens and chat have nothing to be compared with, and say so."""
-    job = small_job(text, tokenizer=tiny, skip=frozenset(SKIPPABLE) - {"tokens"})
-    report = validate(four_variants[1], [four_variants[2]], job)
+    options = small_options(text, tokenizer=tiny, skip=frozenset(SKIPPABLE) - {"tokens"})
+    report = validate(four_variants[1], [four_variants[2]], options)
     (result,) = report.comparison.variants
     assert 0 < result.overall.kld.value < 0.01
     (note,) = [note for note in report.not_run if note.section == "tokens"]
@@ -199,10 +203,10 @@ def test_two_variants_of_one_name(tiny: Path, four_variants: list[Path], text: P
         (tmp_path / folder).mkdir()
         shutil.copy(four_variants[2], tmp_path / folder)
     paths = [tmp_path / folder / four_variants[2].name for folder in ("a", "b")]
-    labels = [variant.label for variant in validate(tiny, paths, small_job(text)).variants]
+    labels = [variant.label for variant in validate(tiny, paths, small_options(text)).variants]
     assert labels == ["a/Tiny-Q8_0", "b/Tiny-Q8_0"]
     with pytest.raises(UsageError, match="given twice"):
-        validate(tiny, [paths[0], paths[0]], small_job(text))
+        validate(tiny, [paths[0], paths[0]], small_options(text))
 
 
 # --- engines --------------------------------------------------------------------------------------------------------
@@ -226,11 +230,11 @@ def test_what_cannot_run_is_stated(
     def fail(self: EngineProcess, path: Path, **options: object) -> None:
         if path.suffix == ".gguf":
             raise UsageError("the engine llama.cpp is not installed", required="the Python package xllamacpp")
-        raise StreamquantError("the engine cannot load the model", where=str(path), found="it is strange")
+        raise EngineLoadError("it does not start", where=str(path), found="it is strange")
 
     monkeypatch.setattr(EngineProcess, "__init__", fail)
-    job = small_job(text, skip=frozenset(SKIPPABLE) - {"engines", "tokens"})
-    report = validate(tiny, four_variants[:2], job)
+    options = small_options(text, skip=frozenset(SKIPPABLE) - {"engines", "tokens"})
+    report = validate(tiny, four_variants[:2], options)
     reasons = {(note.section, note.variant): note.reason for note in report.not_run}
     assert "cannot be loaded" in reasons["tokens", None]
     assert "it is strange" in reasons["engines", "Tiny-FP8-dynamic"]
@@ -238,8 +242,8 @@ def test_what_cannot_run_is_stated(
     refused, missing = report.variants
     assert [problem.check for problem in refused.problems] == ["engine"]
     assert missing.problems == ()
-    monkeypatch.setattr("streamquant.validate.validation._available_memory", lambda: 1000)
-    report = validate(tiny, four_variants[1:2], job)
+    monkeypatch.setattr("streamquant.validate.engines.reference.available_memory", lambda: 1000)
+    report = validate(tiny, four_variants[1:2], options)
     assert any("900 are free" in note.reason for note in report.not_run)
 
 
@@ -248,8 +252,8 @@ def test_what_cannot_run_is_stated(
 def test_everything_on_a_real_model(smollm2: Path, smollm2_variants: Path, data: Path) -> None:
     """SmolLM2 as Q8_0: every section runs, nothing is wrong."""
     (variant,) = smollm2_variants.glob("*-GGUF/*-Q8_0.gguf")
-    job = Job((data / "text" / "wiki.test.raw",), Setting(), chunks=2, answer_tokens=8, lengths=(2, 32, 128))
-    report = validate(smollm2, [variant], job)
+    options = ValidationOptions((data / "text" / "wiki.test.raw",), chunks=2, answer_tokens=8, lengths=(2, 32, 128))
+    report = validate(smollm2, [variant], options)
     (found,) = report.variants
     assert found.errors == 0, found.problems
     assert found.tokens is not None
@@ -308,7 +312,7 @@ def test_a_model_without_a_chat_template(run: Run, tmp_path: Path) -> None:
     done = run("chat-check", model, tmp_path / "out" / "Base-GGUF" / "Base-Q8_0.gguf", "--json")
     assert done.code == 0, done.out
     reason = "the original has no chat template"
-    assert {"section": "chat", "variant": None, "reason": reason} in json.loads(done.out)["not_run"]
+    assert {"section": "chat", "variant": None, "reason": reason, "requested": False} in json.loads(done.out)["not_run"]
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
-from streamquant.quant.errors import UsageError
+from streamquant.quant.errors import StreamquantError, UsageError
 
 Message: TypeAlias = Mapping[str, Any]
 """A message as OpenAI's API spells it: role, content, tool_calls."""
@@ -73,6 +73,10 @@ class EngineFacts:
     eos: str | None
     adds_bos: bool
     vocabulary: int
+
+
+class EngineLoadError(StreamquantError):
+    """The engine refuses the model: a fault of the file, and not of the engine's installation or its time limit."""
 
 
 class Engine(Protocol):

@@ -18,6 +18,7 @@ from typing import Any, Self
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.engines.engine import (
     EngineFacts,
+    EngineLoadError,
     Generation,
     Kind,
     Rendered,
@@ -150,8 +151,10 @@ class EngineProcess:
         if "missing" in answer:
             raise self._missing(answer["missing"])
         if "error" in answer:
-            what = "the engine cannot load the model" if method == "load" else f"the engine failed in {method}"
-            raise StreamquantError(what, where=f"{self.kind}, {self.path}", found=answer["error"], hint=self._said())
+            where, found = f"{self.kind}, {self.path}", answer["error"]
+            if method == "load":
+                raise EngineLoadError("the engine cannot load the model", where=where, found=found, hint=self._said())
+            raise StreamquantError(f"the engine failed in {method}", where=where, found=found, hint=self._said())
         return answer["result"]
 
     def _read_line(self, method: str, seconds: float) -> bytes:

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from streamquant.files.listener import SILENT, Listener
 from streamquant.model.corpus import Corpus, TextFile
+from streamquant.model.errors import errors_of
 from streamquant.model.forward import (
     DType,
     Head,
-    InputObserver,
     Lane,
     Setting,
     check_tokens,
+    count_layers,
     inverse_frequencies,
     release_memory,
     run_layers,
@@ -40,7 +42,7 @@ from streamquant.validate.logits.divergence import (
     score_rows,
 )
 from streamquant.validate.logits.hidden_states import (
-    Kept,
+    HiddenStates,
     LayerError,
     cache_key,
     layer_error,
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
 NoiseKind = Literal["dtype", "batch"]
 ROWS = 512
 """Scored tokens whose logits are in memory at a time, about; whole chunks."""
+SCORING = "logits and divergence"
+"""The task of the listener beside "layers"."""
 PACKAGES = ("torch", "transformers", "compressed-tensors", "gguf", "tokenizers", "numpy")
 
 
@@ -167,8 +171,19 @@ class Comparison:
     effort: Effort
 
 
-Progress = Callable[[str, int, int], None]
-"""Gets the stage ("layers", "head"), steps done, steps in all."""
+@dataclass(frozen=True, slots=True)
+class ComparisonOptions:
+    """How to compare.
+
+    noise    noise floors to measure: compute the original once more in the other dtype, or chunk by chunk
+    tensors  measure the error of every tensor
+    cache    folder for the original's hidden states; they are reused for the same checkpoint, tokens and dtype
+    """
+
+    setting: Setting = field(default_factory=Setting)
+    noise: tuple[NoiseKind, ...] = ()
+    tensors: bool = True
+    cache: Path | None = None
 
 
 @dataclass(eq=False)
@@ -176,7 +191,7 @@ class _Entry:
     """A lane with what is collected for it."""
 
     lane: Lane
-    kept: Kept
+    states: HiddenStates
     weights: WeightErrors | None = None
     layers: list[LayerError] = field(default_factory=list)
     scores: list[TokenScores] = field(default_factory=list)
@@ -186,42 +201,39 @@ def compare(
     original: Variant,
     variants: Sequence[Variant],
     corpus: Corpus,
-    setting: Setting,
-    *,
-    noise: Sequence[NoiseKind] = (),
-    tensors: bool = True,
-    cache: Path | None = None,
-    on_input: InputObserver | None = None,
-    on_progress: Progress = lambda _stage, _done, _total: None,
+    options: ComparisonOptions | None = None,
+    listener: Listener = SILENT,
 ) -> Comparison:
     """Run the original and all variants over the corpus in lock step, and compare.
 
-    noise: compute the original once more in the other dtype, or chunk by chunk, as a floor. tensors: measure the error
-    of every tensor. cache: a folder for the original's hidden states; they are reused for the same checkpoint, tokens
-    and dtype. on_input sees the inputs of the original's linear layers (importance.py); the cache is then not read.
-
-    Raises StreamquantError where a variant cannot be compared (another vocabulary), and what reading raises. All other
+    Raises VariantError, which names the variant, where one cannot be read or compared (another vocabulary). All other
     differences become problems of the variant.
     """
     import torch
 
+    options = options or ComparisonOptions()
+    setting, cache = options.setting, options.cache
     for variant in variants:
         check_comparable(original, variant)
     tokens = corpus.tokens
-    base = Lane(original, on_input=on_input)
+    base = Lane(original)
     check_tokens([base], tokens)
     key = cache_key(base, tokens, setting) if cache is not None else ""
-    found = open_cached(cache, key, base, corpus.context) if cache is not None and on_input is None else None
-    kept = found or Kept(base, corpus.context)
-    entries = [_entry(original, variant, corpus, tensors) for variant in variants]
-    floors = [(kind, _noise_entry(kind, original, corpus, setting)) for kind in noise]
+    found = open_cached(cache, key, base, corpus.context) if cache is not None else None
+    states = found or HiddenStates(base, corpus.context)
+    entries = [_entry(original, variant, corpus, options.tensors) for variant in variants]
+    floors = [(kind, _noise_entry(kind, original, corpus, setting)) for kind in options.noise]
     others = [*entries, *(entry for _, entry in floors)]
     start = time.perf_counter()
-    _run(kept, others, corpus, setting, from_cache=found is not None, on_progress=on_progress)
+    _observe_layers(states, others, corpus, from_cache=found is not None)
+    running = [*([] if found is not None else [base]), *(entry.lane for entry in others)]
+    listener.started("layers", count_layers(running))
+    if running:
+        run_layers(running, tokens, setting, listener)
     if cache is not None and found is None:
-        write_cached(cache, key, kept)
+        write_cached(cache, key, states)
     middle = time.perf_counter()
-    base_nll = _score(base, kept, others, corpus, setting, on_progress)
+    base_nll = _score(states, others, corpus, setting, listener)
     lanes = [base, *(entry.lane for entry in others)]
     return Comparison(
         original=_original_result(original, base_nll, corpus, setting),
@@ -253,7 +265,7 @@ def compare(
 def _entry(original: Variant, variant: Variant, corpus: Corpus, tensors: bool) -> _Entry:
     weights = WeightErrors(original, variant) if tensors else None
     lane = Lane(variant, on_weight=weights.observe if weights is not None else None)
-    return _Entry(lane, Kept(lane, corpus.context), weights)
+    return _Entry(lane, HiddenStates(lane, corpus.context), weights)
 
 
 def _noise_entry(kind: NoiseKind, original: Variant, corpus: Corpus, setting: Setting) -> _Entry:
@@ -262,55 +274,58 @@ def _noise_entry(kind: NoiseKind, original: Variant, corpus: Corpus, setting: Se
     else:
         one_by_one = setting.batch_tokens >= 2 * corpus.context
         lane = Lane(original, batch_tokens=corpus.context if one_by_one else 4 * corpus.context)
-    return _Entry(lane, Kept(lane, corpus.context))
+    return _Entry(lane, HiddenStates(lane, corpus.context))
 
 
-def _run(
-    kept: Kept, others: Sequence[_Entry], corpus: Corpus, setting: Setting, *, from_cache: bool, on_progress: Progress
-) -> None:
-    """All layers of all models; the original first in each layer, so that the others can be compared with it."""
-    lanes = [*([] if from_cache else [kept.lane]), *(entry.lane for entry in others)]
+def _observe_layers(states: HiddenStates, others: Sequence[_Entry], corpus: Corpus, *, from_cache: bool) -> None:
+    """Keep samples of the original's hidden states after every layer, and compare the others' with them.
+
+    The original is the first lane, so that its samples of a layer are there before the others'.
+    """
     positions = sample_positions(*corpus.tokens.shape)
-    total = sum(lane.variant.description.block_count for lane in lanes)
-    done = 0
+    samples = states.samples  # no lane may refer to itself: hidden states go when it is dropped
 
-    def on_layer(layer: int, number: int, lane: Lane) -> None:
-        nonlocal done
-        assert lane.hidden is not None
-        rows = lane.hidden.flatten(0, 1)[positions].cpu()
-        if lane is kept.lane:
-            kept.samples.append(rows)
-        elif layer < kept.lane.variant.description.block_count:
-            others[number - (0 if from_cache else 1)].layers.append(layer_error(layer, kept.sample(layer), rows))
-        if layer >= 0:
-            done += 1
-            on_progress("layers", done, total)
+    def sample(hidden: "torch.Tensor") -> "torch.Tensor":
+        return hidden.flatten(0, 1)[positions].cpu()
 
-    if lanes:
-        run_layers(lanes, corpus.tokens, setting, on_layer)
+    def keep(_layer: int, hidden: "torch.Tensor") -> None:
+        samples.append(sample(hidden))
+
+    def compare_with(errors: list[LayerError]) -> "Callable[[int, torch.Tensor], None]":
+        def observe(layer: int, hidden: "torch.Tensor") -> None:
+            if layer < states.lane.variant.description.block_count:
+                errors.append(layer_error(layer, states.sample(layer), sample(hidden)))
+
+        return observe
+
+    if not from_cache:
+        states.lane.on_layer = keep
+    for entry in others:
+        entry.lane.on_layer = compare_with(entry.layers)
 
 
 def _score(
-    base: Lane, kept: Kept, others: Sequence[_Entry], corpus: Corpus, setting: Setting, on_progress: Progress
+    states: HiddenStates, others: Sequence[_Entry], corpus: Corpus, setting: Setting, listener: Listener
 ) -> NDArray[np.float64]:
     """Logits by blocks of rows, for as many models at a time as heads fit into the room of two layers."""
     first, stop = scored_positions(corpus.context)
     step = max(1, ROWS // (stop - first))
     blocks = [(at, min(at + step, len(corpus.tokens))) for at in range(0, len(corpus.tokens), step)]
-    head = Head(base, setting)
-    groups = _groups(others, head.nbytes, 2 * _layer_bytes(base, setting)) or [[]]
+    head = Head(states.lane, setting)
+    groups = _groups(others, head.nbytes, 2 * _layer_bytes(states.lane, setting)) or [[]]
     base_nll: list[NDArray[np.float64]] = []
+    listener.started(SCORING, len(groups) * len(blocks))
     for number, group in enumerate(groups):
         release_memory()
         heads = [Head(entry.lane, setting) for entry in group]
-        for at, (a, b) in enumerate(blocks):
+        for a, b in blocks:
             targets = np.ascontiguousarray(corpus.tokens[a:b, first + 1 : stop + 1]).reshape(-1)
-            rows = prepare_rows(head.logits(kept.chunks(a, b)))
+            rows = prepare_rows(head.logits(states.chunks(a, b)))
             if number == 0:
                 base_nll.append(rows.nll(targets))
             for entry, other in zip(group, heads, strict=True):
-                entry.scores.append(_scores(rows, other.logits(entry.kept.chunks(a, b)), targets))
-            on_progress("head", number * len(blocks) + at + 1, len(groups) * len(blocks))
+                entry.scores.append(_scores(rows, other.logits(entry.states.chunks(a, b)), targets))
+            listener.advanced(SCORING)
     return np.concatenate(base_nll)
 
 
@@ -413,16 +428,17 @@ def _noise_floor(
 
 
 def check_comparable(original: Variant, variant: Variant) -> None:
-    """Raise StreamquantError if the two do not predict the same tokens."""
+    """Raise VariantError if the two do not predict the same tokens."""
     sizes = original.description.vocab_size, variant.description.vocab_size
-    if sizes[0] != sizes[1]:
-        raise StreamquantError(
-            "a variant with another vocabulary",
-            where=str(variant.path),
-            found=f"{sizes[1]} tokens",
-            required=f"{sizes[0]} tokens, as in {original.path}",
-            hint="is it a variant of this model?",
-        )
+    with errors_of(variant):
+        if sizes[0] != sizes[1]:
+            raise StreamquantError(
+                "a variant with another vocabulary",
+                where=str(variant.path),
+                found=f"{sizes[1]} tokens",
+                required=f"{sizes[0]} tokens, as in {original.path}",
+                hint="is it a variant of this model?",
+            )
 
 
 def differences(original: Variant, variant: Variant) -> list[Problem]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from streamquant.model.row_slices import in_parts, parts
+from streamquant.model.row_slices import for_each_slice, row_slices
 
 if TYPE_CHECKING:
     import torch
@@ -168,9 +168,9 @@ def prepare_rows(logits: "torch.Tensor") -> LogitRows:
         from streamquant.validate.logits.divergence_cpu import log_normalizers
 
         values = logits.numpy()
-        in_parts(rows, lambda part: log_normalizers(values[part], normalizer[part], top[part]))
+        for_each_slice(rows, lambda part: log_normalizers(values[part], normalizer[part], top[part]))
         return LogitRows(logits, normalizer, top)
-    for part in parts(rows, 64):
+    for part in row_slices(rows, 64):
         normalizer[part] = logits[part].double().logsumexp(-1).cpu().numpy()
     top[:] = logits.topk(TOP, dim=-1).indices.cpu().numpy()
     return LogitRows(logits, normalizer, top)
@@ -192,11 +192,11 @@ def kl_divergence(base: LogitRows, other: LogitRows) -> Floats:
 
         a, b = base.logits.numpy(), other.logits.numpy()
         p, q = base.normalizer, other.normalizer
-        in_parts(len(out), lambda part: divergences(a[part], b[part], p[part], q[part], out[part]))
+        for_each_slice(len(out), lambda part: divergences(a[part], b[part], p[part], q[part], out[part]))
         return out
     import torch
 
-    for part in parts(len(out), 64):
+    for part in row_slices(len(out), 64):
         shift = torch.from_numpy(base.normalizer[part]).to(base.logits.device)[:, None]
         a64, b64 = base.logits[part].double(), other.logits[part].double()
         total = ((a64 - shift).exp() * (a64 - b64)).sum(-1).cpu().numpy()

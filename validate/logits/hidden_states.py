@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamquant.files.folders import cache_folder
 from streamquant.files.safetensors_file import read_header, write_header
 from streamquant.model.forward import Lane, Setting, Tokens, scored_positions
 from streamquant.quant.errors import StreamquantError
@@ -26,6 +27,8 @@ SAMPLES = 256
 """Positions whose hidden states are compared after every layer."""
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 CACHE_VERSION = 1
+CACHE_BYTES = 20 << 30
+"""Bytes of hidden states that stay in the cache."""
 
 
 def sample_positions(chunks: int, context: int, count: int = SAMPLES) -> NDArray[np.int64]:
@@ -59,7 +62,7 @@ def layer_error(layer: int, original: "torch.Tensor", variant: "torch.Tensor") -
     return LayerError(layer, float(relative), float(cosine))
 
 
-class Kept:
+class HiddenStates:
     """Final hidden states of a model at the scored positions, before the final norm, and samples after each layer."""
 
     def __init__(self, lane: Lane, context: int) -> None:
@@ -78,7 +81,7 @@ class Kept:
         return self.samples[layer + 1]
 
 
-class CachedStates(Kept):
+class CachedHiddenStates(HiddenStates):
     """The same, from a file of the cache."""
 
     def __init__(self, lane: Lane, context: int, path: Path) -> None:
@@ -90,11 +93,11 @@ class CachedStates(Kept):
         self._hidden, self._samples = file.get_slice("hidden"), file.get_slice("samples")
 
     def chunks(self, first: int, last: int) -> "torch.Tensor":
-        """See Kept.chunks."""
+        """See HiddenStates.chunks."""
         return self._hidden[first:last].flatten(0, 1)
 
     def sample(self, layer: int) -> "torch.Tensor":
-        """See Kept.sample."""
+        """See HiddenStates.sample."""
         return self._samples[layer + 1]
 
 
@@ -117,12 +120,27 @@ def cache_key(lane: Lane, tokens: Tokens, setting: Setting) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
+def default_cache() -> Path:
+    """The folder for hidden states of originals in the user's cache."""
+    return cache_folder() / "hidden-states"
+
+
+def prune_cache(folder: Path, keep_bytes: int = CACHE_BYTES) -> None:
+    """Remove the oldest hidden states of a cache folder until `keep_bytes` are left; the newest stays."""
+    files = sorted(folder.glob("hidden-states-*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
+    total = 0
+    for number, path in enumerate(files):
+        total += path.stat().st_size
+        if number and total > keep_bytes:
+            path.unlink(missing_ok=True)
+
+
 def cache_path(folder: Path, key: str) -> Path:
     """The file of a key."""
     return folder / f"hidden-states-{key[:32]}.safetensors"
 
 
-def open_cached(folder: Path, key: str, lane: Lane, context: int) -> CachedStates | None:
+def open_cached(folder: Path, key: str, lane: Lane, context: int) -> CachedHiddenStates | None:
     """The states kept under a key, None if there are none. A file that is broken counts as none."""
     path = cache_path(folder, key)
     if not path.is_file():
@@ -133,18 +151,18 @@ def open_cached(folder: Path, key: str, lane: Lane, context: int) -> CachedState
         return None
     if metadata.get("key") != key or tensors.keys() != {"hidden", "samples"}:
         return None
-    return CachedStates(lane, context, path)
+    return CachedHiddenStates(lane, context, path)
 
 
-def write_cached(folder: Path, key: str, kept: Kept) -> Path:
+def write_cached(folder: Path, key: str, states: HiddenStates) -> Path:
     """Write what is kept of a model, chunk by chunk; the file has its name when it is complete."""
-    hidden = kept.lane.hidden
+    hidden = states.lane.hidden
     assert hidden is not None
     chunks, n = hidden.shape[0], hidden.shape[2]
     dtype = DTYPES[str(hidden.dtype).removeprefix("torch.")]
     shapes = {
-        "hidden": (chunks, kept.stop - kept.first, n),
-        "samples": (len(kept.samples), len(kept.samples[0]), n),
+        "hidden": (chunks, states.stop - states.first, n),
+        "samples": (len(states.samples), len(states.samples[0]), n),
     }
     sizes = {name: int(np.prod(shape)) * hidden.element_size() for name, shape in shapes.items()}
     header = write_header([(name, dtype, shapes[name], sizes[name]) for name in shapes], {"key": key})
@@ -155,8 +173,8 @@ def write_cached(folder: Path, key: str, kept: Kept) -> Path:
         with partial.open("wb") as file:
             file.write(header)
             for chunk in range(chunks):
-                file.write(_bytes(kept.chunks(chunk, chunk + 1)))
-            for sample in kept.samples:
+                file.write(_bytes(states.chunks(chunk, chunk + 1)))
+            for sample in states.samples:
                 file.write(_bytes(sample))
         partial.replace(path)
     except OSError as error:

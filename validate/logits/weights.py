@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from streamquant.model.errors import errors_of
 from streamquant.model.problem import Problem
 from streamquant.model.variants.variant import Variant, VariantTensor
 from streamquant.validate.readback.sqnr import Noise
@@ -55,7 +56,8 @@ class WeightErrors:
         were read for the layer."""
         if name not in self.original.tensors:
             return
-        source = self.original.slice(name, first, first + len(block))
+        with errors_of(self.original):
+            source = self.original.slice(name, first, first + len(block))
         if source.shape != block.shape:
             return
         sums = self._sums.setdefault(name, _Sums())
@@ -79,8 +81,9 @@ class WeightErrors:
         """Measure what was not decoded for a layer (untied embeddings, the final norm); all tensors in their order."""
         for name in self.variant.tensors:
             if name not in self._sums:
-                for first, block in self.variant.blocks(name):
-                    self.observe(name, first, block)
+                with errors_of(self.variant):
+                    for first, block in self.variant.blocks(name):
+                        self.observe(name, first, block)
         return tuple(
             _tensor_error(tensor, self._sums[name])
             for name, tensor in self.variant.tensors.items()

@@ -1,6 +1,5 @@
 """A report, and the checks of tokens and chat alone, for a terminal."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -8,11 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from streamquant.files.records import to_json
-from streamquant.validate.report.data import NotRun, Report, VariantReport
+from streamquant.validate.report.data import ChatCheck, Report, VariantReport
 from streamquant.validate.report.text import MISSING, visible
-from streamquant.validate.report.view import cell, make_view, wrong_chats
+from streamquant.validate.report.view import cell, grouped, make_view, wrong_chats
 from streamquant.validate.sections import SECTIONS
-from streamquant.validate.text.template_lints import Lint
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red", "error": "red", "warning": "yellow", "note": ""}
 
@@ -38,8 +36,7 @@ def report_view(report: Report) -> RenderableType:
     problems = [_problems(row.name, row.variant) for row in view.rows]
     skipped = [
         Text(visible(f"not checked: {section} ({variants}): {reason}"), "dim")
-        for section, variants, reason in view.not_run
-        if not reason.startswith("left out")
+        for section, variants, reason in grouped(note for note in report.not_run if not note.requested)
     ]
     headline = Text(view.verdict.headline, COLOURS[view.verdict.status])
     return Group(headline, table, *[line for lines in problems for line in lines], *skipped)
@@ -52,15 +49,13 @@ def _problems(name: str, variant: VariantReport) -> list[Text]:
     ]
 
 
-def chat_view(
-    variants: Sequence[VariantReport], original_lints: Sequence[Lint], not_run: Sequence[NotRun]
-) -> RenderableType:
+def chat_view(found: ChatCheck) -> RenderableType:
     """What chat-check found: a line a variant, its problems, the original's own faults, and what did not run."""
     table = Table("variant", box=None, header_style="bold", pad_edge=False)
     for column in ("texts tokenized right", "chats rendered right", "engine differs"):
         table.add_column(column, justify="right")
     table.add_column("result")
-    for variant in variants:
+    for variant in found.variants:
         tokens, chat = variant.tokens, variant.chat
         table.add_row(
             Text(visible(variant.label)),
@@ -69,24 +64,19 @@ def chat_view(
             MISSING if chat is None else str(len(chat.differences) - wrong_chats(chat)),
             Text(f"{variant.errors} errors", "bold red") if variant.errors else Text("ok", "green"),
         )
-    lines = [line for variant in variants for line in _problems(variant.label, variant)]
-    for lint in original_lints:
+    lines = [line for variant in found.variants for line in _problems(variant.label, variant)]
+    for lint in found.original_lints:
         text = (
             f"the original: {lint.severity} template:{lint.name}: {lint.found}: {lint.consequence}; to do: {lint.fix}"
         )
         lines.append(Text(visible(text), COLOURS[lint.severity]))
-    for note in not_run:
+    for note in found.not_run:
         text = f"not checked: {SECTIONS[note.section]} ({note.variant or 'all variants'}): {note.reason}"
         lines.append(Text(visible(text), "dim"))
     return Group(table, *lines)
 
 
-def chat_json(
-    variants: Sequence[VariantReport], original_lints: Sequence[Lint], not_run: Sequence[NotRun]
-) -> dict[str, Any]:
+def chat_json(found: ChatCheck) -> dict[str, Any]:
     """The same for programs: the records of report.json."""
-    return {
-        "variants": to_json(tuple(variants), "variants"),
-        "original_lints": to_json(tuple(original_lints), "original_lints"),
-        "not_run": to_json(tuple(not_run), "not_run"),
-    }
+    record: dict[str, Any] = to_json(found, "chat-check")
+    return record

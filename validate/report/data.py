@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamquant.files.machine import usable_cores
 from streamquant.files.records import from_json, to_json
 from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import explain, write_atomically
@@ -23,7 +24,7 @@ from streamquant.validate.text.template_lints import Lint
 from streamquant.validate.text.tokens import TokenReport
 
 SCHEMA = 2
-"""Version of report.json. It goes up with every change of a field: the loader takes this version alone."""
+"""Version of report.json, the only one that is read. It goes up with every change but a new field with a default."""
 REPORT = "report.json"
 MAX_BYTES = 1 << 30
 OTHER_VERSION = "validate again, or render with the version that wrote it"
@@ -36,6 +37,8 @@ class NotRun:
     section: Section
     variant: str | None
     reason: str
+    requested: bool = False
+    """Left out because the options say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,21 @@ class Report:
         return sum(variant.errors for variant in self.variants)
 
 
+@dataclass(frozen=True, slots=True)
+class ChatCheck:
+    """What `chat_check` found."""
+
+    variants: tuple[VariantReport, ...]
+    original_lints: tuple[Lint, ...]
+    """Known faults of the original's own chat template."""
+    not_run: tuple[NotRun, ...]
+
+    @property
+    def errors(self) -> int:
+        """Problems of severity error of all variants."""
+        return sum(variant.errors for variant in self.variants)
+
+
 def this_machine() -> Machine:
     """The machine that runs this."""
     try:
@@ -116,7 +134,7 @@ def this_machine() -> Machine:
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         cpu=cpu or platform.processor() or platform.machine(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )
 

@@ -2,14 +2,14 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from streamquant.model.problem import Problem
 from streamquant.validate.gates import GateResult, failed, option
 from streamquant.validate.logits.comparison import VariantResult
-from streamquant.validate.report.data import Report, VariantReport
+from streamquant.validate.report.data import NotRun, Report, VariantReport
 from streamquant.validate.report.plots import SERIES
 from streamquant.validate.report.text import MISSING, error_digits, estimate, human_bytes, number, percent
 from streamquant.validate.sections import SECTIONS
@@ -93,7 +93,7 @@ def make_view(report: Report) -> View:
         verdict=_verdict(report, rows, wrong),
         rows=rows,
         failed_gates=wrong,
-        not_run=_not_run(report),
+        not_run=grouped(report.not_run),
         facts=tuple(_facts(report)),
         categories=categories if len(categories) > 1 else (),
     )
@@ -207,10 +207,10 @@ def _list(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _not_run(report: Report) -> tuple[tuple[str, str, str], ...]:
-    """Sections that did not run, those of one reason in one line."""
+def grouped(notes: Iterable[NotRun]) -> tuple[tuple[str, str, str], ...]:
+    """(section, variants, reason) of sections that did not run, those of one reason in one line."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for note in report.not_run:
+    for note in notes:
         groups.setdefault((SECTIONS[note.section], note.reason), []).append(note.variant or "all variants")
     return tuple((section, _list(variants), reason) for (section, reason), variants in groups.items())
 

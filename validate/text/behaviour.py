@@ -125,6 +125,7 @@ def compare_behaviour(
         for (case, prompt), one, other in zip(usable, ours, theirs, strict=True)
     )
     pairs = [(case.original, case.variant) for case in compared]
+    requests = [case.request for case, _ in usable]
     return BehaviourReport(
         original=original.facts.model,
         variant=variant.facts.model,
@@ -134,7 +135,7 @@ def compare_behaviour(
         mean_agreement=sum(case.agreement for case in compared) / len(compared),
         identical=sum(case.identical for case in compared),
         tool_calls=(sum(one.tool_calls for one, _ in pairs), sum(other.tool_calls for _, other in pairs)),
-        valid_tool_calls=(sum(_valid(one) for one, _ in pairs), sum(_valid(other) for _, other in pairs)),
+        valid_tool_calls=(sum(map(_valid_calls, ours, requests)), sum(map(_valid_calls, theirs, requests))),
         cases=compared,
         skipped=tuple(skipped),
         problems=tuple(problem for case in compared for problem in _problems(case)),
@@ -149,9 +150,8 @@ def judge_answer(answer: Generation, request: TemplateRequest) -> Answer:
 
     Raises StreamquantError for a schema that cannot be used.
     """
-    tools = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in request.tools}
     blocks = list(_CALL.finditer(answer.text))
-    faults = [fault for block in blocks for fault in _call_faults(block, tools)]
+    faults = [fault for block in blocks for fault in _call_faults(block, request)]
     opened, closed = answer.text.count("<think>"), answer.text.count("</think>")
     if opened > closed:
         faults.append("a <think> block is never closed" + ("" if answer.stopped else " (cut off at the limit)"))
@@ -160,7 +160,8 @@ def judge_answer(answer: Generation, request: TemplateRequest) -> Answer:
     return Answer(len(answer.ids), answer.stopped, answer.text, len(blocks), tuple(faults))
 
 
-def _call_faults(block: re.Match[str], tools: dict[str, Any]) -> list[str]:
+def _call_faults(block: re.Match[str], request: TemplateRequest) -> list[str]:
+    tools = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in request.tools}
     if not block[0].endswith("</tool_call>"):
         return ["tool call: never closed"]
     try:
@@ -195,8 +196,8 @@ def _compare(case: ChatCase, prompt_tokens: int, one: Generation, other: Generat
     )
 
 
-def _valid(answer: Answer) -> int:
-    return answer.tool_calls - sum(fault.startswith("tool call:") for fault in answer.faults)
+def _valid_calls(answer: Generation, request: TemplateRequest) -> int:
+    return sum(not _call_faults(block, request) for block in _CALL.finditer(answer.text))
 
 
 def _problems(case: BehaviourCase) -> list[str]:
