@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from streamquant.quant import gpu
-from streamquant.quant.format import Importance, Rows
+from streamquant.quant.format import NO_OVERFLOW, Importance, Rows
 from streamquant.quant.formats import FORMATS
 
 COLUMNS = 8192
@@ -84,7 +84,7 @@ def _measure(name: str, rows: Any, host: Rows, importance: Importance | None, co
     import torch
 
     parts = tuple(torch.tensor(part, device="cuda") for part in FORMATS[name].allocate(*host.shape))
-    overflow = torch.tensor([gpu.NO_OVERFLOW], dtype=torch.int32, device="cuda")
+    overflow = torch.tensor([NO_OVERFLOW], dtype=torch.int32, device="cuda")
     weights = None if importance is None else torch.tensor(importance, device="cuda")
 
     def encode() -> None:
@@ -106,7 +106,7 @@ def _measure(name: str, rows: Any, host: Rows, importance: Importance | None, co
         first_call,
         host.size / elapsed,
         moved / elapsed / copy,
-        same and overflow.item() == gpu.NO_OVERFLOW,
+        same and overflow.item() == NO_OVERFLOW,
     )
 
 

@@ -1,7 +1,7 @@
 """What llama.cpp's CPU backend does to the input of a matrix: it is quantized to the type that the dot product wants.
 
-The type is ggml's vec_dot_type of the weight's type (ggml/src/ggml-cpu/ggml-cpu.c): Q8_0 (blocks of 32, an FP16
-scale) beside the legacy types, Q8_K (blocks of 256, an FP32 scale) beside K- and IQ-quants, BF16 and F16 beside
+The type is ggml's vec_dot_type of the weight's type, `StoredType.dot_type` in quant/format.py: Q8_0 (blocks of 32, an
+FP16 scale) beside the legacy types, Q8_K (blocks of 256, an FP32 scale) beside K- and IQ-quants, BF16 and F16 beside
 themselves. CUDA does much the same with blocks of 32. For an 8-bit file this is most of what is lost.
 """
 
@@ -14,14 +14,6 @@ from streamquant.quant.kernels.vectors import LANES
 
 if TYPE_CHECKING:
     import torch
-
-DOT_TYPES = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4", "Q4_1", "Q5_1"), "Q8_0"),  # Q8_1 is Q8_0 and a sum
-    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "IQ4_XS"), "Q8_K"),
-    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "Q8_K"),
-    "BF16": "BF16", "F16": "F16",
-}  # fmt: skip
-"""Type of the weights -> type of the inputs; F32 weights take them as they are."""
 
 E4M3_MULTIPLE = LANES
 """Of values that share a scale in `through_e4m3`."""
@@ -69,6 +61,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "Q8_0": through_q8_0,
     "Q8_K": through_q8_k,
 }
+"""By the type of the inputs."""
 
 
 def _on_cpu(x: "torch.Tensor") -> bool:

@@ -8,11 +8,16 @@ two `Part`s. Rows that share a scale (the 128 rows of a block) form a *group*; g
 other, so any run of whole groups can be encoded alone, in any order, by any worker, and gives the same bytes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Rows = NDArray[np.float32]
 """float32[r, n]: r rows of n weights, C-contiguous."""
@@ -20,6 +25,29 @@ Encoded = tuple[NDArray[np.uint8], ...]
 """One uint8[g, bytes] array per part of the format, C-contiguous."""
 Importance = NDArray[np.float32]
 """float32[n], finite and not negative: how much an error in each column of a row counts (mean square activations)."""
+GpuEncoder = Callable[["Tensor", "tuple[Tensor, ...]", "Tensor", "Tensor | None"], None]
+"""(rows float32[r, n], parts uint8[g, bytes], overflow int32[1], importance float32[n] or None): queues the encoding on
+the rows' device, and lowers overflow to the first row whose scale or value does not fit (quant/gpu.py)."""
+NO_OVERFLOW = 0x7FFFFFFF
+"""What a GPU encoder's cell for the first overflowing row holds while no row has overflowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredType:
+    """What is known of a type of weights in a file, whoever wrote it. Some are read that are not made here."""
+
+    name: str
+    """As the container spells it: a GGML type ("Q8_0") or a safetensors dtype ("F8_E4M3")."""
+    dot_type: str | None = None
+    """The type that llama.cpp's CPU backend quantizes the other factor of a dot product to (vec_dot_type of
+    ggml/src/ggml-cpu/ggml-cpu.c; Q8_1 is Q8_0 and a sum); None: it takes that as it is."""
+    least_sqnr: float = 0.0
+    """Decibels: a tensor with less is not the original's. Normal weights have 8 to 15 more (F8_E4M3 31.5, Q8_0 44,
+    Q6_K 32, Q5_K 27, Q4_K 21, Q3_K 14, Q2_K 9); rows in another order have -3."""
+    worst_block: float = math.inf
+    """The largest relative error of 32 neighbouring weights that the type can explain."""
+    needs_importance: bool = False
+    """Whether weights are garbage in it without an importance matrix (tensor_requires_imatrix of llama-quantize)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +82,8 @@ class Format:
     """A number format. Instances live in `quant.formats.FORMATS`; the shared checks of tests/quant run on each."""
 
     name: str
+    stored: StoredType
+    """The type of its weights; its name is that of the first part's `stored_as`."""
     weights_per_block: int
     """Weights that share a scale along a row; the row length must be a multiple of it unless `pads_rows`."""
     rows_per_group: int
@@ -69,6 +99,17 @@ class Format:
     """True where a row may end in an incomplete block."""
     uses_importance: bool = False
     """Whether the importance of columns changes the bytes; other formats ignore it."""
+    source_dtype: str | None = None
+    """The dtype of the weights' source that the format is for (its scales have it); None: any."""
+    copies: str | None = None
+    """The dtype of a source whose bytes are those of this format, so that they can be copied."""
+    encode_on_gpu: GpuEncoder | None = None
+    """The same encoder on a GPU, where there is one: the bytes are those of `encode_into`."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the weights in whole blocks, without scales that are a tensor of their own."""
+        return 8 * self.parts[0].bytes_per_entry(self.weights_per_block) / self.weights_per_block
 
     def fits(self, n: int) -> bool:
         """Whether rows of `n` weights can be stored in this format."""

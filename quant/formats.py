@@ -1,7 +1,7 @@
 """The one table of all number formats. A new format is a line here; the shared checks of tests/quant then run on it."""
 
 from streamquant.quant import fp8
-from streamquant.quant.format import Format
+from streamquant.quant.format import Format, StoredType
 from streamquant.quant.ggml import floats, iquants, kquants, legacy, small
 
 FORMATS: dict[str, Format] = {
@@ -16,3 +16,21 @@ FORMATS: dict[str, Format] = {
     )
 }
 """By name: F32, F16, BF16 and GGML's names as ggml spells them; FP8_CHANNEL_* and FP8_BLOCK_* by source dtype."""
+
+STORED_TYPES: dict[str, StoredType] = {
+    entry.name: entry for entry in (*(format_.stored for format_ in FORMATS.values()), *iquants.READ_ONLY)
+}
+"""By name: the types of weights in files, those that can be read but not made included."""
+
+
+def stored_type(name: str) -> StoredType:
+    """What is known of a type; nothing of one that is not in the table."""
+    return STORED_TYPES.get(name) or StoredType(name)
+
+
+def copy_of(dtype: str) -> Format:
+    """The format that keeps weights of a source dtype as they are. Raises KeyError for a dtype without one."""
+    return _COPIES[dtype]
+
+
+_COPIES = {format_.copies: format_ for format_ in FORMATS.values() if format_.copies is not None}

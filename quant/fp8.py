@@ -11,16 +11,22 @@ the arithmetic). E4M3 here is the "fn" form: no infinities, largest value 448 (a
 round beyond it saturate.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamquant.quant.format import Encoded, Format, Importance, Part, Rows, same_shape
+from streamquant.quant.format import Encoded, Format, Importance, Part, Rows, StoredType, same_shape
 from streamquant.quant.kernels import fp8_cpu
 from streamquant.quant.widen import SOURCE_DTYPES, widen
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 TILE = fp8_cpu.TILE
+STORED = StoredType("F8_E4M3", None, 24, 0.25)
 _DTYPES = {"BF16": fp8_cpu.BF16, "F16": fp8_cpu.F16, "F32": fp8_cpu.F32}
 
 
@@ -67,10 +73,25 @@ def _channel(dtype: str) -> Format:
     def decode_from(encoded: Encoded, n: int) -> Rows:
         return E4M3[encoded[0].reshape(-1, n)] * _load_scales(encoded[1], dtype)
 
+    def encode_on_gpu(rows: Tensor, parts: tuple[Tensor, ...], _overflow: Tensor, _importance: Tensor | None) -> None:
+        from streamquant.quant.kernels import fp8_gpu
+
+        fp8_gpu.encode_channel(rows, parts[0], parts[1], _DTYPES[dtype])
+
     size = SOURCE_DTYPES[dtype]
-    codes = Part("", "F8_E4M3", 1, lambda n: n, same_shape)
+    codes = Part("", STORED.name, 1, lambda n: n, same_shape)
     scale = Part("_scale", dtype, 1, lambda _n: size, lambda shape: (shape[0], 1))
-    return Format(f"FP8_CHANNEL_{dtype}", 1, 1, (codes, scale), encode_into, decode_from)
+    return Format(
+        f"FP8_CHANNEL_{dtype}",
+        STORED,
+        1,
+        1,
+        (codes, scale),
+        encode_into,
+        decode_from,
+        source_dtype=dtype,
+        encode_on_gpu=encode_on_gpu,
+    )
 
 
 def _block(dtype: str) -> Format:
@@ -86,8 +107,13 @@ def _block(dtype: str) -> Format:
         scales = _load_scales(encoded[1], dtype).repeat(TILE, axis=0).repeat(TILE, axis=1)
         return E4M3[codes] * scales[: codes.shape[0], :n]
 
+    def encode_on_gpu(rows: Tensor, parts: tuple[Tensor, ...], _overflow: Tensor, _importance: Tensor | None) -> None:
+        from streamquant.quant.kernels import fp8_gpu
+
+        fp8_gpu.encode_tiles(rows, parts[0], parts[1], _DTYPES[dtype])
+
     size = SOURCE_DTYPES[dtype]
-    codes = Part("", "F8_E4M3", 1, lambda n: n, same_shape)
+    codes = Part("", STORED.name, 1, lambda n: n, same_shape)
     scale = Part(
         "_scale",
         dtype,
@@ -95,8 +121,21 @@ def _block(dtype: str) -> Format:
         lambda n: -(-n // TILE) * size,
         lambda shape: (-(-shape[0] // TILE), -(-shape[1] // TILE)),
     )
-    return Format(f"FP8_BLOCK_{dtype}", TILE, TILE, (codes, scale), encode_into, decode_from, pads_rows=True)
+    return Format(
+        f"FP8_BLOCK_{dtype}",
+        STORED,
+        TILE,
+        TILE,
+        (codes, scale),
+        encode_into,
+        decode_from,
+        pads_rows=True,
+        source_dtype=dtype,
+        encode_on_gpu=encode_on_gpu,
+    )
 
 
-_MAKERS: tuple[Callable[[str], Format], ...] = (_channel, _block)
-FORMATS = tuple(make(dtype) for make in _MAKERS for dtype in _DTYPES)
+CHANNEL = {dtype: _channel(dtype) for dtype in _DTYPES}
+BLOCK = {dtype: _block(dtype) for dtype in _DTYPES}
+"""By the dtype of the source."""
+FORMATS = (*CHANNEL.values(), *BLOCK.values())

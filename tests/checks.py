@@ -23,7 +23,7 @@ SAFETENSORS_BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4}
 
 def source_dtype(format_: Format) -> str:
     """The dtype whose values the format is defined on: FP8 has one format for each, the others take any float32."""
-    return format_.name.rsplit("_", 1)[1] if format_.name.startswith("FP8") else "F32"
+    return format_.source_dtype or "F32"
 
 
 def row_length(format_: Format) -> int:
@@ -66,6 +66,7 @@ def check_names_of_parts(format_: Format) -> None:
     """The weights keep the tensor's name; no two parts share one."""
     suffixes = [part.suffix for part in format_.parts]
     assert suffixes[0] == ""
+    assert format_.parts[0].stored_as == format_.stored.name
     assert len(set(suffixes)) == len(suffixes)
 
 

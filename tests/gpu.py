@@ -23,7 +23,7 @@ from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.run import device
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.quant import gpu
-from streamquant.quant.format import Encoded, Importance, Rows
+from streamquant.quant.format import NO_OVERFLOW, Encoded, Importance, Rows
 from streamquant.quant.formats import FORMATS
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -49,13 +49,13 @@ def caller() -> Iterator[Call]:
 
 def encode(name: str, rows: Rows, importance: Importance | None = None) -> tuple[Encoded, int]:
     """What the GPU encoder of a format makes of float32[r, n]: its parts, and the first overflowing row or -1."""
-    overflow = torch.tensor([gpu.NO_OVERFLOW], dtype=torch.int32, device=DEVICE)
+    overflow = torch.tensor([NO_OVERFLOW], dtype=torch.int32, device=DEVICE)
     parts = tuple(torch.full(part.shape, 0xAA, dtype=torch.uint8) for part in FORMATS[name].allocate(*rows.shape))
     parts = tuple(part.to(DEVICE) for part in parts)
     weights = None if importance is None else torch.tensor(importance, device=DEVICE)
     gpu.encode(name, torch.tensor(rows, device=DEVICE), parts, overflow, weights)
     first = int(overflow.item())
-    return tuple(part.cpu().numpy() for part in parts), -1 if first == gpu.NO_OVERFLOW else first
+    return tuple(part.cpu().numpy() for part in parts), -1 if first == NO_OVERFLOW else first
 
 
 def convert_on_device(

@@ -27,11 +27,12 @@ class PlannedImportance:
 
         Raises StreamquantError for an entry of another length.
         """
-        is_quantized = len(tensor.shape) > 1 and format_name != tensor.dtype and not name.endswith("_norm.weight")
+        format_ = FORMATS[format_name]
+        is_quantized = len(tensor.shape) > 1 and format_.copies != tensor.dtype and not name.endswith("_norm.weight")
         if self.matrix is None or not is_quantized:
             return None
         found = self.matrix.find(name, tensor.shape)  # of every quantized tensor: another length is another model's
-        if not FORMATS[format_name].uses_importance:
+        if not format_.uses_importance:
             return None
         if found is None:
             self._missing.add(name)

@@ -10,8 +10,9 @@ from streamquant.convert.architectures import ModelDescription
 from streamquant.convert.options import ConversionOptions
 from streamquant.convert.plan.importance import PlannedImportance
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
+from streamquant.convert.recipes.mix import Choice
 from streamquant.convert.recipes.overrides import NO_OVERRIDES
-from streamquant.convert.recipes.recipe import Choice, Recipe, Wishes
+from streamquant.convert.recipes.recipe import ChoiceOptions, Recipe
 from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
 from streamquant.quant.errors import UsageError
 from streamquant.quant.formats import FORMATS
@@ -38,7 +39,7 @@ class Draft:
         rules = self.model.rules
         known = [(tensor, rules[name]) for name, tensor in self.checkpoint.tensors.items() if name in rules]
         overrides = self.options.overrides if recipe.takes_overrides else NO_OVERRIDES
-        return recipe.choose(known, self.model, Wishes(self.importance.matrix is not None, overrides))
+        return recipe.choose(known, self.model, ChoiceOptions(self.importance.matrix is not None, overrides))
 
 
 class Layout(ABC):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from streamquant.convert.metadata.gguf_metadata import GgufMetadata, gguf_metadata
 from streamquant.convert.plan.layout import Draft, Entry, Layout, split
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
-from streamquant.convert.recipes.recipe import Choice, Recipe
+from streamquant.convert.recipes.mix import Choice
+from streamquant.convert.recipes.recipe import Recipe
 from streamquant.files import gguf_file
 from streamquant.quant.formats import FORMATS
 

@@ -2,9 +2,10 @@
 
 from streamquant.convert.plan.layout import Entry, Layout, split
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
-from streamquant.convert.recipes.recipe import Choice, Recipe
+from streamquant.convert.recipes.mix import Choice
+from streamquant.convert.recipes.recipe import Recipe
 from streamquant.files import safetensors_file
-from streamquant.quant.formats import FORMATS
+from streamquant.quant.formats import FORMATS, copy_of
 
 
 class SafetensorsLayout(Layout):
@@ -37,7 +38,7 @@ class SafetensorsLayout(Layout):
         choices = self.draft.choices(recipe)
         shards: dict[str, list[Entry]] = {file.name: [] for file in checkpoint.files}
         for tensor in checkpoint.tensors.values():
-            kept = Choice(tensor.dtype, "not a weight of the model: kept as in the source")
+            kept = Choice(copy_of(tensor.dtype).name, "not a weight of the model: kept as in the source")
             entry = Entry(tensor.name, tensor, choices.get(tensor.name, kept), tensor.shape)
             shards[tensor.file].append(entry)
         if max_shard_size is None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from streamquant.convert.recipes.overrides import GGML_TYPES, NO_OVERRIDES, Overrides
+from streamquant.quant.formats import stored_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,16 @@ class Position:
     def eight_experts(self) -> bool:
         """Mixtral's number."""
         return self.model.expert_count == 8
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The format of a tensor in a variant, and the reason, as a user reads it in the plan."""
+
+    format: str
+    reason: str
+    by_option_of_ends: bool = False
+    """Whether --output-tensor-type or --token-embedding-type decided."""
 
 
 Rule = Callable[[Position], str | None]
@@ -258,8 +269,8 @@ SHAPE_FALLBACK: Mapping[str, str] = {
 }
 """What a format becomes where the row length is not a multiple of its super-block."""
 
-NEEDS_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
-"""Formats that are garbage without an importance matrix; in a file of Q2_K_S, Q2_K is another."""
+NEEDS_IMPORTANCE = ("Q2_K_S",)
+"""File types whose own format llama-quantize refuses without an importance matrix, which it takes in other files."""
 
 ENDS = ("output.weight", "token_embd.weight", "per_layer_token_embd.weight")
 """The tensors at the two ends of a model: they need no importance."""
@@ -294,7 +305,8 @@ def _leading_ones(shape: tuple[int, ...]) -> int:
 def needs_importance(file_type: str, name: str, format_name: str) -> bool:
     """Whether llama-quantize refuses to make a tensor of this name in this format without an importance matrix."""
     return name not in ENDS and (
-        format_name in NEEDS_IMPORTANCE or (file_type == "Q2_K_S" and format_name == DEFAULTS["Q2_K_S"])
+        stored_type(format_name).needs_importance
+        or (file_type in NEEDS_IMPORTANCE and format_name == DEFAULTS[file_type])
     )
 
 
@@ -305,8 +317,8 @@ def choose_mix(
     *,
     imatrix: bool = False,
     overrides: Overrides = NO_OVERRIDES,
-) -> dict[str, tuple[str, str]]:
-    """The (format, reason) of every tensor that a file type quantizes, by GGUF name.
+) -> dict[str, Choice]:
+    """The format of every tensor that a file type quantizes, by GGUF name.
 
     `tensors` are all of the model; those that stay as they are (norms, vectors, an output.weight that is left) are not
     in the result. Raises KeyError for a file type without a mix.
@@ -331,48 +343,49 @@ class _Mix:
         self.counts["attn_v"] = sum(kind_of(tensor.name) == "attn_v" for tensor in tensors)
         self.seen = dict.fromkeys(RULES, 0)
 
-    def of(self, tensor: MixTensor) -> tuple[str, str]:
-        """(format, reason). The order is llama-quantize's, but that an explicit type also falls back."""
-        return fallback(*(self._explicit(tensor) or self._by_file_type(tensor)), tensor.shape[-1])
+    def of(self, tensor: MixTensor) -> Choice:
+        """The order is llama-quantize's, but that an explicit type also falls back."""
+        return fallback(self._explicit(tensor) or self._by_file_type(tensor), tensor.shape[-1])
 
-    def _explicit(self, tensor: MixTensor) -> tuple[str, str] | None:
+    def _explicit(self, tensor: MixTensor) -> Choice | None:
         overrides, name = self.overrides, tensor.name
         if name in overrides.tensors:
-            return overrides.tensors[name], "named in the recipe"
+            return Choice(overrides.tensors[name], "named in the recipe")
         if overrides.token_embedding_type is not None and name in ENDS[1:]:
-            return overrides.token_embedding_type, "--token-embedding-type"
+            return Choice(overrides.token_embedding_type, "--token-embedding-type", by_option_of_ends=True)
         if overrides.output_tensor_type is not None and name == "output.weight":
-            return overrides.output_tensor_type, "--output-tensor-type"
+            return Choice(overrides.output_tensor_type, "--output-tensor-type", by_option_of_ends=True)
         if self.default not in UNQUANTIZED and (rule := overrides.match(name)) is not None:
-            return rule[1], f"--tensor-type {rule[0]}={rule[1]}"
+            return Choice(rule[1], f"--tensor-type {rule[0]}={rule[1]}")
         return None
 
-    def _by_file_type(self, tensor: MixTensor) -> tuple[str, str]:
-        default = self.default, "the file's type"
+    def _by_file_type(self, tensor: MixTensor) -> Choice:
+        default = Choice(self.default, "the file's type")
         if self.default in UNQUANTIZED:
             return default
         if self.overrides.pure:
-            return self.default, "--pure: the file's type"
+            return Choice(self.default, "--pure: the file's type")
         if tensor.name == "output.weight" or (self.tied and tensor.name in ENDS):
             return self._output(tensor)
         if self.file_type == "MXFP4_MOE":
-            return default if len(tensor.shape) > 2 else ("Q8_0", "not experts")
+            return default if len(tensor.shape) > 2 else Choice("Q8_0", "not experts")
         if tensor.name in ENDS:
             name = TOKEN_EMBD.get(self.file_type)
-            return (name, f"token_embd rule of {self.file_type}") if name is not None else default
+            return Choice(name, f"token_embd rule of {self.file_type}") if name is not None else default
         kind = kind_of(tensor.name)
         return self._by_kind(kind, tensor) if kind is not None else default
 
-    def _output(self, tensor: MixTensor) -> tuple[str, str]:
+    def _output(self, tensor: MixTensor) -> Choice:
         if self.overrides.output_tensor_type is not None:
-            return self.overrides.output_tensor_type, "--output-tensor-type: embeddings are the output matrix too"
+            reason = "--output-tensor-type: embeddings are the output matrix too"
+            return Choice(self.overrides.output_tensor_type, reason, by_option_of_ends=True)
         if self.default == "Q8_0":
-            return self.default, "the file's type"
+            return Choice(self.default, "the file's type")
         if self.file_type != "MXFP4_MOE" and (self.model.arch == "falcon" or not fits(self.default, tensor.shape[-1])):
-            return "Q8_0", "output matrix"
-        return OUTPUT.get(self.file_type, "Q6_K"), "output matrix"
+            return Choice("Q8_0", "output matrix")
+        return Choice(OUTPUT.get(self.file_type, "Q6_K"), "output matrix")
 
-    def _by_kind(self, kind: str, tensor: MixTensor) -> tuple[str, str]:
+    def _by_kind(self, kind: str, tensor: MixTensor) -> Choice:
         position = Position(self._index(kind, tensor), self.counts[kind], self.model, self.imatrix)
         self.seen[kind] += 1
         rules, of = RULES[kind], self.file_type
@@ -387,8 +400,10 @@ class _Mix:
         large = kind == "attn_v" and self.model.is_70b and self.file_type not in LOW_BIT
         if large and (name or self.default) in ("Q3_K", "Q4_K"):
             # 8 query heads share each value there, so it costs little
-            return "Q5_K", "attn_v rule of 70B models"
-        return (name, f"{kind} rule of {of}") if name is not None else (self.default, "the file's type")
+            return Choice("Q5_K", "attn_v rule of 70B models")
+        if name is None:
+            return Choice(self.default, "the file's type")
+        return Choice(name, f"{kind} rule of {of}")
 
     def _index(self, kind: str, tensor: MixTensor) -> int:
         """Experts do not come in the order of the layers, so that theirs is read from the name."""
@@ -402,17 +417,18 @@ def fits(name: str, columns: int) -> bool:
     return columns % GGML_TYPES[name] == 0
 
 
-def fallback(name: str, reason: str, columns: int) -> tuple[str, str]:
-    """The format itself, or what llama-quantize takes where the row length does not fit: another type, or F16.
+def fallback(choice: Choice, columns: int) -> Choice:
+    """The choice itself, or what llama-quantize takes where the row length does not fit: another type, or F16.
 
     F16 also stands in for types without another (Q8_0 and those of 32 weights), where llama-quantize gives up.
     """
+    name = choice.format
     if fits(name, columns):
-        return name, reason
+        return choice
     other = SHAPE_FALLBACK.get(name, "F16")
     if not fits(other, columns):
         other = "F16"
-    return other, f"fallback: {columns} columns are not a multiple of {name}'s {GGML_TYPES[name]}"
+    return Choice(other, f"fallback: {columns} columns are not a multiple of {name}'s {GGML_TYPES[name]}")
 
 
 def layer_of(name: str) -> int:

@@ -5,31 +5,33 @@ F32, F16, BF16 and Q8_0, those of llama-quantize (mix.py) for the rest. The rule
 `targets=["Linear"]`, by the role of the tensor in the architecture and not by its name.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gguf.constants import LlamaFileType
 
 from streamquant.convert.architectures import ModelDescription, TensorKind, TensorRule
 from streamquant.convert.recipes.container import GGUF, SAFETENSORS, Container
-from streamquant.convert.recipes.mix import DEFAULTS, UNQUANTIZED, MixModel, MixTensor, choose_mix
+from streamquant.convert.recipes.mix import (
+    DEFAULTS,
+    UNQUANTIZED,
+    Choice,
+    MixModel,
+    MixTensor,
+    choose_mix,
+)
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides
 from streamquant.convert.recipes.recipe_file import RecipeFile
 from streamquant.convert.source.checkpoint import SourceTensor
+from streamquant.quant import fp8
 from streamquant.quant.errors import UsageError
+from streamquant.quant.format import Format
+from streamquant.quant.formats import copy_of
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """The format of a tensor in a variant, and the reason, as a user reads it in the plan."""
-
-    format: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What a user asked for beside the file type of a GGUF."""
+class ChoiceOptions:
+    """What the choice of formats depends on beside the recipe."""
 
     imatrix: bool = False
     """Whether there is an importance matrix: some rules depend on it."""
@@ -37,7 +39,7 @@ class Wishes:
 
 
 Tensors = Sequence[tuple[SourceTensor, TensorRule]]
-Choose = Callable[[Tensors, ModelDescription, Wishes], dict[str, Choice]]
+Choose = Callable[[Tensors, ModelDescription, ChoiceOptions], dict[str, Choice]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Recipe:
     """As in names of files and folders: "Q8_0", "FP8-dynamic"."""
     description: str
     choose: Choose
-    """All tensors of the model with their rules, and wishes -> the choice for each, by source name."""
+    """All tensors of the model with their rules, and options -> the choice for each, by source name."""
     scheme: str | None = None
     """The preset of compressed-tensors, for safetensors."""
     base: str | None = None
@@ -84,33 +86,34 @@ def _gguf_fixed(tensor: SourceTensor, rule: TensorRule) -> Choice | None:
 def _gguf_choice(file_type: str, own: Overrides, reason_of_ends: str | None = None) -> Choose:
     """The rule of llama-quantize for a file type, which for F32, F16, BF16 and Q8_0 is the converter's too."""
 
-    def choose(tensors: Tensors, model: ModelDescription, wishes: Wishes) -> dict[str, Choice]:
-        overrides = _joined(own, wishes.overrides)
+    def choose(tensors: Tensors, model: ModelDescription, options: ChoiceOptions) -> dict[str, Choice]:
+        overrides = _joined(own, options.overrides)
         every = [MixTensor(rule.gguf_name, tensor.shape) for tensor, rule in tensors]
-        mixed = choose_mix(file_type, every, _mix_model(model), imatrix=wishes.imatrix, overrides=overrides)
+        mixed = choose_mix(file_type, every, _mix_model(model), imatrix=options.imatrix, overrides=overrides)
         choices = {}
         for tensor, rule in tensors:
-            kept = tensor.dtype, "--leave-output-tensor: as in the source"
-            name, reason = mixed.get(rule.gguf_name, kept)
-            if reason_of_ends is not None and reason.startswith(("--output-tensor-type", "--token-embedding-type")):
-                reason = reason_of_ends if name == own.output_tensor_type else reason
-            choices[tensor.name] = _gguf_fixed(tensor, rule) or Choice(name, reason)
+            choice = _gguf_fixed(tensor, rule) or mixed.get(rule.gguf_name)
+            if choice is None:
+                choice = Choice(copy_of(tensor.dtype).name, "--leave-output-tensor: as in the source")
+            elif reason_of_ends is not None and choice.by_option_of_ends and choice.format == own.output_tensor_type:
+                choice = replace(choice, reason=reason_of_ends)
+            choices[tensor.name] = choice
         return choices
 
     return choose
 
 
-def _joined(own: Overrides, wished: Overrides) -> Overrides:
+def _joined(own: Overrides, given: Overrides) -> Overrides:
     """A variant's own overrides, with those of the command line before them."""
     if not own:
-        return wished
+        return given
     return replace(
-        wished,
-        output_tensor_type=wished.output_tensor_type or own.output_tensor_type,
-        token_embedding_type=wished.token_embedding_type or own.token_embedding_type,
-        tensor_types=wished.tensor_types + own.tensor_types,
-        pure=wished.pure or own.pure,
-        leave_output_tensor=wished.leave_output_tensor or own.leave_output_tensor,
+        given,
+        output_tensor_type=given.output_tensor_type or own.output_tensor_type,
+        token_embedding_type=given.token_embedding_type or own.token_embedding_type,
+        tensor_types=given.tensor_types + own.tensor_types,
+        pure=given.pure or own.pure,
+        leave_output_tensor=given.leave_output_tensor or own.leave_output_tensor,
         tensors=own.tensors,
     )
 
@@ -122,14 +125,14 @@ def _mix_model(model: ModelDescription) -> MixModel:
     return MixModel(model.gguf_arch, model.block_count, heads["head_count"], heads["head_count_kv"])
 
 
-def _fp8_choice(prefix: str) -> Choose:
+def _fp8_choice(formats: Mapping[str, Format]) -> Choose:
     """Linear layers to FP8; everything else as it is in the source."""
 
-    def choose(tensors: Tensors, _model: ModelDescription, _wishes: Wishes) -> dict[str, Choice]:
+    def choose(tensors: Tensors, _model: ModelDescription, _options: ChoiceOptions) -> dict[str, Choice]:
         return {
-            tensor.name: Choice(f"{prefix}_{tensor.dtype}", "linear layer")
+            tensor.name: Choice(formats[tensor.dtype].name, "linear layer")
             if rule.kind is TensorKind.LINEAR
-            else Choice(tensor.dtype, f"{rule.kind.value}: kept as in the source")
+            else Choice(copy_of(tensor.dtype).name, f"{rule.kind.value}: kept as in the source")
             for tensor, rule in tensors
         }
 
@@ -178,8 +181,8 @@ def recipe_of(file: RecipeFile) -> Recipe:
     return Recipe(f"gguf:{label}", GGUF, label, description, choose, base=base, file=file)
 
 
-def _fp8(name: str, prefix: str, scheme: str, description: str) -> Recipe:
-    return Recipe(name, SAFETENSORS, SAFETENSORS.label(name), description, _fp8_choice(prefix), scheme=scheme)
+def _fp8(name: str, formats: Mapping[str, Format], scheme: str, description: str) -> Recipe:
+    return Recipe(name, SAFETENSORS, SAFETENSORS.label(name), description, _fp8_choice(formats), scheme=scheme)
 
 
 LARGE_ENDS = {"Q3_K_XL": "Q3_K_L", "Q4_K_L": "Q4_K_M", "Q5_K_L": "Q5_K_M", "Q6_K_L": "Q6_K"}
@@ -232,8 +235,8 @@ NOT_YET = {
 RECIPES: dict[str, Recipe] = {
     recipe.spec: recipe
     for recipe in (
-        _fp8("fp8-dynamic", "FP8_CHANNEL", "FP8_DYNAMIC", "E4M3, a scale per output channel; activations per token"),
-        _fp8("fp8-block", "FP8_BLOCK", "FP8_BLOCK", "E4M3, a scale per 128x128 block; activations per group of 128"),
+        _fp8("fp8-dynamic", fp8.CHANNEL, "FP8_DYNAMIC", "E4M3, a scale per output channel; activations per token"),
+        _fp8("fp8-block", fp8.BLOCK, "FP8_BLOCK", "E4M3, a scale per 128x128 block; activations per group of 128"),
         *(_gguf(name, description) for name, description in GGUF_DESCRIPTIONS.items()),
     )
 }

@@ -139,7 +139,7 @@ class _Explainer:
         """The tensors that are of another type than the file type and these overrides say, in their order."""
         among = self.tensors if among is None else among
         chosen = choose_mix(self.base, among, self.model, imatrix=self.imatrix, overrides=overrides)
-        return [name for name, (kind, _) in chosen.items() if kind != self.actual[name]]
+        return [name for name, choice in chosen.items() if choice.format != self.actual[name]]
 
     def overrides(self) -> Overrides:
         """Few rules that explain everything; for an unquantized file type, tensors one by one."""

@@ -127,7 +127,7 @@ def encode_block(
 
 def is_copied(matrix: Matrix, output: OutputTensor) -> bool:
     """Whether the bytes of the source are those of the output."""
-    return output.format == matrix.source.dtype and output.rope_heads is None
+    return FORMATS[output.format].copies == matrix.source.dtype and output.rope_heads is None
 
 
 def _encode(

@@ -26,6 +26,7 @@ from streamquant.convert.run import blocks
 from streamquant.convert.run.blocks import Bytes, Encode, Piece, Scratch
 from streamquant.quant import gpu
 from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.quant.format import NO_OVERFLOW
 from streamquant.quant.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class _Slot:
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
             raw = torch.from_numpy(self._raw).to(self._device, non_blocking=True)
             rows = _widen(raw, matrix.source.dtype).view(-1, matrix.n)
-            flags = torch.full((_CELL * (len(groups) + 1),), gpu.NO_OVERFLOW, dtype=torch.int32, device=self._device)
+            flags = torch.full((_CELL * (len(groups) + 1),), NO_OVERFLOW, dtype=torch.int32, device=self._device)
             flags[0] = torch.isfinite(rows).all()
             self._encodings = []
             for number, (output, outputs) in enumerate(groups):
@@ -213,7 +214,7 @@ class _Slot:
         """Wait for the block; yield the pieces of one encoding after another. Raises what the CPU's inner loop does."""
         self._wait()
         flags = self._flags[::_CELL].tolist()
-        if flags[0] == 0 or min(flags[1:], default=gpu.NO_OVERFLOW) != gpu.NO_OVERFLOW:
+        if flags[0] == 0 or min(flags[1:], default=NO_OVERFLOW) != NO_OVERFLOW:
             self._report(scratch)
         for encoding in self._encodings:
             if encoding.parts is None:

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from streamquant.convert.architectures import ROPE_FREQS, TensorRule, describe, rope_row_order
 from streamquant.files.gguf_file import GgufHeader, GgufTensor, read_header
 from streamquant.files.reading import read_bytes
-from streamquant.model.activations import DOT_TYPES, QUANTIZERS
+from streamquant.model.activations import QUANTIZERS
 from streamquant.model.problem import Problem
 from streamquant.model.variants.decoding import check_finite, missing_tensor, rows_per_block, wrong_shape
 from streamquant.model.variants.gguf_model import GgufModel, check_file_type, read_model
 from streamquant.model.variants.variant import Variant, VariantTensor
 from streamquant.quant.errors import StreamquantError
+from streamquant.quant.formats import stored_type
 
 if TYPE_CHECKING:
     import torch
@@ -179,14 +180,14 @@ class GgufVariant(Variant):
     def input_quantizer(self, module: str) -> "Callable[[torch.Tensor], torch.Tensor] | None":
         """See Variant.input_quantizer: what llama.cpp's CPU backend does (model/activations.py)."""
         tensor = self.tensors.get(f"{module}.weight")
-        if tensor is None or tensor.stored_as not in DOT_TYPES:
-            return None
-        return QUANTIZERS[DOT_TYPES[tensor.stored_as]]
+        dot_type = None if tensor is None else stored_type(tensor.stored_as).dot_type
+        return None if dot_type is None else QUANTIZERS[dot_type]
 
     def activations(self) -> str | None:
         """See Variant.activations."""
-        kinds = {DOT_TYPES[t.stored_as] for t in self.tensors.values() if len(t.shape) > 1 and t.stored_as in DOT_TYPES}
-        return f"{', '.join(sorted(kinds))}, as llama.cpp's CPU backend" if kinds else None
+        kinds = {stored_type(tensor.stored_as).dot_type for tensor in self.tensors.values() if len(tensor.shape) > 1}
+        names = sorted(kind for kind in kinds if kind is not None)
+        return f"{', '.join(names)}, as llama.cpp's CPU backend" if names else None
 
 
 def decode_rows(raw: NDArray[np.uint8], stored_as: str) -> NDArray[np.float32]:

@@ -12,13 +12,24 @@ d and dmin are float16. The encoders are those of ggml/src/ggml-quants.c: quanti
 of columns quantize_row_q*_K_impl. Decoding is the package gguf's.
 """
 
+from streamquant.quant.format import StoredType
 from streamquant.quant.ggml.blocks import block_format
 from streamquant.quant.kernels import kquants_cpu, kquants_weighted_cpu
 
 FORMATS = (
-    block_format("Q2_K", kquants_cpu.encode_q2_k, kquants_weighted_cpu.encode_q2_k),
-    block_format("Q3_K", kquants_cpu.encode_q3_k, kquants_weighted_cpu.encode_q3_k),
-    block_format("Q4_K", kquants_cpu.encode_q4_k, kquants_weighted_cpu.encode_q4_k),
-    block_format("Q5_K", kquants_cpu.encode_q5_k, kquants_weighted_cpu.encode_q5_k),
-    block_format("Q6_K", kquants_cpu.encode_q6_k, kquants_weighted_cpu.encode_q6_k),
+    block_format(
+        StoredType("Q2_K", "Q8_K", 4, 2.0), kquants_cpu.encode_q2_k, kquants_weighted_cpu.encode_q2_k, "kquants_gpu"
+    ),
+    block_format(
+        StoredType("Q3_K", "Q8_K", 8, 1.5), kquants_cpu.encode_q3_k, kquants_weighted_cpu.encode_q3_k, "kquants_gpu"
+    ),
+    block_format(
+        StoredType("Q4_K", "Q8_K", 13, 0.9), kquants_cpu.encode_q4_k, kquants_weighted_cpu.encode_q4_k, "kquants_gpu"
+    ),
+    block_format(
+        StoredType("Q5_K", "Q8_K", 19, 0.7), kquants_cpu.encode_q5_k, kquants_weighted_cpu.encode_q5_k, "kquants_gpu"
+    ),
+    block_format(
+        StoredType("Q6_K", "Q8_K", 24, 0.5), kquants_cpu.encode_q6_k, kquants_weighted_cpu.encode_q6_k, "kquants_gpu"
+    ),
 )

@@ -13,13 +13,22 @@ ggml/src/ggml-quants.c: quantize_row_*_ref, and with the importance of columns q
 Decoding is the package gguf's.
 """
 
+from streamquant.quant.format import StoredType
 from streamquant.quant.ggml.blocks import block_format
 from streamquant.quant.kernels import legacy_cpu, legacy_weighted_cpu
 
 FORMATS = (
-    block_format("Q8_0", legacy_cpu.encode_q8_0),
-    block_format("Q4_0", legacy_cpu.encode_q4_0, legacy_weighted_cpu.encode_q4_0),
-    block_format("Q4_1", legacy_cpu.encode_q4_1, legacy_weighted_cpu.encode_q4_1),
-    block_format("Q5_0", legacy_cpu.encode_q5_0, legacy_weighted_cpu.encode_q5_0),
-    block_format("Q5_1", legacy_cpu.encode_q5_1, legacy_weighted_cpu.encode_q5_1),
+    block_format(StoredType("Q8_0", "Q8_0", 35, 0.06), legacy_cpu.encode_q8_0, gpu_kernels="legacy_gpu"),
+    block_format(
+        StoredType("Q4_0", "Q8_0", 13, 0.9), legacy_cpu.encode_q4_0, legacy_weighted_cpu.encode_q4_0, "legacy_gpu"
+    ),
+    block_format(
+        StoredType("Q4_1", "Q8_0", 13, 0.9), legacy_cpu.encode_q4_1, legacy_weighted_cpu.encode_q4_1, "legacy_gpu"
+    ),
+    block_format(
+        StoredType("Q5_0", "Q8_0", 19, 0.6), legacy_cpu.encode_q5_0, legacy_weighted_cpu.encode_q5_0, "legacy_gpu"
+    ),
+    block_format(
+        StoredType("Q5_1", "Q8_0", 19, 0.6), legacy_cpu.encode_q5_1, legacy_weighted_cpu.encode_q5_1, "legacy_gpu"
+    ),
 )

@@ -9,11 +9,12 @@
 The encoders are quantize_row_*_ref of ggml/src/ggml-quants.c, which know no importance; decoding is the package gguf's.
 """
 
+from streamquant.quant.format import StoredType
 from streamquant.quant.ggml.blocks import block_format
 from streamquant.quant.kernels import mxfp4_cpu, ternary_cpu
 
 FORMATS = (
-    block_format("MXFP4", mxfp4_cpu.encode_mxfp4),
-    block_format("TQ1_0", ternary_cpu.encode_tq1_0),
-    block_format("TQ2_0", ternary_cpu.encode_tq2_0),
+    block_format(StoredType("MXFP4", "Q8_0", 11, 1.0), mxfp4_cpu.encode_mxfp4),
+    block_format(StoredType("TQ1_0", "Q8_K"), ternary_cpu.encode_tq1_0),
+    block_format(StoredType("TQ2_0", "Q8_K"), ternary_cpu.encode_tq2_0),
 )

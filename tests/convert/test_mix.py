@@ -60,7 +60,7 @@ def test_golden_mixes(name: str, file_type: str, data: Path) -> None:
     default, others = sections[file_type]
     expected = {tensor: others.get(tensor, default) for tensor in chosen}
     assert expected.keys() >= others.keys()
-    assert {tensor: format_ for tensor, (format_, _) in chosen.items()} == expected
+    assert {tensor: choice.format for tensor, choice in chosen.items()} == expected
 
 
 def test_shapes_that_do_not_fit_fall_back() -> None:
@@ -71,22 +71,22 @@ def test_shapes_that_do_not_fit_fall_back() -> None:
         MixTensor("blk.0.ffn_down.weight", (576, 1536)),
         MixTensor("blk.0.ffn_up.weight", (576, 172)),
     ]
-    chosen = {name: format_ for name, (format_, _) in choose_mix("Q4_K_M", tensors, model).items()}
+    chosen = {name: choice.format for name, choice in choose_mix("Q4_K_M", tensors, model).items()}
     assert chosen == {
         "token_embd.weight": "Q8_0",
         "blk.0.attn_q.weight": "Q5_0",
         "blk.0.ffn_down.weight": "Q6_K",
         "blk.0.ffn_up.weight": "F16",
     }
-    reasons = dict(choose_mix("Q4_K_M", tensors, model))
-    assert "576 columns are not a multiple of Q4_K's 256" in reasons["blk.0.attn_q.weight"][1]
+    choices = choose_mix("Q4_K_M", tensors, model)
+    assert "576 columns are not a multiple of Q4_K's 256" in choices["blk.0.attn_q.weight"].reason
 
 
 def chosen_of(
     file_type: str, model: MixModel, names: Mapping[str, tuple[int, ...]], *, imatrix: bool = False
 ) -> dict[str, str]:
     tensors = [MixTensor(name, shape) for name, shape in names.items()]
-    return {name: format_ for name, (format_, _) in choose_mix(file_type, tensors, model, imatrix=imatrix).items()}
+    return {name: choice.format for name, choice in choose_mix(file_type, tensors, model, imatrix=imatrix).items()}
 
 
 def layers_with(file_type: str, name: str, format_: str, *, model: MixModel, imatrix: bool = False) -> list[int]:

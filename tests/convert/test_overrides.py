@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamquant.convert.recipes.mix import MixModel, MixTensor, choose_mix
+from streamquant.convert.recipes.mix import Choice, MixModel, MixTensor, choose_mix
 from streamquant.convert.recipes.overrides import (
     NO_OVERRIDES,
     Overrides,
@@ -30,7 +30,7 @@ def tensors(*, tied: bool = False, columns: int = 256) -> list[MixTensor]:
 
 def types(file_type: str, overrides: Overrides, *, tied: bool = False, columns: int = 256) -> dict[str, str]:
     chosen = choose_mix(file_type, tensors(tied=tied, columns=columns), MODEL, overrides=overrides)
-    return {name: format_ for name, (format_, _) in chosen.items()}
+    return {name: choice.format for name, choice in chosen.items()}
 
 
 def rules(*texts: str) -> Overrides:
@@ -118,9 +118,9 @@ def test_exact_names_stand_above_everything() -> None:
 
 def test_reasons_name_the_option() -> None:
     chosen = choose_mix("Q4_K_M", tensors(), MODEL, overrides=Overrides((("attn_v", "Q8_0"),), "Q6_K", "Q5_K"))
-    assert chosen["blk.0.attn_v.weight"] == ("Q8_0", "--tensor-type attn_v=Q8_0")
-    assert chosen["output.weight"] == ("Q6_K", "--output-tensor-type")
-    assert chosen["token_embd.weight"] == ("Q5_K", "--token-embedding-type")
+    assert chosen["blk.0.attn_v.weight"] == Choice("Q8_0", "--tensor-type attn_v=Q8_0")
+    assert chosen["output.weight"] == Choice("Q6_K", "--output-tensor-type", by_option_of_ends=True)
+    assert chosen["token_embd.weight"] == Choice("Q5_K", "--token-embedding-type", by_option_of_ends=True)
 
 
 # --- parsing --------------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def model_tensors(layers: int) -> list[MixTensor]:
 
 def kinds_of(base: str, layers: int, overrides: Overrides = NO_OVERRIDES) -> dict[str, str]:
     model = MixModel("llama", layers, 8, 2)
-    return {n: k for n, (k, _) in choose_mix(base, model_tensors(layers), model, overrides=overrides).items()}
+    return {n: c.format for n, c in choose_mix(base, model_tensors(layers), model, overrides=overrides).items()}
 
 
 def test_mixes_are_recognized_without_rules(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from tests.oracle import ROWS, assert_same_bytes, ggml_encode, make_rows, round_
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed (it has wheels for Linux alone)")
 
-BLOCKS = gpu.ENCODED - set(gpu.FP8)
+FP8 = [name for name, format_ in FORMATS.items() if format_.source_dtype is not None]
+BLOCKS = gpu.ENCODED - set(FP8)
 WEIGHTED = {name for name in gpu.ENCODED if FORMATS[name].uses_importance}
 QUICK_IMPORTANCE = {"Q4_0", "Q4_K", "Q3_K", "IQ4_NL"}
 """A format for each of the searches with importance; the others are long."""
@@ -101,10 +102,10 @@ def test_encodes_like_ggml_with_importance(call: Call, name: str) -> None:
     check(call, name, np.concatenate([rows, mixed_rows(8, 768)]), importances(768)["with zeros"])
 
 
-@pytest.mark.parametrize("name", gpu.FP8)
+@pytest.mark.parametrize("name", FP8)
 def test_fp8_like_the_cpu(call: Call, name: str) -> None:
     """Incomplete tiles at both edges; rows longer than a program takes at a time."""
-    dtype = name.rsplit("_", 1)[1]
+    dtype = FORMATS[name].source_dtype or ""
     check(call, name, round_to(np.ascontiguousarray(all_rows(7, 336)[:, :333]), dtype))
     check(call, name, round_to(make_rows("student_t2", 3, 5000), dtype))
 
@@ -229,6 +230,6 @@ def test_kernels_are_launched_without_fusion() -> None:
 @pytest.mark.parametrize("name", sorted(gpu.ENCODED))
 def test_a_large_matrix_on_the_gpu(call: Call, name: str) -> None:
     """What the interpreter is too slow for: many programs at once."""
-    dtype = name.rsplit("_", 1)[1] if name in gpu.FP8 else "F32"
+    dtype = FORMATS[name].source_dtype or "F32"
     rows = round_to(np.concatenate([make_rows(kind, 512, 4096) for kind in ROWS]), dtype)
     check(call, name, rows)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from streamquant.model.errors import errors_of
 from streamquant.model.problem import Problem
 from streamquant.model.variants.variant import Variant, VariantTensor
+from streamquant.quant.formats import stored_type
 from streamquant.validate.readback.sqnr import Noise
 
 if TYPE_CHECKING:
@@ -131,9 +132,9 @@ def doubtful_tensors(errors: tuple[TensorError, ...]) -> list[Problem]:
     """A problem for each tensor that is further from the original than its type can explain."""
     problems = []
     for error in errors:
-        least, worst = LIMITS.get(error.stored_as, (0.0, math.inf))
+        limits = stored_type(error.stored_as)
         where = f"tensor {error.name!r}, {error.stored_as}"
-        if error.sqnr_db is not None and error.sqnr_db < least:
+        if error.sqnr_db is not None and error.sqnr_db < limits.least_sqnr:
             problems.append(
                 Problem(
                     "tensor",
@@ -141,10 +142,10 @@ def doubtful_tensors(errors: tuple[TensorError, ...]) -> list[Problem]:
                     "a tensor is not the original's: wrong rows, scale or tensor",
                     where=where,
                     found=f"{error.sqnr_db:.1f} dB",
-                    required=f"at least {least:g} dB",
+                    required=f"at least {limits.least_sqnr:g} dB",
                 )
             )
-        elif error.worst_block > worst:
+        elif error.worst_block > limits.worst_block:
             problems.append(
                 Problem(
                     "block",
@@ -152,20 +153,7 @@ def doubtful_tensors(errors: tuple[TensorError, ...]) -> list[Problem]:
                     "a block of weights is not the original's: a wrong scale, or damaged bytes",
                     where=where,
                     found=f"an error of {100 * error.worst_block:.0f}% in 32 weights",
-                    required=f"at most {100 * worst:.0f}%",
+                    required=f"at most {100 * limits.worst_block:.0f}%",
                 )
             )
     return problems
-
-
-LIMITS: dict[str, tuple[float, float]] = {
-    "F32": (60, 0.001), "F16": (40, 0.05), "BF16": (40, 0.02),
-    "F8_E4M3": (24, 0.25),
-    "Q8_0": (35, 0.06), "Q6_K": (24, 0.5),
-    "Q5_K": (19, 0.7), "Q5_0": (19, 0.6), "Q5_1": (19, 0.6),
-    "Q4_K": (13, 0.9), "Q4_0": (13, 0.9), "Q4_1": (13, 0.9), "IQ4_NL": (13, 0.9), "IQ4_XS": (13, 0.9),
-    "MXFP4": (11, 1.0), "Q3_K": (8, 1.5), "IQ3_S": (7, 1.5), "IQ3_XXS": (6, 1.5),
-    "Q2_K": (4, 2.0), "IQ2_S": (3, 2.0), "IQ2_XS": (3, 2.0), "IQ2_XXS": (2, 2.0), "IQ1_S": (1, 2.0), "IQ1_M": (1, 2.0),
-}  # fmt: skip
-"""Type -> (least SQNR of a tensor in decibels, largest relative error of a block). Normal weights have 8 to 15 dB more
-(F8_E4M3 31.5, Q8_0 44, Q6_K 32, Q5_K 27, Q4_K 21, Q3_K 14, Q2_K 9); rows in another order have -3 dB."""
