@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from examples.smollm2_checkpoint import FOLDER, write_smollm2
 from streamquant.convert.conversion import convert
 from streamquant.convert.options import ConversionOptions
-from streamquant.convert.recipes.recipe import NEED_IMATRIX, RECIPES, parse_variants
+from streamquant.convert.recipes.recipe import RECIPES, parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import gguf_peer, synthetic
 from tests.smollm2 import MISSING, PACKAGE, find_gguf
@@ -89,7 +89,7 @@ def smollm2_variants(shelf: Shelf, smollm2: Path) -> Path:
     )
 
 
-PLAIN = [spec for spec in RECIPES if spec not in NEED_IMATRIX]
+PLAIN = [spec for spec, recipe in RECIPES.items() if not recipe.needs_importance]
 """Every variant that is made without an importance matrix."""
 TINY_PRE = "llama-bpe"
 """tokenizer.ggml.pre of `tiny`, which cannot be told from its tokenizer."""

@@ -14,6 +14,7 @@ from streamquant.convert.architectures import ModelDescription, TensorKind, Tens
 from streamquant.convert.recipes.container import GGUF, SAFETENSORS, Container
 from streamquant.convert.recipes.mix import (
     DEFAULTS,
+    NEEDS_IMPORTANCE,
     UNQUANTIZED,
     Choice,
     MixModel,
@@ -38,6 +39,9 @@ class ChoiceOptions:
     overrides: Overrides = NO_OVERRIDES
 
 
+GGUF_RUNTIMES = ("llama.cpp", "LM Studio", "Ollama")
+FP8_RUNTIMES = ("vLLM", "SGLang", "transformers")
+
 Tensors = Sequence[tuple[SourceTensor, TensorRule]]
 Choose = Callable[[Tensors, ModelDescription, ChoiceOptions], dict[str, Choice]]
 
@@ -52,6 +56,7 @@ class Recipe:
     label: str
     """As in names of files and folders: "Q8_0", "FP8-dynamic"."""
     description: str
+    """What it is, with its size, as in manifests and on cards."""
     choose: Choose
     """All tensors of the model with their rules, and options -> the choice for each, by source name."""
     scheme: str | None = None
@@ -60,6 +65,15 @@ class Recipe:
     """llama-quantize's file type, for GGUF: "Q4_K_M" of "gguf:Q4_K_L"."""
     file: RecipeFile | None = None
     """Where the variant comes from a recipe file; it takes no other overrides."""
+    about: str = ""
+    """The description without the size."""
+    runtimes: tuple[str, ...] = GGUF_RUNTIMES
+    """The programs that run its files."""
+
+    @property
+    def needs_importance(self) -> bool:
+        """Whether it is only made with an importance matrix (but where no row fits its format)."""
+        return self.base in NEEDS_IMPORTANCE
 
     @property
     def takes_overrides(self) -> bool:
@@ -143,13 +157,19 @@ def _file_type(base: str) -> LlamaFileType:
     return LlamaFileType[f"MOSTLY_{base}" if base != "F32" else "ALL_F32"]
 
 
-def _gguf(name: str, description: str) -> Recipe:
-    """A file type of llama-quantize; with the ending _L or _XL the community's form with larger ends."""
-    if name not in LARGE_ENDS:
-        return Recipe(f"gguf:{name}", GGUF, name, description, _gguf_choice(name, NO_OVERRIDES), base=name)
+def _gguf(name: str, about: str, bits: str = "", runtimes: tuple[str, ...] = GGUF_RUNTIMES) -> Recipe:
+    """A file type of llama-quantize; `bits` per weight as its users know them."""
+    description = f"{bits} bits, {about}" if bits else about
+    choose = _gguf_choice(name, NO_OVERRIDES)
+    return Recipe(f"{GGUF.prefix}{name}", GGUF, name, description, choose, None, name, None, about, runtimes)
+
+
+def _large_ends(name: str, base: str) -> Recipe:
+    """The community's form of a file type, with larger embeddings and output."""
     ends = Overrides(output_tensor_type="Q8_0", token_embedding_type="Q8_0")
-    choose = _gguf_choice(LARGE_ENDS[name], ends, "embeddings and output at Q8_0")
-    return Recipe(f"gguf:{name}", GGUF, name, description, choose, base=LARGE_ENDS[name])
+    choose = _gguf_choice(base, ends, "embeddings and output at Q8_0")
+    about = f"{base} with embeddings and output at Q8_0"
+    return Recipe(f"{GGUF.prefix}{name}", GGUF, name, about, choose, base=base, about=about)
 
 
 def recipe_of(file: RecipeFile) -> Recipe:
@@ -158,7 +178,7 @@ def recipe_of(file: RecipeFile) -> Recipe:
     Raises UsageError if its base is no file type, or its label that of another variant.
     """
     base, label = GGUF.label(_gguf_name(GGUF.name, file.base)), file.label
-    if f"gguf:{base}" not in RECIPES or base in LARGE_ENDS:
+    if f"{GGUF.prefix}{base}" not in RECIPES or base in LARGE_ENDS:
         known = [recipe.label for recipe in RECIPES.values() if recipe.base == recipe.label]
         raise UsageError(
             "unknown base", where=f"recipe {label!r}", found=file.base, required=f"a file type: {', '.join(known)}"
@@ -178,15 +198,21 @@ def recipe_of(file: RecipeFile) -> Recipe:
         )
     description = file.note or f"{base} with overrides"
     choose = _gguf_choice(base, file.overrides)
-    return Recipe(f"gguf:{label}", GGUF, label, description, choose, base=base, file=file)
+    return Recipe(f"{GGUF.prefix}{label}", GGUF, label, description, choose, base=base, file=file)
 
 
-def _fp8(name: str, formats: Mapping[str, Format], scheme: str, description: str) -> Recipe:
-    return Recipe(name, SAFETENSORS, SAFETENSORS.label(name), description, _fp8_choice(formats), scheme=scheme)
+def _fp8(name: str, formats: Mapping[str, Format], scheme: str, about: str) -> Recipe:
+    return Recipe(
+        name,
+        SAFETENSORS,
+        SAFETENSORS.label(name),
+        about,
+        _fp8_choice(formats),
+        scheme=scheme,
+        about=about,
+        runtimes=FP8_RUNTIMES,
+    )
 
-
-LARGE_ENDS = {"Q3_K_XL": "Q3_K_L", "Q4_K_L": "Q4_K_M", "Q5_K_L": "Q5_K_M", "Q6_K_L": "Q6_K"}
-"""The community's names for a file type with embeddings and output at Q8_0 -> the file type."""
 
 ALIASES = {
     **{"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"},
@@ -194,56 +220,51 @@ ALIASES = {
 }
 """llama-quantize's other names, and its numbers."""
 
-GGUF_DESCRIPTIONS = {
-    "F32": "32-bit float",
-    "F16": "16-bit float",
-    "BF16": "bfloat16, lossless from BF16",
-    "Q8_0": "8.5 bits, practically lossless",
-    "Q6_K_L": "Q6_K with embeddings and output at Q8_0",
-    "Q6_K": "6.6 bits, very high quality",
-    "Q5_K_L": "Q5_K_M with embeddings and output at Q8_0",
-    "Q5_K_M": "5.7 bits, high quality",
-    "Q5_K_S": "5.5 bits, high quality",
-    "Q4_K_L": "Q4_K_M with embeddings and output at Q8_0",
-    "Q4_K_M": "4.8 bits, good quality, what most people run",
-    "Q4_K_S": "4.6 bits, slightly lower quality",
-    "IQ4_NL": "4.5 bits, non-linear, fast on CPUs",
-    "IQ4_XS": "4.3 bits, non-linear, smaller than Q4_K_S at about its quality",
-    "Q3_K_XL": "Q3_K_L with embeddings and output at Q8_0",
-    "Q3_K_L": "4.3 bits, lower quality",
-    "Q3_K_M": "3.9 bits, low quality",
-    "Q3_K_S": "3.5 bits, low quality",
-    "Q2_K": "3.0 bits, very low quality",
-    "Q2_K_S": "2.8 bits, very low quality; needs an importance matrix",
-    "Q5_1": "6.0 bits, legacy",
-    "Q5_0": "5.5 bits, legacy",
-    "Q4_1": "5.0 bits, legacy",
-    "Q4_0": "4.5 bits, legacy, fast on CPUs",
-    "MXFP4_MOE": "experts at MXFP4, the rest at Q8_0",
-    "TQ2_0": "2.1 bits, for ternary models",
-    "TQ1_0": "1.7 bits, for ternary models",
-}
-"""Every file type that is made."""
-
-NOT_YET = {
-    name: f"of {DEFAULTS[name]}, which is not among the formats yet"
-    for name in DEFAULTS
-    if name not in GGUF_DESCRIPTIONS
-}
-"""File types of llama.cpp that cannot be made yet, and what they are."""
-
 RECIPES: dict[str, Recipe] = {
     recipe.spec: recipe
     for recipe in (
         _fp8("fp8-dynamic", fp8.CHANNEL, "FP8_DYNAMIC", "E4M3, a scale per output channel; activations per token"),
         _fp8("fp8-block", fp8.BLOCK, "FP8_BLOCK", "E4M3, a scale per 128x128 block; activations per group of 128"),
-        *(_gguf(name, description) for name, description in GGUF_DESCRIPTIONS.items()),
+        _gguf("F32", "32-bit float"),
+        _gguf("F16", "16-bit float"),
+        _gguf("BF16", "bfloat16, lossless from BF16"),
+        _gguf("Q8_0", "practically lossless", "8.5"),
+        _large_ends("Q6_K_L", "Q6_K"),
+        _gguf("Q6_K", "very high quality", "6.6"),
+        _large_ends("Q5_K_L", "Q5_K_M"),
+        _gguf("Q5_K_M", "high quality", "5.7"),
+        _gguf("Q5_K_S", "high quality", "5.5"),
+        _large_ends("Q4_K_L", "Q4_K_M"),
+        _gguf("Q4_K_M", "good quality, what most people run", "4.8"),
+        _gguf("Q4_K_S", "slightly lower quality", "4.6"),
+        _gguf("IQ4_NL", "non-linear, fast on CPUs", "4.5"),
+        _gguf("IQ4_XS", "non-linear, smaller than Q4_K_S at about its quality", "4.3"),
+        _large_ends("Q3_K_XL", "Q3_K_L"),
+        _gguf("Q3_K_L", "lower quality", "4.3"),
+        _gguf("Q3_K_M", "low quality", "3.9"),
+        _gguf("Q3_K_S", "low quality", "3.5"),
+        _gguf("Q2_K", "very low quality", "3.0"),
+        _gguf("Q2_K_S", "very low quality; needs an importance matrix", "2.8"),
+        _gguf("Q5_1", "legacy", "6.0"),
+        _gguf("Q5_0", "legacy", "5.5"),
+        _gguf("Q4_1", "legacy", "5.0"),
+        _gguf("Q4_0", "legacy, fast on CPUs", "4.5"),
+        _gguf("MXFP4_MOE", "experts at MXFP4, the rest at Q8_0", runtimes=("llama.cpp",)),
+        _gguf("TQ2_0", "for ternary models", "2.1", ("llama.cpp",)),
+        _gguf("TQ1_0", "for ternary models", "1.7", ("llama.cpp",)),
     )
 }
 """Every variant that can be asked for, by its spelling on the command line."""
 
-NEED_IMATRIX = ("gguf:Q2_K_S",)
-"""Those that are only made with an importance matrix (but where no row fits their format)."""
+LARGE_ENDS = {recipe.label: recipe.base for recipe in RECIPES.values() if recipe.base not in (None, recipe.label)}
+"""The community's names for a file type with larger ends -> the file type."""
+
+NOT_YET = {
+    name: f"of {DEFAULTS[name]}, which is not among the formats yet"
+    for name in DEFAULTS
+    if GGUF.prefix + name not in RECIPES
+}
+"""File types of llama.cpp that cannot be made yet, and what they are."""
 
 
 def parse_variants(specs: Sequence[str], files: Sequence[RecipeFile] = ()) -> list[Recipe]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from streamquant.convert.recipes.mix import DEFAULTS, MixModel, MixTensor, choose_mix, is_quantized, needs_importance
-from streamquant.convert.recipes.recipe import ALIASES, GGUF_DESCRIPTIONS, NOT_YET
+from streamquant.convert.recipes.recipe import ALIASES, NOT_YET, RECIPES
 
 MODELS = {"meta-llama-3.1-70b-instruct": "llama", "qwen3-14b": "qwen3", "qwen3-0.6b": "qwen3"}
 
@@ -267,7 +267,7 @@ def test_what_needs_importance() -> None:
 
 def test_every_file_type_is_made_or_refused() -> None:
     assert NOT_YET.keys() == {name for name in DEFAULTS if name.startswith(("IQ1", "IQ2", "IQ3"))}
-    assert DEFAULTS.keys() - NOT_YET.keys() <= GGUF_DESCRIPTIONS.keys()
+    assert DEFAULTS.keys() - NOT_YET.keys() <= {recipe.label for recipe in RECIPES.values()}
     assert {ALIASES[number] for number in ("0", "1", "2", "7", "15", "21", "30", "32", "36", "38")} == {
         *("F32", "F16", "Q4_0", "Q8_0", "Q4_K_M", "Q2_K_S", "IQ4_XS", "BF16", "TQ1_0", "MXFP4_MOE")
     }
