@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from streamquant.cli import convert, imatrix, publish, readback, validate
+from streamquant.cli import convert, formats, imatrix, publish, readback, validate
 from streamquant.cli.console import error_console, print_result
 from streamquant.convert.manifest import versions
 from streamquant.quant.errors import StreamquantError
@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS: dict[str, Callable[..., None]] = {
+    "formats": formats.formats_command,
     "plan": convert.plan_command,
     "convert": convert.convert_command,
     "inspect": readback.inspect_command,

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from streamquant.convert.recipes.recipe import RECIPES
 from streamquant.quant.errors import UsageError
 
 if TYPE_CHECKING:
     from streamquant.model.forward import Setting
 
 
-_VARIANTS = ", ".join(RECIPES)
 Model = Annotated[
     str,
     typer.Argument(
@@ -31,7 +29,9 @@ SpoolGib = Annotated[
 To = Annotated[
     list[str] | None,
     typer.Option(
-        "--to", help=f"Variant to make; repeatable, and GGUF types may be listed: gguf:Q8_0,Q4_0. One of {_VARIANTS}."
+        "--to",
+        help="Variant to make, of those that `streamquant formats` lists; repeatable. GGUF types may be listed: "
+        "gguf:Q8_0,Q4_0.",
     ),
 ]
 RecipeFiles = Annotated[

@@ -25,7 +25,7 @@ from tests.conftest import PLAIN, TINY_PRE
 from tests.gguf_peer import read_gguf
 from tests.imatrix_files import TINY_COLUMNS, some_entries, write_imatrix
 
-COMMANDS = ("plan", "convert", "inspect", "verify", "recipe")
+COMMANDS = ("formats", "plan", "convert", "inspect", "verify", "recipe")
 PRE = ("--pre", TINY_PRE)
 
 
