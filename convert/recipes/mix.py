@@ -124,6 +124,16 @@ DEFAULTS: Mapping[str, str] = {
 }
 """File type -> the format of tensors without a rule."""
 
+MAIN_TYPES: Mapping[str, tuple[str, ...]] = {
+    "MXFP4": ("MXFP4", "Q8_0"),
+    "IQ3_XS": ("IQ3_S", "IQ3_XXS"),
+    "IQ3_M": ("IQ3_S", "IQ3_XXS", "IQ4_XS"),
+    "IQ2_S": ("IQ2_XS", "IQ2_S"),
+    "IQ2_M": ("IQ2_S",),
+    "Q2_K_S": ("Q2_K",),
+}
+"""Names of files that are not called after the type of most of their tensors -> types of which one must be in them."""
+
 UNQUANTIZED = ("F32", "F16", "BF16")
 """File types, and formats, that the rules below leave alone."""
 

@@ -19,6 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures import ARCHITECTURES, ROPE_FREQS, Family, describe
+from streamquant.convert.recipes.mix import MAIN_TYPES
 from streamquant.files.gguf_file import GgufTensor
 from streamquant.model.problem import Problem
 from streamquant.quant.errors import StreamquantError
@@ -256,21 +257,12 @@ CLAIM = re.compile(
     r"(?<![A-Z0-9])(?:MXFP4|NVFP4|BF16|F16|F32|TQ\d_0|I?Q\d_[A-Z0-9]+)(?:_(?:XXS|XS|S|M|L|XL))?(?![A-Z0-9])"
 )
 FLOATS = frozenset({"F32", "F16", "BF16"})
-MIXED = {
-    "MXFP4": ("MXFP4", "Q8_0"),
-    "IQ3_XS": ("IQ3_S", "IQ3_XXS"),
-    "IQ3_M": ("IQ3_S", "IQ3_XXS", "IQ4_XS"),
-    "IQ2_S": ("IQ2_XS", "IQ2_S"),
-    "IQ2_M": ("IQ2_S",),
-    "Q2_K_S": ("Q2_K",),
-}
-"""Mixes that are not named after their main type."""
 
 
 def base_types(claim: str) -> tuple[str, ...]:
     """The types of which one must be in a file that is called so: "Q4_K_M" -> ("Q4_K",)."""
-    if claim in MIXED:
-        return MIXED[claim]
+    if claim in MAIN_TYPES:
+        return MAIN_TYPES[claim]
     shorter = re.sub(r"_(?:S|M|L|XL|XS|XXS)$", "", claim) if claim not in GGMLQuantizationType.__members__ else claim
     return (shorter,) if shorter in GGMLQuantizationType.__members__ else ()
 
