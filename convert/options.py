@@ -24,8 +24,8 @@ class Argument:
     """A value that users give: `--split-max-size 40G`, or `split_max_size: 40G` in a release file."""
 
     name: str
-    type: type[str] | type[bool] | type[Path] | type[list[str]]
-    """On a command line: a text, a switch, a path, or texts (the option is repeatable)."""
+    type: type[str] | type[bool] | type[int] | type[Path] | type[list[str]]
+    """On a command line: a text, a switch, a number from 1, a path, or texts (the option is repeatable)."""
     help: str
     in_release_file: bool = True
 
@@ -99,6 +99,9 @@ class Given(Protocol):
 
     def size(self, key: str) -> int | None:
         """Bytes, of a text like 40G."""
+
+    def count(self, key: str) -> int | None:
+        """A whole number, 1 or more."""
 
     def path(self, key: str) -> Path | None:
         """A path."""

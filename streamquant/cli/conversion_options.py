@@ -45,6 +45,11 @@ class CommandLine:
         text = self.text(key)
         return None if text is None else parse_size(text, self.at(key))
 
+    def count(self, key: str) -> int | None:
+        """A whole number; typer refuses those below 1."""
+        found: int | None = self.take(key)
+        return found
+
     def path(self, key: str) -> Path | None:
         """A path."""
         found: Path | None = self.take(key)
@@ -78,11 +83,13 @@ def takes_conversion_options(command: Callable[..., None]) -> Callable[..., None
 
 def _parameter(argument: Argument) -> inspect.Parameter:
     is_switch = argument.type is bool
+    least = 1 if argument.type is int else None
     return inspect.Parameter(
         argument.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=False if is_switch else None,
         annotation=Annotated[
-            argument.type if is_switch else argument.type | None, typer.Option(argument.flag, help=argument.help)
+            argument.type if is_switch else argument.type | None,
+            typer.Option(argument.flag, help=argument.help, min=least),
         ],
     )
