@@ -44,6 +44,7 @@ ARGUMENTS = (
     Argument(
         "split_max_size", str, "Split GGUF files at this many bytes of tensors, e.g. 40G (decimal, as llama.cpp)."
     ),
+    Argument("split_max_tensors", int, "Split GGUF files after this many tensors, as llama.cpp's converter does."),
     Argument("max_shard_size", str, "Largest FP8 shard, e.g. 5G. Default: the shards of the source."),
     Argument("pre", str, "tokenizer.ggml.pre, where it cannot be told from tokenizer.json."),
     Argument("metadata", Path, "JSON file of GGUF keys that override the model card (llama.cpp's --metadata)."),
@@ -118,6 +119,8 @@ class ConversionOptions:
     """Name of the model in file names; default: the name of the source folder."""
     split_max_size: int | None = None
     """Largest number of tensor bytes in a GGUF file; None: one file."""
+    split_max_tensors: int | None = None
+    """Largest number of tensors in a GGUF file; None: any."""
     max_shard_size: int | None = None
     """Largest number of tensor bytes in an FP8 shard; None: the shards of the source."""
     pre: str | None = None
@@ -133,9 +136,11 @@ class ConversionOptions:
 
     def record(self) -> dict[str, Any]:
         """As in a manifest; `parse_options` is the inverse."""
+        # options that are younger than the manifest are only written where they are given: its bytes stay the same
         return {
             "name": self.name,
             "split_max_size": self.split_max_size,
+            **({"split_max_tensors": self.split_max_tensors} if self.split_max_tensors is not None else {}),
             "max_shard_size": self.max_shard_size,
             "pre": self.pre,
             "metadata": self.metadata,
@@ -162,6 +167,8 @@ class ConversionOptions:
         if container is GGUF:
             if self.split_max_size:
                 words += ["--split-max-size", short_size(self.split_max_size)]
+            if self.split_max_tensors:
+                words += ["--split-max-tensors", str(self.split_max_tensors)]
             if self.pre:
                 words += ["--pre", self.pre]
             if self.metadata:
@@ -179,7 +186,8 @@ def parse_options(record: JsonRecord) -> ConversionOptions:
 
     What a manifest does not know was not chosen. Raises StreamquantError for a value of another kind.
     """
-    sizes = {key: record.count(key) for key in ("split_max_size", "max_shard_size") if record.take(key) is not None}
+    sizes = ("split_max_size", "split_max_tensors", "max_shard_size")
+    given = {key: record.count(key) for key in sizes if record.take(key) is not None}
     overrides = record.mapping("overrides")
     try:
         parsed = parse_overrides(overrides, lambda key: f"{record.where}.overrides, {key}")
@@ -187,8 +195,9 @@ def parse_options(record: JsonRecord) -> ConversionOptions:
         raise record.broken("overrides", overrides, f"{error.required}") from error
     return ConversionOptions(
         name=record.optional_text("name"),
-        split_max_size=sizes.get("split_max_size"),
-        max_shard_size=sizes.get("max_shard_size"),
+        split_max_size=given.get("split_max_size"),
+        split_max_tensors=given.get("split_max_tensors"),
+        max_shard_size=given.get("max_shard_size"),
         pre=record.optional_text("pre"),
         metadata=record.mapping("metadata"),
         overrides=parsed,
@@ -204,6 +213,7 @@ def read_options(given: Given, recipes: Sequence[Recipe]) -> ConversionOptions:
     return ConversionOptions(
         name=given.text("name"),
         split_max_size=given.size("split_max_size"),
+        split_max_tensors=given.count("split_max_tensors"),
         max_shard_size=given.size("max_shard_size"),
         pre=given.text("pre"),
         metadata=_metadata(given),

@@ -88,18 +88,18 @@ def as_matrix(tensor: SourceTensor, rope_heads: int | None) -> tuple[int, int]:
     return tensor.rows, tensor.row_length
 
 
-def split(entries: list[Entry], max_bytes: int | None) -> list[list[Entry]]:
-    """Fill files in order up to `max_bytes` of tensor data (gguf-py's GGUFWriter.add_tensor_info does the same).
+def split(entries: list[Entry], max_bytes: int | None, max_tensors: int | None = None) -> list[list[Entry]]:
+    """Fill files in order up to `max_bytes` of tensor data and `max_tensors` tensors; None: without limit.
+
+    gguf-py's GGUFWriter.add_tensor_info does the same.
 
     Raises UsageError for a tensor that is larger.
     """
-    if max_bytes is None:
-        return [entries]
     groups: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
         nbytes = sum(entry.part_bytes)
-        if nbytes > max_bytes:
+        if max_bytes is not None and nbytes > max_bytes:
             raise UsageError(
                 "a tensor is larger than a file may be",
                 where=f"tensor {entry.name!r}",
@@ -107,7 +107,8 @@ def split(entries: list[Entry], max_bytes: int | None) -> list[list[Entry]]:
                 required=f"at most {max_bytes:,}",
                 hint="allow larger files",
             )
-        if groups[-1] and filled + nbytes > max_bytes:
+        is_full = (max_bytes is not None and filled + nbytes > max_bytes) or len(groups[-1]) == max_tensors
+        if groups[-1] and is_full:
             groups.append([])
             filled = 0
         groups[-1].append(entry)

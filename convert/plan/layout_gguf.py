@@ -30,7 +30,7 @@ class GgufLayout(Layout):
         if imatrix is not None:
             metadata |= imatrix.keys()
         folder, stem = f"{draft.name}-GGUF", f"{draft.name}-{recipe.label}"
-        groups = split(entries, draft.options.split_max_size)
+        groups = split(entries, draft.options.split_max_size, draft.options.split_max_tensors)
         first = len(draft.files)
         tensors: list[OutputTensor] = []
         for number, group in enumerate(groups):

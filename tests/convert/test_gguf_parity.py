@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,7 @@ class Pairs:
         jobs = [self.job(folder, call["case"], call["outtype"]) for call in calls if self.has(call["case"])]
         (folder / OVERRIDES).write_text(json.dumps(METADATA))
         jobs.append({**self.job(folder, "mistral", "q8_0", "split"), "more": ["--split-max-size", "500K"]})
+        jobs.append({**self.job(folder, "mistral", "q8_0", "counted"), "more": ["--split-max-tensors", "5"]})
         jobs.append({**self.job(folder, "mistral", "q8_0", "named"), "more": ["--metadata", str(folder / OVERRIDES)]})
         driver = gguf_peer.DRIVER.replace('job["outfile"]]', 'job["outfile"], *job.get("more", [])]')
         assert driver != gguf_peer.DRIVER
@@ -374,11 +375,18 @@ def test_split_files_speak_as_the_whole_one(pairs: Pairs, split: list[Path], tmp
     assert text == continuation(pairs.ours("smollm2", "Q8_0"), prompt, tmp_path)
 
 
-def test_split_equals_the_reference_converter(pairs: Pairs, peers: Path, tmp_path: Path) -> None:
-    """convert_hf_to_gguf.py --split-max-size cuts at the same places; the headers are equal too, so the files are."""
-    options = ConversionOptions(pre=pre_of("mistral"), split_max_size=500_000)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("split", ConversionOptions(split_max_size=500_000)), ("counted", ConversionOptions(split_max_tensors=5))],
+)
+def test_split_equals_the_reference_converter(
+    name: str, options: ConversionOptions, pairs: Pairs, peers: Path, tmp_path: Path
+) -> None:
+    """convert_hf_to_gguf.py --split-max-size and --split-max-tensors cut at the same places; the headers are equal too,
+    so the files are."""
+    options = replace(options, pre=pre_of("mistral"))
     convert(open_checkpoint(pairs.source("mistral")), parse_variants(["gguf:Q8_0"]), tmp_path, options, jobs=1)
-    theirs = sorted(pairs.reference("split", "q8_0").parent.glob("split-q8_0-*.gguf"))
+    theirs = sorted(pairs.reference(name, "q8_0").parent.glob(f"{name}-q8_0-*.gguf"))
     ours = sorted(tmp_path.rglob("*.gguf"))
     assert len(ours) == len(theirs) > 2
     assert [differences(one, other) for one, other in zip(ours, theirs, strict=True)] == [[] for _ in ours]

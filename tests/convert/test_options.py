@@ -17,6 +17,7 @@ MATRIX = ImportanceMatrix("x.gguf", "ab" * 32, ("a.txt",), 7, {"a": np.ones(2, n
 EVERY = ConversionOptions(
     name="Name",
     split_max_size=40_000_000_000,
+    split_max_tensors=7,
     max_shard_size=1234,
     pre="llama-bpe",
     metadata={"general.author": "me"},
