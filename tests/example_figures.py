@@ -14,9 +14,9 @@ from streamquant.convert.source.spool import spool_limit
 from streamquant.files.sizes import human_bytes
 from streamquant.hub.repo import HubRepo
 from streamquant.publish.release.release_file import ReleaseFile, read_release
-from streamquant.publish.release.release_run import Road, Watch
-from streamquant.publish.release.release_state import State
-from streamquant.publish.release.stages_making import expected_imatrix
+from streamquant.publish.release.release_run import ReleaseRun
+from streamquant.publish.release.release_state import ReleaseState
+from streamquant.publish.release.stages.imatrix import expected_imatrix
 from tests import gguf_peer
 from tests.shapes import SHAPES, write_shape
 
@@ -39,10 +39,10 @@ class _NothingCached:
 
 def figures(file: ReleaseFile, checkpoint: Checkpoint) -> str:
     """Sizes, files, bits per weight, disk and memory of a release, as comment lines."""
-    road = Road(replace(file, model=str(checkpoint.folder)), State(Path("/nonexistent")), (), Watch())
+    run = ReleaseRun(replace(file, model=str(checkpoint.folder)), ReleaseState(Path("/nonexistent")))
     stage = file.imatrix
-    imatrix = expected_imatrix(checkpoint, f"{road.name}.imatrix.gguf", stage) if stage else None
-    plan = road.plan(imatrix)
+    imatrix = expected_imatrix(checkpoint, f"{run.name}.imatrix.gguf", stage) if stage else None
+    plan = run.plan(imatrix)
     lines = [f"source        {human_bytes(checkpoint.nbytes):>10}  in {len(checkpoint.files)} shards"]
     for variant in plan.variants:
         count, bits = len(variant.files), plan.bits_per_weight(variant)

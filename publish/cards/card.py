@@ -6,7 +6,7 @@ Markdown is escaped unless a helper made it Markdown, and the Hub client's own M
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from streamquant.convert.manifest import MANIFEST
 from streamquant.convert.recipes.container import GGUF, SAFETENSORS
 from streamquant.files.writing import explain, write_atomically
 from streamquant.publish.cards.base_card import BaseCard
-from streamquant.publish.cards.card_view import HELPERS, HUB, make_card_view, whole
+from streamquant.publish.cards.card_view import HELPERS, make_card_view
+from streamquant.publish.cards.markdown_helpers import HUB, whole
+from streamquant.publish.cards.options import CardOptions
 from streamquant.publish.cards.origin import BASE_CARD, MARK, Origin, card_before, find_origin, is_ours
 from streamquant.publish.cards.prompts import PromptFormat, prompt_format
 from streamquant.publish.cards.public_report import PublicReport, make_public, refuse_old_report, write_report_files
@@ -35,33 +37,16 @@ _NOT_OURS = re.compile(r"gguf|awq|gptq|mlx|exl[23]|fp8|fp4|nvfp4|int4|int8|bnb|b
 """Tags of the original that would be said of its weights, which ours are not."""
 
 
-@dataclass(frozen=True, slots=True)
-class CardOptions:
-    """What the command line adds to manifest and report.
-
-    base_model    ORG/NAME of the original; by default that of the manifest, else that of the card before
-    repo          ORG/NAME of the repository; of an --out folder the stem, as for push. Without it commands name files
-    quantized_by  by default the ORG of `repo`, else that of the card before
-    source        folder of the original, for its card, sampling defaults and chat template
-    prompts       whether to render the chat template
-    force         replace a README.md that is not ours
-    """
-
-    base_model: str | None = None
-    repo: str | None = None
-    quantized_by: str | None = None
-    source: Path | None = None
-    prompts: bool = True
-    force: bool = False
-
-
-def write_cards(folder: Path, options: CardOptions | None = None, report: Path | None = None) -> list[Path]:
+def write_cards(
+    folder: Path,
+    options: CardOptions = CardOptions(),
+    report: Path | None = None,
+) -> list[Path]:
     """Write README.md, and a copy of the report without local paths, into a variant folder or all in an --out folder.
 
     Returns the cards. Raises UsageError for a README.md that is not ours, StreamquantError for a broken manifest,
     report or base card; nothing is written then.
     """
-    options = options or CardOptions()
     folders = read_folders(folder, report)
     repos: Mapping[str, str | None] = {found.path.name: None for found in folders}
     if options.repo is not None:

@@ -1,22 +1,22 @@
-"""What the stages of a release share: the source, the plan, what is known, and what a stage is."""
+"""What the stages of a release share: how it is run, the source, the plan, and what is known."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix, read_imatrix
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.open import open_source
-from streamquant.publish.release.release_file import ReleaseFile, Stage
-from streamquant.publish.release.release_state import Entry, State, key_of
+from streamquant.files.listener import SILENT, Listener
+from streamquant.publish.release.release_file import ReleaseFile, StageName
+from streamquant.publish.release.release_state import ReleaseState, key_of
 from streamquant.publish.results import VariantFolder, read_folder
-from streamquant.quant.errors import GateFailedError, StreamquantError
+from streamquant.quant.errors import GateFailedError, StreamquantError, UsageError
 
 if TYPE_CHECKING:
     from streamquant.model.forward import Setting
@@ -29,7 +29,7 @@ PACKAGES = ("streamquant", "numpy", "tokenizers", "torch", "transformers")
 class Outcome:
     """What became of a stage, in words."""
 
-    stage: Stage
+    stage: StageName
     state: Literal["done", "skipped", "would run"]
     text: str
 
@@ -38,12 +38,39 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
-    """Who is told what happens: outcomes, steps of a long stage (what, done, all), and remarks."""
+class ReleaseOptions:
+    """How a release is run."""
 
-    on_outcome: Callable[[Outcome], None] = lambda _outcome: None
-    on_step: Callable[[str, int, int], None] = lambda _what, _done, _total: None
-    on_note: Callable[[str], None] = lambda _text: None
+    first: StageName | None = None
+    """Run this stage and those after it, done or not, without a look at those before."""
+    only: StageName | None = None
+    """Run this stage alone, done or not."""
+    dry_run: bool = False
+    """Tell what each stage would do, and write nothing."""
+    command: tuple[str, ...] = ()
+    """The command line, which the report records."""
+
+    @property
+    def forced(self) -> bool:
+        """Whether stages run that are done already."""
+        return self.first is not None or self.only is not None
+
+    def stages_of(self, file: ReleaseFile) -> tuple[StageName, ...]:
+        """The stages to run, in their order. Raises UsageError for one that the file does not ask for."""
+        if self.first is not None and self.only is not None:
+            raise UsageError("--from and --only contradict each other", required="one of them")
+        for option, stage in (("--from", self.first), ("--only", self.only)):
+            if stage is not None and stage not in file.stages:
+                raise UsageError(
+                    "a stage that the file does not ask for",
+                    where=option,
+                    found=stage,
+                    required=", ".join(file.stages),
+                    hint=f"add `{stage}` to {file.path.name}",
+                )
+        if self.only is not None:
+            return (self.only,)
+        return file.stages[file.stages.index(self.first) :] if self.first is not None else file.stages
 
 
 def gates_failed(wrong: Sequence[str], what: str) -> GateFailedError:
@@ -56,22 +83,17 @@ def gates_failed(wrong: Sequence[str], what: str) -> GateFailedError:
     )
 
 
-class Road:
+class ReleaseRun:
     """What the stages of one run share. The source is opened when a stage asks for it first."""
 
     def __init__(
         self,
         file: ReleaseFile,
-        state: State,
-        chosen: tuple[Stage, ...],
-        watch: Watch,
-        *,
-        command: tuple[str, ...] = (),
-        forced: bool = False,
-        dry_run: bool = False,
+        state: ReleaseState,
+        options: ReleaseOptions = ReleaseOptions(),
+        listener: Listener = SILENT,
     ) -> None:
-        self.file, self.state, self.chosen, self.watch, self.command = file, state, chosen, watch, command
-        self.forced, self.dry_run = forced, dry_run
+        self.file, self.state, self.options, self.listener = file, state, options, listener
         self.pending = False
         """Whether an earlier stage of a dry run would make something new."""
         self.failed_gates: tuple[str, ...] = ()
@@ -106,7 +128,7 @@ class Road:
             return self.checkpoint.folder
         from streamquant.convert.source.snapshot import fetch_snapshot
 
-        return fetch_snapshot(self.checkpoint, self.watch.on_step, self.watch.on_note)
+        return fetch_snapshot(self.checkpoint, in_steps(self.listener), self.listener.note)
 
     @property
     def imatrix_path(self) -> Path | None:
@@ -147,7 +169,7 @@ class Road:
     def stopped_by_gates(self) -> bool:
         """Whether a gate failed, and the file does not say to publish all the same."""
         push = self.file.push
-        return bool(self.failed_gates) and not (push is not None and push.without_report)
+        return bool(self.failed_gates) and not (push is not None and push.options.without_report)
 
     @property
     def report_folder(self) -> Path | None:
@@ -173,53 +195,14 @@ class Road:
         return found
 
 
-class Work(ABC):
-    """One stage of a run."""
+def in_steps(listener: Listener) -> Callable[[str, int, int], None]:
+    """A listener as a function of a task, its steps done, and its steps in all."""
+    known: dict[str, int] = {}
 
-    name: ClassVar[Stage]
+    def step(task: str, done: int, total: int) -> None:
+        if task not in known:
+            listener.started(task, total)
+        listener.advanced(task, done - known.get(task, 0))
+        known[task] = done
 
-    def __init__(self, road: Road) -> None:
-        self.road, self.file, self.watch = road, road.file, road.watch
-
-    @property
-    def entry(self) -> Entry:
-        """What is known of the stage."""
-        return self.road.state[self.name]
-
-    @cached_property
-    def key(self) -> str:
-        """The hash of the inputs."""
-        return key_of(self.inputs())
-
-    def outcome(self) -> Outcome:
-        """Skip the stage, or run it; in a dry run tell what it would do."""
-        if self.road.dry_run and self.road.pending:
-            return Outcome(self.name, "would run", self.would())
-        if not self.road.forced and (found := self.found()) is not None:
-            return Outcome(self.name, "skipped", found)
-        if self.road.dry_run:
-            return Outcome(self.name, "would run", self.would())
-        self.before()
-        self.road.state.begin(self.name, self.key)
-        text, outputs = self.run()
-        self.road.state.finish(self.name, self.key, outputs)
-        return Outcome(self.name, "done", text)
-
-    @abstractmethod
-    def inputs(self) -> object:
-        """JSON of all that the outputs depend on."""
-
-    def found(self) -> str | None:
-        """In words what lies there already, if the stage was done with the same inputs."""
-        return "as before" if self.entry.done == self.key and self.road.state.is_intact(self.name) else None
-
-    def before(self) -> None:  # noqa: B027 - most stages have nothing to clear away
-        """Clear away what an earlier run made of other inputs."""
-
-    @abstractmethod
-    def would(self) -> str:
-        """In words what the stage would do."""
-
-    @abstractmethod
-    def run(self) -> tuple[str, list[Path]]:
-        """Do it; returns what was done in words, and the small files whose hashes tell that it is done."""
+    return step

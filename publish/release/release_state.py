@@ -20,14 +20,14 @@ from typing import Any
 from streamquant.files.hashing import sha256_of
 from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import explain, write_atomically
-from streamquant.publish.release.release_file import STAGES, Stage
+from streamquant.publish.release.release_file import STAGES, StageName
 from streamquant.quant.errors import StreamquantError
 
 VERSION = 1
 
 
 @dataclass(slots=True)
-class Entry:
+class StageState:
     """What is known of one stage."""
 
     begun: str | None = None
@@ -38,39 +38,39 @@ class Entry:
     """What else the stage has to remember, JSON."""
 
 
-class State:
+class ReleaseState:
     """The state file of one release."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stages: dict[Stage, Entry] = {name: Entry() for name in STAGES}
+        self._stages: dict[StageName, StageState] = {name: StageState() for name in STAGES}
         if path.exists():
             self._read()
 
-    def __getitem__(self, stage: Stage) -> Entry:
+    def __getitem__(self, stage: StageName) -> StageState:
         return self._stages[stage]
 
-    def begin(self, stage: Stage, key: str) -> None:
+    def begin(self, stage: StageName, key: str) -> None:
         """The stage starts: what it had done is not done any more."""
         entry = self._stages[stage]
         entry.begun, entry.done = key, None
         self.write()
 
-    def finish(self, stage: Stage, key: str, outputs: Iterable[Path]) -> None:
+    def finish(self, stage: StageName, key: str, outputs: Iterable[Path]) -> None:
         """The outputs of the stage lie there."""
         entry = self._stages[stage]
         entry.begun = entry.done = key
         entry.outputs = {os.path.relpath(path, self.path.parent): sha256_of(path) for path in outputs}
         self.write()
 
-    def is_intact(self, stage: Stage) -> bool:
+    def is_intact(self, stage: StageName) -> bool:
         """Whether the outputs of a stage are there with the hashes that they had."""
         outputs = {self.path.parent / path: sha256 for path, sha256 in self._stages[stage].outputs.items()}
         return bool(outputs) and all(path.is_file() and sha256_of(path) == known for path, known in outputs.items())
 
     def write(self) -> None:
         """Write the file. Raises StreamquantError."""
-        stages = {name: asdict(entry) for name, entry in self._stages.items() if entry != Entry()}
+        stages = {name: asdict(entry) for name, entry in self._stages.items() if entry != StageState()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps({"release": VERSION, "stages": stages}, indent=1).encode() + b"\n")
@@ -91,8 +91,8 @@ class State:
         )
 
 
-def _entry(value: Mapping[str, Any]) -> Entry:
-    found = Entry(**value)
+def _entry(value: Mapping[str, Any]) -> StageState:
+    found = StageState(**value)
     texts = [text for text in (found.begun, found.done, *found.outputs.values()) if text is not None]
     if not isinstance(found.made, dict) or not all(isinstance(text, str) for text in texts):
         raise ValueError("not an entry")
@@ -105,8 +105,8 @@ def key_of(value: object) -> str:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Hold a lock on the release's file. Raises StreamquantError if another run of it is at work."""
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock on the file of a release. Raises StreamquantError if another run of it is at work."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:

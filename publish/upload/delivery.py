@@ -1,6 +1,6 @@
 """Upload while converting: a finished file is sent at once, and its place on the disk is free again if that is wanted.
 
-    delivery = deliver(plan, out, "ORG/MODEL", private=True, delete=True, room=50 * GB)
+    delivery = deliver(plan, out, EarlyPush("ORG/MODEL", PushOptions(private=True), delete=True))
     convert(..., delivery=delivery)
 
 What is at its destination is decided by the Hub's own list, by SHA-256: a process that is killed at any moment is
@@ -23,16 +23,19 @@ from huggingface_hub import HfApi
 
 from streamquant.convert.plan.records import Plan
 from streamquant.convert.run.journal import WORK_FOLDER
+from streamquant.files.listener import SILENT, Listener
 from streamquant.files.worker import Worker
-from streamquant.hub.repo import OnBytes, OnWait, Stopped
-from streamquant.hub.target import STOP_SECONDS, Held, Outgoing, Target, abort_xet, connect
-from streamquant.publish.upload.limits import GB, check_plan
+from streamquant.hub.background import STOP_SECONDS, abort_xet
+from streamquant.hub.client import connect
+from streamquant.hub.outgoing import Held, Outgoing
+from streamquant.hub.repo import Stopped
+from streamquant.hub.target import Destination, Target
+from streamquant.publish.upload.limits import check_plan
+from streamquant.publish.upload.options import ROOM, EarlyPush
 from streamquant.publish.upload.push import check_arrived
 from streamquant.publish.upload.selection import name_repositories
-from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.quant.errors import StreamquantError
 
-ROOM = 50 * GB
-"""Bytes that may wait for their upload before the conversion waits for them."""
 UPLOADERS = 2
 """Files that are sent at once."""
 UPLOADS = "uploads.jsonl"
@@ -247,16 +250,6 @@ class UploadRecord:
 # Before a conversion
 
 
-def check_early_push(*, private: bool, without_report: bool) -> None:
-    """Raise UsageError for a conversion that would publish what nobody has measured yet, without saying so."""
-    if not private and not without_report:
-        raise UsageError(
-            "a conversion cannot publish to everybody: there is no report yet",
-            required="--private with --push, or --without-report",
-            hint="push privately, validate, and make the repository public afterwards",
-        )
-
-
 def plan_repositories(plan: Plan, repo: str) -> dict[str, str]:
     """Name of folder -> ORG/NAME for the folders of a plan; `repo` is the stem, or the one name that is needed."""
     folders = dict.fromkeys(variant.folder for variant in plan.variants)
@@ -264,31 +257,19 @@ def plan_repositories(plan: Plan, repo: str) -> dict[str, str]:
 
 
 def deliver(
-    plan: Plan,
-    out: Path,
-    repo: str,
-    *,
-    private: bool,
-    without_report: bool = False,
-    revision: str | None = None,
-    delete: bool = False,
-    room: int = ROOM,
-    api: HfApi | None = None,
-    on_bytes: OnBytes = lambda _count: None,
-    on_wait: OnWait = lambda _message, _seconds: None,
+    plan: Plan, out: Path, where: EarlyPush, listener: Listener = SILENT, api: HfApi | None = None
 ) -> HubDelivery:
     """Check that a plan can be published, make its repositories, and return what `convert` gives its files to.
 
     Raises UsageError, and StreamquantError: no token, a public repository with `private`, a file too large.
     """
-    check_early_push(private=private, without_report=without_report)
     check_plan(plan)
     stop = threading.Event()
     api = api or connect()
     targets = {
-        folder: Target(api, name, revision=revision, on_bytes=on_bytes, on_wait=on_wait, stop=stop)
-        for folder, name in plan_repositories(plan, repo).items()
+        folder: Target(api, Destination(name, where.options.revision), listener, stop)
+        for folder, name in plan_repositories(plan, where.repo).items()
     }
     for target in targets.values():
-        target.open(private=private)
-    return HubDelivery(out, targets, room=room, delete=delete, stop=stop)
+        target.open(private=where.options.private)
+    return HubDelivery(out, targets, room=where.room, delete=where.delete, stop=stop)

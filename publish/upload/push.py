@@ -8,17 +8,22 @@ as their manifest says. A push that was interrupted is repeated; a second one se
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from streamquant.convert.manifest import MANIFEST
-from streamquant.hub.repo import MAIN, OnBytes, OnWait
-from streamquant.hub.target import Held, Outgoing, Target, check_name, connect, in_background
+from streamquant.files.listener import SILENT, Listener
+from streamquant.hub.background import in_background
+from streamquant.hub.client import check_name, connect
+from streamquant.hub.outgoing import UPLOADING, Held, Outgoing
+from streamquant.hub.target import Destination, Target
 from streamquant.publish.cards.origin import BASE_CARD, is_ours
 from streamquant.publish.results import CARD, PublishedVariant, VariantFolder, read_folders
 from streamquant.publish.upload.limits import FILES_IN_COMMIT, GB, SizedFile, check_limits, check_number
+from streamquant.publish.upload.options import PushOptions
 from streamquant.publish.upload.selection import (
     Selection,
     check_content,
@@ -27,36 +32,12 @@ from streamquant.publish.upload.selection import (
     repositories,
     select,
 )
-from streamquant.quant.errors import GateFailedError, StreamquantError, UsageError
+from streamquant.quant.errors import GateFailedError, StreamquantError
 from streamquant.validate.report.data import REPORT
 
 COMMIT_BYTES = 20 * GB
 """Bytes after which a commit is made: what was committed needs no second look after an interruption."""
 Action = Literal["upload", "skip", "leave"]
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """How to publish."""
-
-    private: bool = False
-    """The repositories are private; an existing public one is refused."""
-    revision: str | None = None
-    """A branch, which is made if it is not there."""
-    create_pr: bool = False
-    """Into a pull request in place of the branch."""
-    without_report: bool = False
-    """Also variants that were not measured or failed a gate; the card says so."""
-    message: str | None = None
-    """Title of the commits."""
-
-    def __post_init__(self) -> None:
-        if self.create_pr and self.revision not in (None, MAIN):
-            raise UsageError(
-                "a pull request is made against main", found=f"--revision {self.revision}", required="one of the two"
-            )
-        if self.message is not None and not self.message.strip():
-            raise UsageError("an empty commit message", where="--commit-message")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,74 +70,90 @@ class Pushed:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Upload:
     """One folder and where it goes."""
 
     folder: VariantFolder
     selection: Selection
     target: Target
-    upload: tuple[Outgoing, ...]
+    title: str
+    """Of the commits."""
+    files: tuple[Outgoing, ...]
+    """Those that are not there yet."""
     result: Pushed
+
+
+@dataclass(frozen=True)
+class PreparedPush:
+    """A push that was checked, and waits to be sent."""
+
+    uploads: tuple[_Upload, ...]
+    stop: threading.Event
+    """Set, it ends uploads and waits."""
+
+    @property
+    def results(self) -> tuple[Pushed, ...]:
+        """What is done, or was done, with each folder."""
+        return tuple(upload.result for upload in self.uploads)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that are not there yet."""
+        return sum(result.upload_bytes for result in self.results)
+
+    def send(self) -> tuple[Pushed, ...]:
+        """Send what is not there yet. Raises StreamquantError."""
+        for upload in self.uploads:
+            _check_card(upload)
+            _check_contents(upload)
+        for upload in self.uploads:
+            in_background(partial(_send, upload), self.stop)
+        return self.results
 
 
 def push(
     folder: Path,
     repo: str,
-    wish: Wish | None = None,
-    *,
-    report: Path | None = None,
-    source: Path | None = None,
-    dry_run: bool = False,
-    on_start: Callable[[int], None] = lambda _nbytes: None,
-    on_bytes: OnBytes = lambda _count: None,
-    on_wait: OnWait = lambda _message, _seconds: None,
+    options: PushOptions = PushOptions(),
+    listener: Listener = SILENT,
 ) -> tuple[Pushed, ...]:
-    """Publish a variant folder, or all of an --out folder. `report` is the folder of the report, if not beside them,
-    `source` that of the original, for what only it can tell a card.
+    """Publish a variant folder, or all of an --out folder; see `prepare_push`."""
+    prepared = prepare_push(folder, repo, options, listener)
+    if options.dry_run:
+        return prepared.results
+    listener.started(UPLOADING, prepared.nbytes, "bytes")
+    return prepared.send()
+
+
+def prepare_push(folder: Path, repo: str, options: PushOptions, listener: Listener = SILENT) -> PreparedPush:
+    """Check what is to be published, make the repositories, and look at what they hold.
 
     Model cards are written where they are missing or older than manifest and report, unless they are somebody's own.
-    `on_start` gets the bytes to send, `on_bytes` the number just sent, `on_wait` what is tried again after how many
-    seconds. A dry run asks the Hub what is there and changes nothing, here or there. Raises UsageError,
-    StreamquantError, and GateFailedError for variants that may not be published.
+    A dry run changes nothing, here or there. Raises UsageError, StreamquantError, and GateFailedError for variants that
+    may not be published.
     """
-    wish = wish or Wish()
     check_name(repo)
-    folders = read_folders(folder, report)
+    folders = read_folders(folder, options.report)
     check_finished(folder, folders)
     names = repositories(folders, repo, is_stem=folders[0].path != folder)
     for name in names.values():
         check_name(name)
-    if not wish.without_report:
+    if not options.without_report:
         check_passed(folders)
     notes = {found.path.name: _check_sizes(found) for found in folders}
-    api = connect(to_write=not dry_run)
-    if not dry_run:
+    api = connect(to_write=not options.dry_run)
+    if not options.dry_run:
         for found in folders:
-            refresh_card(found, names[found.path.name], report, source)
+            refresh_card(found, names[found.path.name], options)
     stop = threading.Event()
-    jobs = []
+    uploads = []
     for found in folders:
-        title = wish.message or f"Upload {found.path.name} with streamquant"
-        target = Target(
-            api,
-            names[found.path.name],
-            revision=wish.revision,
-            pull_title=title if wish.create_pr else None,
-            on_bytes=on_bytes,
-            on_wait=on_wait,
-            stop=stop,
-        )
-        jobs.append(_prepare(found, target, wish, notes[found.path.name], dry_run=dry_run))
-    if dry_run:
-        return tuple(job.result for job in jobs)
-    on_start(sum(job.result.upload_bytes for job in jobs))
-    for job in jobs:
-        _check_card(job)
-        _check_contents(job)
-    for job in jobs:
-        title = wish.message or f"Upload {job.folder.path.name} with streamquant"
-        in_background(lambda job=job, title=title: _send(job, title), stop)  # type: ignore[misc] # mypy cannot infer it
-    return tuple(job.result for job in jobs)
+        title = options.message or f"Upload {found.path.name} with streamquant"
+        to = Destination(names[found.path.name], options.revision, title if options.create_pr else None)
+        upload = _prepare(found, Target(api, to, listener, stop), title, options)
+        upload.result.notes = notes[found.path.name]
+        uploads.append(upload)
+    return PreparedPush(tuple(uploads), stop)
 
 
 def check_passed(folders: Sequence[VariantFolder]) -> None:
@@ -182,13 +179,14 @@ def why_refused(variant: PublishedVariant) -> str:
     return "it could not be measured"
 
 
-def refresh_card(folder: VariantFolder, repo: str, report: Path | None = None, source: Path | None = None) -> bool:
+def refresh_card(folder: VariantFolder, repo: str, options: PushOptions) -> bool:
     """Write the model card and the public report of a folder if `card_is_stale`; returns whether it was done."""
-    from streamquant.publish.cards.card import CardOptions, write_cards
+    from streamquant.publish.cards.card import write_cards
+    from streamquant.publish.cards.options import CardOptions
 
     if not card_is_stale(folder, repo):
         return False
-    write_cards(folder.path, CardOptions(repo=repo, source=source), report)
+    write_cards(folder.path, CardOptions(repo=repo, source=options.source), options.report)
     return True
 
 
@@ -216,22 +214,22 @@ def _check_sizes(folder: VariantFolder) -> tuple[str, ...]:
     return check_limits(files, folder.path.name)
 
 
-def _prepare(folder: VariantFolder, target: Target, wish: Wish, notes: tuple[str, ...], *, dry_run: bool) -> _Job:
+def _prepare(folder: VariantFolder, target: Target, title: str, options: PushOptions) -> _Upload:
     """Look at both sides; the repository is there afterwards, unless it is a dry run."""
     selection = select(folder)
     check_number((file.path for file in selection.files), folder.path.name)
-    if dry_run:
+    if options.dry_run:
         made = not target.exists()
         held = {} if made else target.holds()
     else:
-        made = target.open(private=wish.private)
+        made = target.open(private=options.private)
         held = target.holds()
     upload, actions = _decide(folder, selection, held)
-    if dry_run and card_is_stale(folder, target.repo):
+    if options.dry_run and card_is_stale(folder, target.repo):
         card = FileAction(CARD, 0, "upload", "would be written")
         actions = (*(action for action in actions if action.path != CARD), card)
-    result = Pushed(folder.path.name, target.repo, target.url, made, actions, notes)
-    return _Job(folder, selection, target, upload, result)
+    result = Pushed(folder.path.name, target.repo, target.url, made, actions)
+    return _Upload(folder, selection, target, title, upload, result)
 
 
 def _decide(
@@ -263,17 +261,17 @@ def _size(path: Path) -> int:
     return path.lstat().st_size
 
 
-def _check_card(job: _Job) -> None:
+def _check_card(upload: _Upload) -> None:
     """Raise StreamquantError for a card that the Hub would refuse after all else was sent."""
-    for file in job.upload:
+    for file in upload.files:
         if file.path == CARD and file.file is not None:
-            job.target.check_card(file.file.read_text(encoding="utf-8", errors="replace"))
+            upload.target.check_card(file.file.read_text(encoding="utf-8", errors="replace"))
 
 
-def _check_contents(job: _Job) -> None:
+def _check_contents(upload: _Upload) -> None:
     """Hash again what was touched after its manifest was written. Raises StreamquantError if it differs."""
-    for file in job.upload:
-        if file.sha256 is not None and not is_settled(file, job.folder.path):
+    for file in upload.files:
+        if file.sha256 is not None and not is_settled(file, upload.folder.path):
             check_content(file)
 
 
@@ -289,15 +287,15 @@ def batches(files: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:
         yield batch
 
 
-def _send(job: _Job, title: str) -> None:
+def _send(upload: _Upload) -> None:
     """Send what is to be sent, and look whether it arrived."""
-    parts = list(batches(job.upload))
+    parts = list(batches(upload.files))
     for number, batch in enumerate(parts, 1):
-        message = title if len(parts) == 1 else f"{title} ({number} of {len(parts)})"
-        job.result.commits.append(job.target.send(batch, message))
-    if job.upload:
-        check_arrived(job.target, job.upload)
-    job.result.url = job.target.url
+        message = upload.title if len(parts) == 1 else f"{upload.title} ({number} of {len(parts)})"
+        upload.result.commits.append(upload.target.send(batch, message))
+    if upload.files:
+        check_arrived(upload.target, upload.files)
+    upload.result.url = upload.target.url
 
 
 def check_arrived(target: Target, files: Sequence[Outgoing]) -> None:

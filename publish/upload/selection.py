@@ -16,7 +16,7 @@ from streamquant.convert.run.journal import WORK_FOLDER
 from streamquant.convert.run.output_files import PARTIAL
 from streamquant.convert.source.checkpoint import CONFIG, INDEX, SIDE_FOLDERS, may_be_side_file
 from streamquant.files.hashing import READ_BYTES
-from streamquant.hub.target import Outgoing
+from streamquant.hub.outgoing import Outgoing
 from streamquant.publish.cards.origin import BASE_CARD
 from streamquant.publish.results import CARD, REPORT_FOLDER, VariantFolder
 from streamquant.quant.errors import StreamquantError, UsageError

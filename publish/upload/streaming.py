@@ -1,7 +1,7 @@
 """Convert and publish at the same time: what is finished goes to the Hub while the rest is made."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from streamquant.convert.conversion import Conversion, Fetching, convert, disk_of
@@ -11,41 +11,11 @@ from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan
 from streamquant.convert.recipes.recipe import Recipe
 from streamquant.convert.source.checkpoint import Checkpoint
-from streamquant.hub.repo import OnBytes
-from streamquant.publish.upload.delivery import ROOM, check_early_push, deliver, plan_repositories
+from streamquant.files.listener import Listener
+from streamquant.publish.upload.delivery import deliver, plan_repositories
 from streamquant.publish.upload.limits import check_plan
-from streamquant.publish.upload.push import Pushed, Wish, push
-from streamquant.quant.errors import UsageError
-
-
-@dataclass(frozen=True, slots=True)
-class EarlyPush:
-    """Where a conversion sends its files."""
-
-    repo: str
-    """ORG/NAME, the stem for several folders."""
-    private: bool
-    without_report: bool
-    revision: str | None = None
-    delete: bool = False
-    """Delete each file of weights when the Hub holds it."""
-
-
-def early_push(
-    repo: str | None, *, private: bool, without_report: bool, revision: str | None, delete: bool
-) -> EarlyPush | None:
-    """What the options of `convert` ask for; None without --push.
-
-    Raises UsageError for options that need --push, and for one that would publish what nobody has measured yet.
-    """
-    if repo is not None:
-        check_early_push(private=private, without_report=without_report)
-        return EarlyPush(repo, private, without_report, revision, delete)
-    given = {"--private": private, "--without-report": without_report, "--push-revision": revision is not None}
-    given["--delete-after-upload"] = delete
-    if options := [option for option, value in given.items() if value]:
-        raise UsageError("an option of uploads without an upload", found=", ".join(options), required="--push ORG/NAME")
-    return None
+from streamquant.publish.upload.options import ROOM, EarlyPush
+from streamquant.publish.upload.push import Pushed, prepare_push
 
 
 def disk_with_delivery(plan: Plan, spool_gib: float | None, jobs: int, *, delete: bool, room: int = ROOM) -> Disk:
@@ -69,7 +39,7 @@ def convert_and_push(
     fetching: Fetching,
     on_start: Callable[[Plan], None],
     on_progress: Callable[[int], None],
-    on_upload: OnBytes,
+    listener: Listener,
 ) -> tuple[Conversion, tuple[Pushed, ...]]:
     """`convert`, with each finished file uploaded at once; cards, manifests and small files follow at the end.
 
@@ -78,17 +48,7 @@ def convert_and_push(
     plan = make_plan(checkpoint, recipes, options)
     check_plan(plan)
     disk = disk_with_delivery(plan, fetching.spool_gib, jobs, delete=where.delete)
-    delivery = deliver(
-        plan,
-        out,
-        where.repo,
-        private=where.private,
-        without_report=where.without_report,
-        revision=where.revision,
-        delete=where.delete,
-        on_bytes=on_upload,
-        on_wait=fetching.on_wait,
-    )
+    delivery = deliver(plan, out, where, listener)
     done = convert(
         checkpoint,
         recipes,
@@ -102,8 +62,8 @@ def convert_and_push(
         on_start=on_start,
         on_progress=on_progress,
     )
-    wish = Wish(where.private, where.revision, without_report=True)  # check_early_push has had its say
+    rest = replace(where.options, without_report=True, source=checkpoint.folder)  # EarlyPush has been checked
     pushed: list[Pushed] = []
     for folder, name in plan_repositories(plan, where.repo).items():
-        pushed += push(out / folder, name, wish, source=checkpoint.folder, on_bytes=on_upload, on_wait=fetching.on_wait)
+        pushed += prepare_push(out / folder, name, rest, listener).send()
     return done, tuple(pushed)

@@ -20,8 +20,8 @@ from streamquant.convert.source.open import open_source
 from streamquant.files.sizes import human_bytes
 
 if TYPE_CHECKING:
+    from streamquant.publish.upload.options import EarlyPush
     from streamquant.publish.upload.push import Pushed
-    from streamquant.publish.upload.streaming import EarlyPush
 from streamquant.cli.arguments import (
     AsJson,
     Device,
@@ -151,9 +151,7 @@ def convert_command(
         else:
             from streamquant.publish.upload.streaming import convert_and_push
 
-            done, pushed = convert_and_push(
-                checkpoint, recipes, out, options, where, on_upload=listener.bytes_of("uploading"), **how
-            )
+            done, pushed = convert_and_push(checkpoint, recipes, out, options, where, listener=listener, **how)
     for variant in done.plan.variants:
         state = "was done already" if variant.recipe.spec in done.already_done else "done"
         size = human_bytes(done.plan.variant_bytes(variant))
@@ -173,9 +171,9 @@ def _early_push(
     """What --push and its options ask for."""
     if repo is None and not (private or without_report or revision or delete):
         return None
-    from streamquant.publish.upload.streaming import early_push
+    from streamquant.publish.upload.options import PushOptions, early_push
 
-    return early_push(repo, private=private, without_report=without_report, revision=revision, delete=delete)
+    return early_push(repo, PushOptions(private, revision, without_report=without_report), delete=delete)
 
 
 def _disk(plan: Plan, spool_gib: float | None, jobs: int, delete_after_upload: bool) -> Disk:

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from streamquant.cli.console import INTERRUPTED, error_console, say_note, say_waiting
+from streamquant.cli.console import INTERRUPTED, error_console, print_line, say_note, say_waiting
 from streamquant.files.listener import Listener, Unit
 
 
@@ -61,6 +61,10 @@ class ConsoleListener(Listener):
     def waiting(self, what: str, seconds: float) -> None:
         """Print what is tried again."""
         say_waiting(what, seconds)
+
+    def stage_finished(self, outcome: object) -> None:
+        """Print what became of a stage of a release."""
+        print_line(outcome)
 
     def note(self, text: str) -> None:
         """Print a note."""

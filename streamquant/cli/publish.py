@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from streamquant.publish.upload.push import Pushed
-from streamquant.cli.console import print_line, print_result, say_note, say_waiting
+from streamquant.cli.console import print_line, print_result, say_note
 from streamquant.cli.progress import console_listener
 
 
@@ -35,21 +35,15 @@ def push_command(
     Exit code 3 if a variant was not measured or failed a gate. Example:
     `streamquant push variants --repo ORG/Hermes-4-14B`
     """
-    from streamquant.publish.upload.push import Wish, push
+    from streamquant.publish.upload.options import PushOptions
+    from streamquant.publish.upload.push import push
     from streamquant.publish.upload.push_report import push_view
 
-    wish = Wish(private, revision, create_pr, without_report, commit_message)
+    options = PushOptions(
+        private, revision, create_pr, without_report, message=commit_message, report=report, dry_run=dry_run
+    )
     with console_listener() as listener:
-        pushed = push(
-            folder,
-            repo,
-            wish,
-            report=report,
-            dry_run=dry_run,
-            on_start=lambda total: listener.started("uploading", total, "bytes"),
-            on_bytes=listener.bytes_of("uploading"),
-            on_wait=say_waiting,
-        )
+        pushed = push(folder, repo, options, listener)
     if dry_run:
         print_result(push_view(pushed))
         return
@@ -77,7 +71,8 @@ def card_command(
 
     Example: `streamquant card variants --report report --repo ORG/Hermes-4-14B --base-model NousResearch/Hermes-4-14B`
     """
-    from streamquant.publish.cards.card import CardOptions, write_cards
+    from streamquant.publish.cards.card import write_cards
+    from streamquant.publish.cards.options import CardOptions
 
     options = CardOptions(base_model, repo, quantized_by, source, not no_prompts, force)
     for path in write_cards(folder, options, report):
@@ -105,20 +100,13 @@ def run_command(
     """
     from streamquant.publish.release.release import run_release
     from streamquant.publish.release.release_file import read_release, stage_name
-    from streamquant.publish.release.release_run import Watch
+    from streamquant.publish.release.release_run import ReleaseOptions
 
     begin = stage_name(first, "--from") if first is not None else None
     single = stage_name(only, "--only") if only is not None else None
-
+    options = ReleaseOptions(begin, single, dry_run, ("streamquant", *sys.argv[1:]))
     with console_listener("the same command does it again, with what is in the cache") as listener:
-        run_release(
-            read_release(release),
-            first=begin,
-            only=single,
-            dry_run=dry_run,
-            command=("streamquant", *sys.argv[1:]),
-            watch=Watch(print_line, listener.step, listener.note),
-        )
+        run_release(read_release(release), options, listener)
 
 
 def say_pushed(pushed: "Sequence[Pushed]") -> None:

@@ -17,10 +17,10 @@ from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
 from streamquant.convert.source.spool import GIB
 from streamquant.files.sizes import human_bytes
 from streamquant.publish.release.release_file import read_release
-from streamquant.publish.release.release_run import Road, Watch
-from streamquant.publish.release.release_state import State
-from streamquant.publish.release.stages_making import expected_imatrix
-from streamquant.publish.upload.delivery import ROOM
+from streamquant.publish.release.release_run import ReleaseRun
+from streamquant.publish.release.release_state import ReleaseState
+from streamquant.publish.release.stages.imatrix import expected_imatrix
+from streamquant.publish.upload.options import ROOM
 from tests import gguf_peer
 from tests.example_figures import EXAMPLES, JOBS
 from tests.shapes import SHAPES, write_shape
@@ -91,10 +91,10 @@ class Rates:
 def plan_of(name: str, checkpoint: Checkpoint) -> Size:
     """The plan of the release of a model, with an importance matrix where it has one."""
     file = replace(read_release(EXAMPLES / RELEASES[name]), model=str(checkpoint.folder))
-    road = Road(file, State(Path("/nonexistent")), (), Watch())
+    run = ReleaseRun(file, ReleaseState(Path("/nonexistent")))
     stage = file.imatrix
     imatrix = expected_imatrix(checkpoint, f"{name}.imatrix.gguf", stage) if stage else None
-    return Size(checkpoint, road.plan(imatrix))
+    return Size(checkpoint, run.plan(imatrix))
 
 
 def read_rates(text: str) -> Rates:

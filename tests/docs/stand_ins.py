@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils._http import close_session, default_client_factory, set_client_factory
 
-from streamquant.hub import errors, target
+from streamquant.hub import client, errors
 from streamquant.publish.cards import card, public_report
 from streamquant.publish.cards.origin import Template
 from streamquant.publish.cards.prompts import PromptFormat, prompt_format
@@ -143,7 +143,7 @@ def open_workshop(folder: Path, shelf: Shelf, *, whole: bool = False) -> Iterato
         if not whole:
             patch.setattr(render, "write_pages", lambda _report, _folder: [])
             patch.setattr(public_report, "make_plots", lambda _report, _names: ())
-        target._set_up_client.cache_clear()
+        client.set_up_client.cache_clear()
         furnish(folder, models)
         patch.chdir(folder)
         try:
@@ -151,7 +151,7 @@ def open_workshop(folder: Path, shelf: Shelf, *, whole: bool = False) -> Iterato
         finally:
             close_session()
             set_client_factory(default_client_factory)
-            target._set_up_client.cache_clear()
+            client.set_up_client.cache_clear()
 
 
 def _remembered(make: Callable[[Template], PromptFormat]) -> Callable[[Template], PromptFormat]:

@@ -15,20 +15,41 @@ from streamquant.convert.conversion import convert
 from streamquant.convert.options import ConversionOptions
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
-from streamquant.hub import errors, target
+from streamquant.files.listener import Listener, Unit
+from streamquant.hub import client, errors
 from streamquant.publish.results import VariantFolder
 from streamquant.publish.upload import push
-from streamquant.publish.upload.push import Wish
+from streamquant.publish.upload.options import PushOptions
 from tests.conftest import TINY_PRE, Shelf
 from tests.hub import WRITE_TOKEN, Hub
 from tests.hub.client import keep_client
 
-ANYWAY = Wish(without_report=True)
+ANYWAY = PushOptions(without_report=True)
 GGUF = "ORG/Tiny-GGUF"
 FP8 = "ORG/Tiny-FP8-dynamic"
 SECONDS = 20
 """How long an upload may take to notice that its Hub is gone."""
 SPECS = ("fp8-dynamic", "gguf:Q8_0,Q4_0")
+
+
+class Heard(Listener):
+    """Keeps what a push tells."""
+
+    def __init__(self) -> None:
+        self.totals: list[int | None] = []
+        self.sent: list[int] = []
+        self.waits: list[tuple[str, float]] = []
+
+    def started(self, task: str, total: int | None, unit: Unit = "steps") -> None:
+        assert (task, unit) == ("uploading", "bytes")
+        self.totals.append(total)
+
+    def advanced(self, task: str, amount: int = 1) -> None:
+        assert task == "uploading"
+        self.sent.append(amount)
+
+    def waiting(self, what: str, seconds: float) -> None:
+        self.waits.append((what, seconds))
 
 
 @pytest.fixture
@@ -46,12 +67,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
         monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _seconds: None))
         monkeypatch.setattr(push, "refresh_card", _plain_card)
-        target._set_up_client.cache_clear()
+        client.set_up_client.cache_clear()
         yield hub
     _end_uploads()  # which the end of their Hub ends, while they do not sleep between attempts
     close_session()
     set_client_factory(default_client_factory)
-    target._set_up_client.cache_clear()
+    client.set_up_client.cache_clear()
 
 
 def _end_uploads() -> None:

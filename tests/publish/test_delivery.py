@@ -28,11 +28,11 @@ from streamquant.publish.upload import delivery as delivery_module
 from streamquant.publish.upload.delivery import (
     HubDelivery,
     UploadRecord,
-    check_early_push,
     deliver,
     plan_repositories,
 )
-from streamquant.publish.upload.push import Wish, push
+from streamquant.publish.upload.options import ROOM, EarlyPush, PushOptions
+from streamquant.publish.upload.push import push
 from streamquant.quant.errors import StreamquantError, UsageError
 from tests.conftest import TINY_PRE
 from tests.hub import WRITE_TOKEN, Fault, Hub, lost_commit
@@ -45,7 +45,7 @@ GGUF = "ORG/Tiny-GGUF"
 FP8 = "ORG/Tiny-FP8-dynamic"
 SPECS = parse_variants(["fp8-dynamic", "gguf:BF16,Q8_0"])
 OPTIONS = ConversionOptions(pre=TINY_PRE, split_max_size=400_000, max_shard_size=400_000)
-ANYWAY = Wish(private=True, without_report=True)
+ANYWAY = PushOptions(private=True, without_report=True)
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +70,8 @@ def run(tiny: Path, out: Path, delivery: HubDelivery) -> None:
     convert(open_checkpoint(tiny), SPECS, out, OPTIONS, jobs=2, delivery=delivery)
 
 
-def start(tiny: Path, out: Path, **more: object) -> HubDelivery:
-    settings: dict[str, object] = {"private": True, "delete": True, **more}
-    return deliver(planned(tiny), out, "ORG/Tiny", **settings)  # type: ignore[arg-type] # the tests name its arguments
+def start(tiny: Path, out: Path, *, delete: bool = True, room: int = ROOM) -> HubDelivery:
+    return deliver(planned(tiny), out, EarlyPush("ORG/Tiny", PushOptions(private=True), delete, room))
 
 
 def check_published(hub: Hub, out: Path, whole: Path) -> None:
@@ -287,9 +286,9 @@ def test_take_waits_for_room(hub: Hub, tiny: Path, tmp_path: Path) -> None:
 
 def test_what_nobody_measured_is_published_privately_or_knowingly() -> None:
     with pytest.raises(UsageError, match="--private with --push, or --without-report"):
-        check_early_push(private=False, without_report=False)
-    check_early_push(private=True, without_report=False)
-    check_early_push(private=False, without_report=True)
+        EarlyPush("ORG/Tiny", PushOptions())
+    EarlyPush("ORG/Tiny", PushOptions(private=True))
+    EarlyPush("ORG/Tiny", PushOptions(without_report=True))
 
 
 def test_a_public_repository_is_refused(hub: Hub, tiny: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_figures(example: Path, shelf: Shelf, data: Path) -> None:
     assert {recipe.spec for recipe in file.recipes} <= set(re.findall(r"^#   (\S+) ", made, re.MULTILINE))
     assert set(file.stages) == set(STAGES) - {"verify"}
     assert file.push is not None
-    assert file.push.private
+    assert file.push.options.private
 
 
 def test_the_small_one_can_be_read() -> None:

@@ -19,11 +19,12 @@ from streamquant.convert.manifest import MANIFEST
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
-from streamquant.hub.target import Outgoing
+from streamquant.hub.outgoing import Outgoing
 from streamquant.publish.results import read_folders
 from streamquant.publish.upload import push as push_module
 from streamquant.publish.upload.limits import SizedFile, check_limits, check_plan
-from streamquant.publish.upload.push import Wish, batches, card_is_stale, push
+from streamquant.publish.upload.options import PushOptions
+from streamquant.publish.upload.push import batches, card_is_stale, push
 from streamquant.publish.upload.push_report import push_view, summary
 from streamquant.publish.upload.selection import name_repositories
 from streamquant.quant.errors import GateFailedError, StreamquantError, UsageError
@@ -190,7 +191,7 @@ def test_a_report_with_local_paths_stays_at_home(hub: Hub, out: Path, report: Re
 
 def test_a_dry_run_changes_nothing(hub: Hub, out: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    done = push(out, "ORG/Tiny", ANYWAY, dry_run=True)
+    done = push(out, "ORG/Tiny", dataclasses.replace(ANYWAY, dry_run=True))
     assert {request.method for request in hub.requests} <= {"GET"}
     assert hub.repos == {}
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
@@ -200,20 +201,20 @@ def test_a_dry_run_changes_nothing(hub: Hub, out: Path) -> None:
 
 
 def test_a_private_repository(hub: Hub, out: Path) -> None:
-    push(out / "Tiny-GGUF", GGUF, Wish(private=True, without_report=True))
+    push(out / "Tiny-GGUF", GGUF, PushOptions(private=True, without_report=True))
     assert hub.repo(GGUF).private
 
 
 def test_a_public_repository_is_refused_where_a_private_one_was_asked_for(hub: Hub, out: Path) -> None:
     hub.add_repo(GGUF, {"README.md": b"# public"})
     with pytest.raises(StreamquantError, match="the repository is public"):
-        push(out / "Tiny-GGUF", GGUF, Wish(private=True, without_report=True))
+        push(out / "Tiny-GGUF", GGUF, PushOptions(private=True, without_report=True))
     assert hub.select(method="PUT") == []
 
 
 def test_a_branch(hub: Hub, out: Path) -> None:
     for _ in range(2):
-        push(out / "Tiny-GGUF", GGUF, Wish(revision="candidate", without_report=True))
+        push(out / "Tiny-GGUF", GGUF, PushOptions(revision="candidate", without_report=True))
     assert published(hub, GGUF, "candidate") == expected(out / "Tiny-GGUF")
     assert published(hub, GGUF) == {}
     assert len(hub.select(method="PUT")) == 2
@@ -222,7 +223,7 @@ def test_a_branch(hub: Hub, out: Path) -> None:
 def test_a_pull_request_is_opened_once(hub: Hub, out: Path) -> None:
     hub.add_repo(GGUF, {".gitattributes": b"*.gguf filter=lfs diff=lfs merge=lfs -text\n"})
     for _ in range(2):
-        (done,) = push(out / "Tiny-GGUF", GGUF, Wish(create_pr=True, without_report=True))
+        (done,) = push(out / "Tiny-GGUF", GGUF, PushOptions(create_pr=True, without_report=True))
         assert done.url.endswith("/discussions/1")
     assert published(hub, GGUF, "refs/pr/1") == expected(out / "Tiny-GGUF")
     assert published(hub, GGUF) == {}
@@ -232,14 +233,14 @@ def test_a_pull_request_is_opened_once(hub: Hub, out: Path) -> None:
 def test_a_lost_answer_opens_no_second_pull_request(hub: Hub, out: Path) -> None:
     hub.add_repo(GGUF, {".gitattributes": b"*.gguf filter=lfs diff=lfs merge=lfs -text\n"})
     hub.arm(lost_commit())
-    (done,) = push(out / "Tiny-GGUF", GGUF, Wish(create_pr=True, without_report=True))
+    (done,) = push(out / "Tiny-GGUF", GGUF, PushOptions(create_pr=True, without_report=True))
     assert done.url.endswith("/discussions/1")
     assert len(hub.repo(GGUF).pulls) == 1
 
 
 def test_a_pull_request_against_a_branch_is_refused() -> None:
     with pytest.raises(UsageError, match="against main"):
-        Wish(create_pr=True, revision="candidate")
+        PushOptions(create_pr=True, revision="candidate")
 
 
 def test_a_renamed_repository_is_followed(hub: Hub, out: Path) -> None:

@@ -11,16 +11,20 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils._http import close_session
 
+from streamquant.hub import client as client_module
 from streamquant.hub import errors
 from streamquant.hub import target as target_module
+from streamquant.hub.background import in_background
+from streamquant.hub.client import connect
 from streamquant.hub.http_library import httpx
+from streamquant.hub.outgoing import Meter, MeteredFile, Outgoing
 from streamquant.hub.repo import Stopped
-from streamquant.hub.target import Outgoing, Target, _Meter, _MeteredFile, connect, in_background
+from streamquant.hub.target import Destination, Target
 from streamquant.publish.upload import push as push_module
 from streamquant.publish.upload.push import push
 from streamquant.quant.errors import StreamquantError
 from tests.hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub, lost_commit, rate_limit, refuse_token
-from tests.publish.hub_client import ANYWAY, GGUF, expected, published, puts, titles
+from tests.publish.hub_client import ANYWAY, GGUF, Heard, expected, published, puts, titles
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -58,12 +62,12 @@ def test_a_fault_that_stays_is_told_and_the_push_goes_on_later(
     hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(errors, "ATTEMPTS", 2)
-    waits: list[str] = []
+    heard = Heard()
     hub.arm(Fault(path="*/commit/*", status=503, times=None))
     with pytest.raises(StreamquantError, match="the Hub has a fault"):
-        push(out / "Tiny-GGUF", GGUF, ANYWAY, on_wait=lambda message, _seconds: waits.append(message))
-    assert waits
-    assert "503" in waits[0]
+        push(out / "Tiny-GGUF", GGUF, ANYWAY, heard)
+    assert heard.waits
+    assert "503" in heard.waits[0][0]
     assert len(puts(hub)) == 2
     hub.faults.clear()
     push(out / "Tiny-GGUF", GGUF, ANYWAY)
@@ -141,7 +145,7 @@ def test_a_redirect_to_another_host_gets_no_token(hub: Hub, out: Path) -> None:
 
 def test_an_interrupt_ends_an_upload(hub: Hub, tmp_path: Path, interrupt_after: Callable[[float], None]) -> None:
     fault = hub.arm(Fault(method="PUT", trickle=2_000_000, times=None))
-    target = Target(connect(), GGUF)
+    target = Target(connect(), Destination(GGUF))
     target.open(private=False)
     path = tmp_path / "large.gguf"
     with path.open("wb") as file:
@@ -167,14 +171,14 @@ def test_an_interrupt_ends_an_upload(hub: Hub, tmp_path: Path, interrupt_after: 
 def test_a_stop_ends_the_reading_of_a_file(out: Path) -> None:
     """What the buffers of a socket swallow at once is not enough to see it in an upload."""
     path, stop = out / "Tiny-GGUF" / "Tiny-Q8_0.gguf", threading.Event()
-    seen: list[int] = []
-    meter = _Meter(path.stat().st_size, seen.append, stop)
-    with _MeteredFile(path, meter) as file:
+    heard = Heard()
+    meter = Meter(path.stat().st_size, heard, stop)
+    with MeteredFile(path, meter) as file:
         file.read(1000)
         stop.set()
         with pytest.raises(Stopped):
             file.read(1000)
-    assert seen == [1000]
+    assert heard.sent == [1000]
 
 
 def test_another_thread_closes_the_client(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +192,7 @@ def test_another_thread_closes_the_client(hub: Hub, out: Path, monkeypatch: pyte
                 close_session()
             return super().send(request, **options)
 
-    monkeypatch.setattr(target_module, "default_client_factory", Shared)
+    monkeypatch.setattr(client_module, "default_client_factory", Shared)
     monkeypatch.setattr(target_module, "THREADS", 1)  # a connection that is made meanwhile would never be closed
     push(out / "Tiny-GGUF", GGUF, ANYWAY)
     assert len(closed) == 3
@@ -197,8 +201,7 @@ def test_another_thread_closes_the_client(hub: Hub, out: Path, monkeypatch: pyte
 
 def test_progress_counts_every_byte_once(hub: Hub, out: Path) -> None:
     hub.arm(Fault(method="PUT", cut_after=300_000, times=2))
-    sent: list[int] = []
-    totals: list[int] = []
-    push(out / "Tiny-GGUF", GGUF, ANYWAY, on_start=totals.append, on_bytes=sent.append)
-    assert min(sent) >= 0
-    assert sum(sent) == totals[0] == sum(len(data) for data in expected(out / "Tiny-GGUF").values())
+    heard = Heard()
+    push(out / "Tiny-GGUF", GGUF, ANYWAY, heard)
+    assert min(heard.sent) >= 0
+    assert sum(heard.sent) == heard.totals[0] == sum(len(data) for data in expected(out / "Tiny-GGUF").values())

@@ -22,11 +22,12 @@ from streamquant.convert.options import ConversionOptions
 from streamquant.convert.recipes.imatrix import read_imatrix
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
-from streamquant.publish.release import stages_publishing
+from streamquant.files.listener import Listener
 from streamquant.publish.release.release import run_release
 from streamquant.publish.release.release_file import read_release
-from streamquant.publish.release.release_run import Watch
-from streamquant.publish.release.release_state import alone
+from streamquant.publish.release.release_run import ReleaseOptions
+from streamquant.publish.release.release_state import locked
+from streamquant.publish.release.stages.validate import ValidateStage
 from streamquant.quant.errors import GateFailedError, StreamquantError, UsageError
 from streamquant.validate.report import render
 from streamquant.validate.report.data import read_report
@@ -65,15 +66,8 @@ class Bench:
         """Stage and state of every outcome."""
         self.notes.clear()
         self.texts.clear()
-        states: list[str] = []
-
-        def on_outcome(outcome: Any) -> None:
-            states.append(f"{outcome.stage} {outcome.state}")
-            self.texts.append(str(outcome))
-
-        watch = Watch(on_outcome, on_note=self.notes.append)
-        run_release(read_release(self.write()), watch=watch, **options)
-        return states
+        outcomes = run_release(read_release(self.write()), ReleaseOptions(**options), Heard(self))
+        return [f"{outcome.stage} {outcome.state}" for outcome in outcomes]
 
     def files(self) -> dict[str, tuple[int, bytes]]:
         """Every file below the --out folder: time and content."""
@@ -82,6 +76,19 @@ class Bench:
             for path in sorted(self.out.rglob("*"))
             if path.is_file()
         }
+
+
+class Heard(Listener):
+    """Keeps the outcomes and the notes, also of a run that fails."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    def stage_finished(self, outcome: object) -> None:
+        self.bench.texts.append(str(outcome))
+
+    def note(self, text: str) -> None:
+        self.bench.notes.append(text)
 
 
 @pytest.fixture
@@ -178,10 +185,10 @@ def test_other_gates_need_no_measurement(bench: Bench, monkeypatch: pytest.Monke
     bench.run()
     created = read_report(bench.out / "report").created
 
-    def measure(_work: object) -> None:
+    def measure(_stage: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(stages_publishing.ValidateWork, "_measure", measure)
+    monkeypatch.setattr(ValidateStage, "_measure", measure)
     bench.record["validate"]["gates"] = {"max_mean_kld": 1e-6}
     with pytest.raises(GateFailedError, match="Tiny-Q4_K_M: --max-mean-kld 1e-06"):
         bench.run()
@@ -328,7 +335,7 @@ def test_verify(bench: Bench) -> None:
 
 
 def test_two_runs_at_once(bench: Bench) -> None:
-    with alone(bench.write()), pytest.raises(StreamquantError, match="another run of this release"):
+    with locked(bench.write()), pytest.raises(StreamquantError, match="another run of this release"):
         bench.run()
 
 
@@ -412,20 +419,28 @@ def test_the_command_line(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys:
 KILLER = """
     import os, signal, sys
     from pathlib import Path
+    from streamquant.files.listener import Listener
     from streamquant.publish.release.release import run_release
     from streamquant.publish.release.release_file import read_release
-    from streamquant.publish.release.release_run import Watch
 
     path, stage, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     seen = 0
 
-    def die(*what):
-        global seen
-        seen += str(what[0]).startswith(stage)
-        if seen == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+    class Killer(Listener):
+        def started(self, task, total, unit="steps"):
+            if total == 1:
+                self.advanced(task)
 
-    run_release(read_release(path), watch=Watch(on_outcome=die, on_step=die))
+        def advanced(self, task, amount=1):
+            global seen
+            seen += task.startswith(stage)
+            if seen == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def stage_finished(self, outcome):
+            self.advanced(str(outcome))
+
+    run_release(read_release(path), listener=Killer())
 """
 
 
@@ -468,12 +483,12 @@ def test_killed_after_and_within_the_conversion(bench: Bench, stage: str, count:
 
 
 @pytest.mark.long
-def test_killed_all_along_the_road(bench: Bench) -> None:
+def test_killed_at_every_stage(bench: Bench) -> None:
     """Within every stage and between them, one after another; each run goes on where the one before was."""
     bench.record["imatrix"]["save_every"] = 1
     bench.record["variants"] = ["fp8-dynamic", "gguf:Q8_0,Q4_K_M"]
     moments = [
-        *[("plan:", 1), ("importance matrix", 2), ("importance matrix", 3), ("imatrix:", 1), ("converting", 1)],
+        *[("plan:", 1), ("layers", 2), ("layers", 3), ("imatrix:", 1), ("converting", 1)],
         *[("converting", 2), ("convert:", 1), ("layers", 1), ("logits", 1), ("report", 1), ("validate:", 1)],
     ]
     for stage, count in moments:
@@ -487,7 +502,7 @@ def test_killed_all_along_the_road(bench: Bench) -> None:
 def test_killed_within_the_matrix_and_then_another_text(bench: Bench) -> None:
     """What the killed run left is not continued with other texts."""
     bench.record["imatrix"]["save_every"] = 1
-    kill_at(bench, "importance matrix", 5)
+    kill_at(bench, "layers", 5)
     assert (bench.out / "Tiny.imatrix.gguf").exists()
     write_text(bench.folder / "calibration.txt", "mnop")
     assert bench.run() == ALL_DONE
@@ -499,7 +514,7 @@ def test_killed_within_the_matrix_and_then_another_text(bench: Bench) -> None:
 
 @pytest.mark.long
 def test_from_the_hub_and_back_to_it(bench: Bench, tiny: Path, tmp_path: Path) -> None:
-    """The whole road in processes of its own, killed once on the way; cards and report are on the Hub in the end."""
+    """The whole release in processes of its own, killed once on the way; cards and report are on the Hub in the end."""
     shutil.copytree(tiny, tmp_path / "hub" / "ORG" / "Tiny")
     bench.record |= {
         "model": "ORG/Tiny@main",

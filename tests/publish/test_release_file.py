@@ -8,6 +8,7 @@ import yaml
 
 from streamquant.files.strict_yaml import MAX_BYTES
 from streamquant.publish.release.release_file import STAGES, ReleaseFile, read_release, stage_name
+from streamquant.publish.upload.options import PushOptions
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.gates import Gates
 
@@ -87,7 +88,7 @@ def test_everything(tmp_path: Path) -> None:
     assert found.validate.gates == Gates(max_mean_kld=0.1, max_errors=3)
     assert (found.validate.text, found.validate.report) == ((tmp_path / "c.txt",), tmp_path / "report")
     assert (found.validate.skip, found.validate.noise) == (("engines", "behaviour"), ())
-    assert (found.push.repo, found.push.private, found.push.without_report) == ("me/Hermes", True, False)
+    assert (found.push.repo, found.push.options) == ("me/Hermes", PushOptions(private=True))
     assert found.stages == STAGES
 
 

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -13,7 +12,8 @@ from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.publish.upload import limits
 from streamquant.publish.upload import push as push_module
-from streamquant.publish.upload.streaming import disk_with_delivery, early_push
+from streamquant.publish.upload.options import EarlyPush, PushOptions, early_push
+from streamquant.publish.upload.streaming import disk_with_delivery
 from streamquant.quant.errors import UsageError
 from tests.attacks.harness import run
 from tests.conftest import TINY_PRE
@@ -29,16 +29,17 @@ def weights_of(out: Path) -> list[str]:
 
 
 def test_options_without_a_push() -> None:
-    nothing: dict[str, Any] = {"private": False, "without_report": False, "revision": None, "delete": False}
-    assert early_push(None, **nothing) is None
-    for option, value in (("private", True), ("without_report", True), ("revision", "v2"), ("delete", True)):
+    nothing = PushOptions()
+    assert early_push(None, nothing, delete=False) is None
+    for options in (PushOptions(private=True), PushOptions(without_report=True), PushOptions(revision="v2")):
         with pytest.raises(UsageError, match="without an upload"):
-            early_push(None, **{**nothing, option: value})
+            early_push(None, options, delete=False)
+    with pytest.raises(UsageError, match="without an upload"):
+        early_push(None, nothing, delete=True)
     with pytest.raises(UsageError, match="there is no report yet"):
-        early_push("ORG/Tiny", **nothing)
-    found = early_push("ORG/Tiny", private=True, without_report=False, revision="v2", delete=True)
-    assert found is not None
-    assert (found.repo, found.private, found.revision, found.delete) == ("ORG/Tiny", True, "v2", True)
+        early_push("ORG/Tiny", nothing, delete=False)
+    options = PushOptions(private=True, revision="v2")
+    assert early_push("ORG/Tiny", options, delete=True) == EarlyPush("ORG/Tiny", options, delete=True)
 
 
 def test_uploads_never_need_more_disk(tiny: Path) -> None:

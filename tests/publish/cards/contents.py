@@ -13,7 +13,7 @@ import yaml
 from markdown_it.token import Token
 
 from streamquant.convert.manifest import MANIFEST
-from streamquant.publish.cards.card import CardOptions
+from streamquant.publish.cards.options import CardOptions
 from streamquant.publish.results import CARD
 from streamquant.validate.report.data import Report, write_report
 

@@ -26,8 +26,9 @@ from streamquant.convert.recipes.overrides import Overrides
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.model.problem import Problem
-from streamquant.publish.cards.card import CardOptions, write_cards
+from streamquant.publish.cards.card import write_cards
 from streamquant.publish.cards.commands import made_by
+from streamquant.publish.cards.options import CardOptions
 from streamquant.publish.cards.origin import BASE_CARD, MARK
 from streamquant.publish.cards.public_report import public_report
 from streamquant.publish.results import CARD, VariantFolder, read_folder
