@@ -42,8 +42,8 @@ class StoredType:
     """The type that llama.cpp's CPU backend quantizes the other factor of a dot product to (vec_dot_type of
     ggml/src/ggml-cpu/ggml-cpu.c; Q8_1 is Q8_0 and a sum); None: it takes that as it is."""
     least_sqnr: float = 0.0
-    """Decibels: a tensor with less is not the original's. Normal weights have 8 to 15 more (F8_E4M3 31.5, Q8_0 44,
-    Q6_K 32, Q5_K 27, Q4_K 21, Q3_K 14, Q2_K 9); rows in another order have -3."""
+    """Decibels: a tensor with less is not the original's. Normal weights have 8 to 15 more; rows in another order have
+    -3 in all."""
     worst_block: float = math.inf
     """The largest relative error of 32 neighbouring weights that the type can explain."""
     needs_importance: bool = False
