@@ -269,7 +269,7 @@ def _parse_recipe(spec: str, record: JsonRecord) -> Recipe:
         return parse_variants([spec])[0]
     except UsageError as error:
         raise StreamquantError(
-            _BROKEN,
+            "broken manifest",
             where=error.where or record.where,
             found=f"{error.what}: {str(error.found)!r:.200}",
             required=error.required,

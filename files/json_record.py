@@ -39,7 +39,7 @@ class JsonRecord:
     def broken(self, key: str | None, found: object, required: str) -> StreamquantError:
         """The error of a wrong value."""
         where = self.where if key is None else f"{self.where}.{key}"
-        return StreamquantError(self.what, where=where, found=f"{found!r:.200}", required=required)
+        return _error(self.what, where, found, required)
 
     def take(self, key: str) -> Any:
         """The value as it stands; None if there is none."""
@@ -104,3 +104,7 @@ class JsonRecord:
         """An object within, as it stands; empty if there is none."""
         value = self.take(key)
         return {} if value is None else JsonRecord(value, f"{self.where}.{key}", self.what)._values
+
+
+def _error(what: str, where: str, found: object, required: str) -> StreamquantError:
+    return StreamquantError(what, where=where, found=f"{found!r:.200}", required=required)

@@ -1,6 +1,8 @@
 """One record of options: what a manifest says of it comes back, and every option reaches the command line again."""
 
+import ast
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,3 +69,56 @@ def test_every_argument_is_among_the_words_that_repeat_a_conversion() -> None:
     assert {word for word in words if word.startswith("--")} == flags
     assert not ConversionOptions().words(GGUF, None)
     assert not ConversionOptions().words(SAFETENSORS, None)
+
+
+# docs/adding-an-option.md promises that an option is one file, and the file or two where it acts
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("quant", "files", "hub", "convert", "model", "calibrate", "validate", "publish", "streamquant/cli")
+ACTS = {
+    "guard_template": {
+        "convert/conversion.py",  # side files of checkpoints
+        "convert/plan/layout_gguf.py",
+        "convert/metadata/gguf_metadata.py",
+        "convert/metadata/guard_template.py",  # a function of this name
+        "publish/cards/card_view.py",  # cards name the variants with guards
+    }
+}
+"""Options that are used in more than two files, which is not to become the custom."""
+SELECTS = {"convert/recipes/imatrix.py", "validate/readback/verify.py", "publish/release"}
+"""Where entries of an importance matrix are chosen; a release file has a stage for it."""
+
+
+def names_in_code(path: Path) -> set[str]:
+    """Identifiers, attributes, keywords, and texts that are a name or a flag; not docstrings and messages."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Name(id=str(name)) | ast.Attribute(attr=str(name)) | ast.arg(arg=str(name)):
+                found.add(name)
+            case ast.keyword(arg=str(name)) | ast.FunctionDef(name=str(name)) | ast.Constant(value=str(name)):
+                found.add(name.removeprefix("--").replace("-", "_") if name.startswith("--") else name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def code() -> dict[str, set[str]]:
+    paths = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): names_in_code(path) for path in paths}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ConversionOptions) if "_" in field.name])
+def test_an_option_is_in_at_most_three_files(name: str, code: dict[str, set[str]]) -> None:
+    homes = {"convert/options.py", "convert/recipes/container.py"}  # container.py: which option splits its files
+    files = {path for path, names in code.items() if name in names} - homes
+    assert files <= ACTS[name] if name in ACTS else len(files) <= 2, files
+
+
+@pytest.mark.parametrize("name", [argument.name for argument in ARGUMENTS if "_" in argument.name])
+def test_commands_releases_and_manifests_name_no_option(name: str, code: dict[str, set[str]]) -> None:
+    generic = {path for path in code if path.startswith(("streamquant/cli/", "publish/release/"))}
+    generic |= {"convert/manifest.py", "validate/readback/verify.py"}
+    named = {path for path in generic if name in code[path]}
+    if name in ("include_weights", "exclude_weights"):
+        named = {path for path in named if not path.startswith(tuple(SELECTS))}
+    assert named == set()
