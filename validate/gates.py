@@ -12,7 +12,7 @@ from typing import Any, Literal
 from streamquant.quant.errors import UsageError
 
 Measured = Mapping[str, float | None]
-"""Numbers of a variant by the names in GATES; None where one was not measured."""
+"""Numbers of a variant by their names in GATES; None where one was not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +68,30 @@ class GateResult:
         return f"{self.variant}: {option(self.gate)} {self.limit:.6g}, found {found}"
 
 
-Bound = Literal["max", "min"]
-GATES: Mapping[str, str] = {
-    "max_mean_kld": "mean KLD",
-    "max_kld_99_9": "99.9% KLD",
-    "min_same_top": "same top",
-    "max_ppl_ratio": "PPL ratio",
-    "max_errors": "errors",
-    "max_token_mismatches": "token mismatches",
-    "max_chat_mismatches": "chat mismatches",
+@dataclass(frozen=True, slots=True)
+class GateKind:
+    """What a gate limits: the name of the measured number, and which side of the limit is let through."""
+
+    number: str
+    bound: Literal["at most", "at least"] = "at most"
+    counts: bool = False
+    """The number is a count: a limit is a whole number."""
+
+    def passes(self, value: float, limit: float) -> bool:
+        """Whether a value is let through; a NaN is not."""
+        return value <= limit if self.bound == "at most" else value >= limit
+
+
+GATES: Mapping[str, GateKind] = {
+    "max_mean_kld": GateKind("mean KLD"),
+    "max_kld_99_9": GateKind("99.9% KLD"),
+    "min_same_top": GateKind("same top", "at least"),
+    "max_ppl_ratio": GateKind("PPL ratio"),
+    "max_errors": GateKind("errors", counts=True),
+    "max_token_mismatches": GateKind("token mismatches", counts=True),
+    "max_chat_mismatches": GateKind("chat mismatches", counts=True),
 }
-"""Gate -> the name of what it limits."""
+"""Every gate, by its name in Gates."""
 
 
 def option(gate: str) -> str:
@@ -98,8 +111,8 @@ def judge(gates: Gates, variant: str, measured: Measured) -> tuple[GateResult, .
     """
     results = []
     for gate, limit in gates.limits().items():
-        value = measured.get(GATES[gate])
-        within = value is not None and (value <= limit if gate.startswith("max") else value >= limit)
+        value = measured.get(GATES[gate].number)
+        within = value is not None and GATES[gate].passes(value, limit)
         results.append(GateResult(gate, variant, limit, value, within))
     return tuple(results)
 
@@ -119,8 +132,8 @@ def parse_gates(record: object, where: str) -> Gates:
         raise UsageError("not gates", where=where, found=f"{record!r:.200}", required=f"a table of {', '.join(known)}")
     values: dict[str, Any] = {known[key]: value for key, value in record.items()}
     for name, value in values.items():
-        counted = name in ("max_errors", "max_token_mismatches", "max_chat_mismatches")
-        if value is not None and type(value) not in ((int,) if counted else (int, float)):
-            required = "a whole number" if counted else "a number"
+        counts = GATES[name].counts
+        if value is not None and type(value) not in ((int,) if counts else (int, float)):
+            required = "a whole number" if counts else "a number"
             raise UsageError("not a limit", where=f"{where}, {name}", found=f"{value!r:.80}", required=required)
     return Gates(**values)

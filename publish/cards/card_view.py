@@ -111,10 +111,7 @@ def _problems(rows: Sequence[CardRow]) -> list[tuple[str, str, str]]:
 
 def _limits(limits: Mapping[str, float]) -> str:
     """Gates that were set; a reader who sees none on the divergence should know it."""
-    said = [
-        f"{GATES[gate]} at {'least' if gate.startswith('min') else 'most'} {number(limit)}"
-        for gate, limit in limits.items()
-    ]
+    said = [f"{GATES[gate].number} {GATES[gate].bound} {number(limit)}" for gate, limit in limits.items()]
     if not limits.keys() & {"max_mean_kld", "max_kld_99_9", "min_same_top", "max_ppl_ratio"}:
         said.append("no limit on the divergence")
     return ", ".join(said)

@@ -1,8 +1,6 @@
 """What the tests of validate share."""
 
-import pytest
-
-from tests.conftest import Shelf
+from tests.small_models import models
 from tests.validate.engine_fixtures import (
     hermes_14b,
     hermes_llama,
@@ -11,7 +9,6 @@ from tests.validate.engine_fixtures import (
     qwen_gguf,
     qwen_source,
 )
-from tests.validate.models import Models
 from tests.validate.report_fixtures import four_variants, report
 
 __all__ = [
@@ -20,13 +17,8 @@ __all__ = [
     "hermes_llama",
     "llama_gguf",
     "llama_source",
+    "models",
     "qwen_gguf",
     "qwen_source",
     "report",
 ]
-
-
-@pytest.fixture(scope="session")
-def models(shelf: Shelf) -> Models:
-    """Small models of every family."""
-    return Models(shelf)

@@ -20,8 +20,8 @@ from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.logits.comparison import Comparison, ComparisonOptions, compare
 from streamquant.validate.logits.hidden_states import layer_error, sample_positions
 from tests.conftest import read_safetensors
-from tests.validate.models import Models, edit_gguf
-from tests.validate.test_variant import rewrite_shard
+from tests.model.test_variant import rewrite_shard
+from tests.small_models import Models, edit_gguf
 
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(900)]
 

@@ -30,8 +30,8 @@ from streamquant.validate.report.render import render_html, render_markdown
 from streamquant.validate.validation import chat_check, validate
 from tests.conftest import TINY_PRE, Shelf
 from tests.peers import requires_llama_cpp
+from tests.small_models import edit_gguf
 from tests.validate.engine_fixtures import Model, with_keys
-from tests.validate.models import edit_gguf
 from tests.validate.report_fixtures import small_options, write_text
 
 Rows = NDArray[np.uint8]

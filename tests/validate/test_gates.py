@@ -14,8 +14,9 @@ ALL = Gates(0.01, 0.5, 0.95, 1.01, 0, 0, 0)
 
 def test_a_number_at_its_limit_passes_and_one_beyond_fails() -> None:
     assert failed(judge(ALL, "a", GOOD)) == []
-    for gate, name in GATES.items():
-        worse = 0.94999 if gate.startswith("min") else GOOD[name] + 1e-9
+    for gate, kind in GATES.items():
+        name = kind.number
+        worse = 0.94999 if kind.bound == "at least" else GOOD[name] + 1e-9
         wrong = failed(judge(ALL, "a", {**GOOD, name: worse}))
         assert [result.gate for result in wrong] == [gate]
         assert str(wrong[0]).startswith(f"a: {option(gate)} ")
@@ -23,7 +24,8 @@ def test_a_number_at_its_limit_passes_and_one_beyond_fails() -> None:
 
 @pytest.mark.parametrize("value", [None, math.nan])
 def test_what_was_not_measured_fails(value: float | None) -> None:
-    for gate, name in GATES.items():
+    for gate, kind in GATES.items():
+        name = kind.number
         assert [result.gate for result in failed(judge(ALL, "a", {**GOOD, name: value}))] == [gate]
         missing = {key: number for key, number in GOOD.items() if key != name}
         assert [result.gate for result in failed(judge(ALL, "a", missing))] == [gate]

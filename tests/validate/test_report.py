@@ -110,6 +110,16 @@ def test_a_report_is_read_back_as_it_was(report: Report, hostile: Report, tmp_pa
         assert json.loads((folder / REPORT).read_text())["schema"] == SCHEMA
 
 
+def test_a_report_from_before_a_field_is_read_with_its_default(report: Report, tmp_path: Path) -> None:
+    def forget(record: dict[str, Any]) -> None:
+        for note in record["not_run"]:
+            del note["requested"]
+
+    assert any(note.requested for note in report.not_run)
+    found = read_report(broken(forget, report, tmp_path))
+    assert {note.requested for note in found.not_run} == {False}
+
+
 def test_infinity_is_kept_and_nan_is_refused(report: Report) -> None:
     (first, *_), variants = report.comparison.variants, report.comparison.variants
     tensor = dataclasses.replace(first.tensors[0], worst_block=math.inf)
@@ -276,6 +286,29 @@ def test_every_section_shows_strangers_text_as_text(hostile: Report) -> None:
     assert page.text.count("<script>alert(1)</script>") > 40
     assert "{{7*7}}" in page.text
     assert "49" not in re.sub(r"[\d.,]{3,}", "", page.text.partition("How it was measured")[0].partition("main")[0])
+
+
+def test_a_report_renders_itself(report: Report, hostile: Report) -> None:
+    """In a notebook: no markup of strangers, nothing that runs or loads, no rule for what is not the report's own."""
+    for record in (report, hostile):
+        found = record._repr_html_()
+        page = Page(found)
+        assert page.open == []
+        allowed = "div style section h2 p ul li table thead tbody tr th td span bdi b small code"
+        assert page.tags <= set(allowed.split())
+        assert not any(name.startswith("on") or name in ("src", "href") for name, _ in page.attributes)
+        assert not re.search(r"url\(|@import", found)
+        rules = re.findall(r"^(.*) \{", found.partition("</style>")[0], re.MULTILINE)
+        assert rules
+        assert all(part.strip().startswith(".streamquant-report ") for rule in rules for part in rule.split(","))
+        for row in make_view(record).rows:
+            assert row.kld[0] in page.text
+            assert row.size in page.text
+        assert len(repr(record)) < 300
+        assert not {"\u202e", "\x1b"} & {*found, *repr(record)}
+    assert "Not fit to publish: 1 variant of 4" in report._repr_html_()
+    assert "--max-mean-kld" in report._repr_html_()
+    assert repr(report) == "<Report: 4 variants of Tiny, 0 errors, 1 failed gates>"
 
 
 def test_markdown_of_strangers_text(hostile: Report, report: Report) -> None:

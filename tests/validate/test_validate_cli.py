@@ -33,8 +33,8 @@ from streamquant.validate.text.chat_suite import chat_cases
 from streamquant.validate.validation import validate
 from tests.attacks.harness import write_model
 from tests.peers import requires_llama_cpp
+from tests.small_models import edit_gguf
 from tests.validate.engine_fixtures import Model
-from tests.validate.models import edit_gguf
 from tests.validate.report_fixtures import CONTEXT, ENGINES, small_options, write_text
 
 

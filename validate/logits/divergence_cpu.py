@@ -2,6 +2,9 @@
 
 Kernels release Python's lock. exp is a polynomial that LLVM vectorizes (the C library's is called value by value):
 range reduction by Cody and Waite, Taylor series to degree 12 on |r| <= ln(2) / 2, relative error below 1e-15.
+
+They stand here and not in quant/kernels: those encode and decode weights, exactly and for every room above, with
+settings of their own (no fast-math). These are statistics of logits that only a comparison needs.
 """
 
 import math

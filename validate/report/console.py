@@ -66,9 +66,7 @@ def chat_view(found: ChatCheck) -> RenderableType:
         )
     lines = [line for variant in found.variants for line in _problems(variant.label, variant)]
     for lint in found.original_lints:
-        text = (
-            f"the original: {lint.severity} template:{lint.name}: {lint.found}: {lint.consequence}; to do: {lint.fix}"
-        )
+        text = f"the original: {lint.severity} {lint.check}: {lint.found}: {lint.consequence}; to do: {lint.fix}"
         lines.append(Text(visible(text), COLOURS[lint.severity]))
     for note in found.not_run:
         text = f"not checked: {SECTIONS[note.section]} ({note.variant or 'all variants'}): {note.reason}"

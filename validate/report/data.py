@@ -14,9 +14,10 @@ from streamquant.files.writing import explain, write_atomically
 from streamquant.model.problem import Problem
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.engines.agreement import EngineAgreement
-from streamquant.validate.gates import GateResult, Gates
+from streamquant.validate.gates import GateResult, Gates, failed
 from streamquant.validate.logits.comparison import Comparison, VariantResult
 from streamquant.validate.readback.measured_files import MeasuredFile
+from streamquant.validate.report.text import visible
 from streamquant.validate.sections import Section
 from streamquant.validate.text.behaviour import BehaviourReport
 from streamquant.validate.text.chat import ChatReport
@@ -76,9 +77,9 @@ class Machine:
     memory_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
-    """The whole report; see docs/report.md."""
+    """The whole report; see docs/report.md. A notebook shows it as its verdict and the table of variants."""
 
     schema: int
     created: str
@@ -106,6 +107,17 @@ class Report:
     def errors(self) -> int:
         """Problems of severity error of all variants."""
         return sum(variant.errors for variant in self.variants)
+
+    def __repr__(self) -> str:
+        count, gates = len(self.variants), len(failed(self.gate_results))
+        variants = "1 variant" if count == 1 else f"{count} variants"
+        found = f"{self.errors} errors, {gates} failed gates"
+        return f"<Report: {variants} of {visible(self.comparison.original.model.label)}, {found}>"
+
+    def _repr_html_(self) -> str:
+        from streamquant.validate.report.render import render_summary  # jinja2 and the plots are not needed before
+
+        return render_summary(self)
 
 
 @dataclass(frozen=True, slots=True)

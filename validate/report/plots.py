@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streamquant.validate.report.data import Report
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from streamquant.validate.report.data import Report
 
 WIDTH, HEIGHT = 4.4, 3.1
 """Inches of 72 points."""
@@ -71,7 +71,7 @@ def _pick(choices: Sequence[str], number: int) -> str:
     return choices[number // len(SERIES) % len(choices)]
 
 
-def make_plots(report: Report, names: Sequence[str]) -> list[Plot]:
+def make_plots(report: "Report", names: Sequence[str]) -> list[Plot]:
     """All plots that the report has data for; names are those of the variants, as the report shows them."""
     variants = [
         (_Series(_plain(name), number), found)
@@ -123,7 +123,7 @@ Measured = list[tuple[_Series, Any]]
 """Each variant with its VariantResult."""
 
 
-def _draw_sizes(axes: "Axes", report: Report, variants: Measured) -> None:
+def _draw_sizes(axes: "Axes", report: "Report", variants: Measured) -> None:
     sizes = [result.model.nbytes for _, result in variants]
     unit, scale = ("GB", 1e9) if max(sizes) >= 1e9 else ("MB", 1e6)
     klds = [max(result.overall.kld.value, LEAST) for _, result in variants]
@@ -176,7 +176,7 @@ def _label_points(axes: "Axes", points: list[tuple[float, float, str]]) -> None:
         ).set_in_layout(False)  # fmt: skip
 
 
-def _floor(axes: "Axes", report: Report, value: Callable[[Any], float]) -> None:
+def _floor(axes: "Axes", report: "Report", value: Callable[[Any], float]) -> None:
     """A dashed line at the noise of the original against itself."""
     for floor in report.comparison.noise_floors:
         at = value(floor)
@@ -209,7 +209,7 @@ def _draw_histograms(axes: "Axes", variants: Measured) -> None:
     _legend(axes)
 
 
-def _draw_layers(axes: "Axes", report: Report, variants: Measured) -> None:
+def _draw_layers(axes: "Axes", report: "Report", variants: Measured) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for series, result in variants:

@@ -2,20 +2,23 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from streamquant.files.writing import explain, write_atomically
-from streamquant.validate.report.data import Report
 from streamquant.validate.report.plots import Plot, make_plots
 from streamquant.validate.report.text import code, markdown, visible
 from streamquant.validate.report.view import HELPERS, make_view
 
+if TYPE_CHECKING:
+    from streamquant.validate.report.data import Report
+
 PLOTS = "plots"
 
 
-def write_pages(report: Report, folder: Path) -> list[Path]:
+def write_pages(report: "Report", folder: Path) -> list[Path]:
     """Write report.md, report.html and plots/*.svg, *.png; return their paths. Raises StreamquantError if it fails."""
     files = make_pages(report)
     try:
@@ -27,7 +30,7 @@ def write_pages(report: Report, folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def make_pages(report: Report, plots: Sequence[Plot] | None = None) -> dict[str, bytes]:
+def make_pages(report: "Report", plots: Sequence[Plot] | None = None) -> dict[str, bytes]:
     """The same, as contents by name within the folder; `plots` if they are drawn already."""
     if plots is None:
         plots = make_plots(report, [row.name for row in make_view(report).rows])
@@ -40,18 +43,28 @@ def make_pages(report: Report, plots: Sequence[Plot] | None = None) -> dict[str,
     return files
 
 
-def render_markdown(report: Report, plots: Sequence[Plot]) -> str:
+def render_markdown(report: "Report", plots: Sequence[Plot]) -> str:
     """A page for a model card. Every value is escaped unless a helper made it Markdown."""
     environment = _environment(finalize=markdown)
     environment.filters |= {"code": code}
     return environment.get_template("report.md.j2").render(view=make_view(report), plots=plots, **HELPERS)
 
 
-def render_html(report: Report, plots: Sequence[Plot]) -> str:
+def render_html(report: "Report", plots: Sequence[Plot]) -> str:
     """One file without scripts and without network. Every value is escaped but the plots' SVG."""
     environment = _environment(autoescape=True)
     environment.filters |= {"visible": visible, "svg": _svg}
     return environment.get_template("report.html.j2").render(view=make_view(report), plots=plots, **HELPERS)
+
+
+def render_summary(report: "Report") -> str:
+    """The verdict and the table of variants, for a notebook: no scripts, no network, its colours those of the page.
+
+    Every value is escaped.
+    """
+    environment = _environment(autoescape=True)
+    environment.filters |= {"visible": visible}
+    return environment.get_template("notebook.html.j2").render(view=make_view(report), **HELPERS)
 
 
 def _svg(plot: Plot) -> Markup:

@@ -4,16 +4,18 @@ import math
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from streamquant.model.problem import Problem
 from streamquant.validate.gates import GateResult, failed, option
 from streamquant.validate.logits.comparison import VariantResult
-from streamquant.validate.report.data import NotRun, Report, VariantReport
 from streamquant.validate.report.plots import SERIES
 from streamquant.validate.report.text import MISSING, error_digits, estimate, human_bytes, number, percent
 from streamquant.validate.sections import SECTIONS
 from streamquant.validate.text.chat import ChatReport
+
+if TYPE_CHECKING:
+    from streamquant.validate.report.data import NotRun, Report, VariantReport
 
 Status = Literal["pass", "warn", "fail"]
 
@@ -57,7 +59,7 @@ class Row:
     kld_99_9: str
     same_top: tuple[str, str]
     remark: str
-    variant: VariantReport
+    variant: "VariantReport"
     result: VariantResult | None
 
 
@@ -65,7 +67,7 @@ class Row:
 class View:
     """Everything that the templates need beside the report itself."""
 
-    report: Report
+    report: "Report"
     title: str
     verdict: Verdict
     rows: tuple[Row, ...]
@@ -78,7 +80,7 @@ class View:
     """Texts, if there are several."""
 
 
-def make_view(report: Report) -> View:
+def make_view(report: "Report") -> View:
     """What the pages show of a report."""
     names = short_names([variant.label for variant in report.variants], report.comparison.original.model.label)
     rows = tuple(
@@ -113,7 +115,7 @@ def short_names(labels: Sequence[str], original: str) -> list[str]:
     return list(labels)
 
 
-def _row(number_: int, name: str, variant: VariantReport, report: Report) -> Row:
+def _row(number_: int, name: str, variant: "VariantReport", report: "Report") -> Row:
     result = report.measured(variant)
     severities = {problem.severity for problem in variant.problems}
     gates = any(found.variant == variant.label for found in failed(report.gate_results))
@@ -141,7 +143,7 @@ def _row(number_: int, name: str, variant: VariantReport, report: Report) -> Row
     )
 
 
-def remark(kld: float, report: Report) -> str:
+def remark(kld: float, report: "Report") -> str:
     """A few honest words on a mean KLD."""
     floors = [floor.overall.kld.value for floor in report.comparison.noise_floors]
     if kld < 1e-8 or any(kld <= floor for floor in floors):
@@ -152,7 +154,7 @@ def remark(kld: float, report: Report) -> str:
 # Verdict
 
 
-def _verdict(report: Report, rows: Sequence[Row], wrong: Sequence[GateResult]) -> Verdict:
+def _verdict(report: "Report", rows: Sequence[Row], wrong: Sequence[GateResult]) -> Verdict:
     count, bad = len(rows), [row.name for row in rows if row.status == "fail"]
     measured = [row for row in rows if row.result is not None]
     sentences = []
@@ -207,7 +209,7 @@ def _list(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def grouped(notes: Iterable[NotRun]) -> tuple[tuple[str, str, str], ...]:
+def grouped(notes: "Iterable[NotRun]") -> tuple[tuple[str, str, str], ...]:
     """(section, variants, reason) of sections that did not run, those of one reason in one line."""
     groups: dict[tuple[str, str], list[str]] = {}
     for note in notes:
@@ -218,7 +220,7 @@ def grouped(notes: Iterable[NotRun]) -> tuple[tuple[str, str, str], ...]:
 # How it was measured
 
 
-def _facts(report: Report) -> list[tuple[str, str]]:
+def _facts(report: "Report") -> list[tuple[str, str]]:
     found, machine = report.comparison, report.machine
     first, stop = found.scored_positions
     texts = [
@@ -252,7 +254,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     return [(name, text) for name, text in facts if text]
 
 
-def _activations(report: Report) -> str:
+def _activations(report: "Report") -> str:
     """How inputs of linear layers were quantized, variants of one way in one line."""
     ways: dict[str, list[str]] = {}
     for result in report.comparison.variants:

@@ -98,4 +98,4 @@ def _token_types(candidate: Candidate, special: list[tuple[int, str, bool]]) -> 
 
 def _lint_problem(lint: Lint) -> Problem:
     what = f"{lint.found}: {lint.consequence}"
-    return Problem(f"template:{lint.name}", lint.severity, what, required=lint.fix)
+    return Problem(lint.check, lint.severity, what, required=lint.fix)

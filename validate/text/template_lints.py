@@ -59,6 +59,11 @@ class Lint:
     consequence: str
     fix: str
 
+    @property
+    def check(self) -> str:
+        """The name of the check in a Problem."""
+        return f"template:{self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class _Subject:

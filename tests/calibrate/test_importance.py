@@ -14,7 +14,7 @@ from streamquant.model.corpus import Corpus, read_corpus
 from streamquant.model.forward import Setting
 from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError
-from tests.validate.models import Models
+from tests.small_models import Models
 from tests.validate.test_comparison import CASE, write_texts
 
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(900)]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from gguf.constants import GGMLQuantizationType
 from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
@@ -66,6 +67,12 @@ class Models:
     def fp8(self, case: str) -> Path:
         """The FP8 folder of a case."""
         return self.variants(case) / "Model-1B-FP8-dynamic"
+
+
+@pytest.fixture(scope="session")
+def models(shelf: Shelf) -> Models:
+    """Small models of every family; for a conftest.py to import."""
+    return Models(shelf)
 
 
 Edit = Callable[[NDArray[np.uint8]], NDArray[np.uint8] | None]

@@ -30,7 +30,7 @@ from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError, UsageError
 from tests import synthetic
 from tests.peers import ROOT
-from tests.validate.models import CASES, LLAMA, MISTRAL, QWEN2, Models, edit_gguf
+from tests.small_models import CASES, LLAMA, MISTRAL, QWEN2, Models, edit_gguf
 
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(900)]
 

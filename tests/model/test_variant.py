@@ -25,8 +25,8 @@ from streamquant.model.variants.open import open_variant
 from streamquant.model.variants.variant import EMBEDDINGS, Variant
 from streamquant.quant.errors import StreamquantError, UsageError
 from tests.conftest import TINY_PRE, read_safetensors
+from tests.small_models import CASES, Models, edit_gguf
 from tests.smollm2 import MISSING, find_gguf
-from tests.validate.models import CASES, Models, edit_gguf
 
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(900)]
 
