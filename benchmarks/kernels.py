@@ -100,7 +100,7 @@ def main() -> None:
     report, budget = Path(sys.argv[1]), float(sys.argv[2])
     rows, library = weights(), ggml_library()
     # Formats of F16 and F32 sources have the kernels of BF16 ones.
-    names = [name for name in FORMATS if not name.startswith("FP8_") or name.endswith("_BF16")]
+    names = [name for name, format_ in FORMATS.items() if format_.source_dtype in (None, "BF16")]
     jobs = [(name, None) for name in names] + [(name, importances()) for name in names if FORMATS[name].uses_importance]
     results = [compare(name, rows, importance, library, budget) for name, importance in jobs]
     report.write_text(json.dumps({"weights": rows.size, "results": results}))
