@@ -164,7 +164,7 @@ class Target:
                 "the Hub does not accept the model card",
                 where=f"{self.repo}, README.md",
                 found=scrub("; ".join(wrong)),
-                hint="mend the YAML at its head; nothing was sent",
+                hint="correct the YAML at its top; nothing was sent",
             )
 
     # What is there

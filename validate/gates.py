@@ -63,9 +63,14 @@ class GateResult:
     value: float | None
     passed: bool
 
-    def __str__(self) -> str:
+    @property
+    def finding(self) -> str:
+        """The limit and what was found, without the variant."""
         found = "not measured" if self.value is None else f"{self.value:.6g}"
-        return f"{self.variant}: {option(self.gate)} {self.limit:.6g}, found {found}"
+        return f"{option(self.gate)} {self.limit:.6g}, found {found}"
+
+    def __str__(self) -> str:
+        return f"{self.variant}: {self.finding}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,7 +205,7 @@ def _check_card(folder: VariantFolder, options: CardOptions) -> None:
     raise UsageError(
         "README.md is not by streamquant",
         where=str(card),
-        hint="move it away, or let it be replaced: streamquant card --force",
+        hint="move it away, or replace it: streamquant card --force",
     )
 
 

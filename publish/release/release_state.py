@@ -106,14 +106,14 @@ def key_of(value: object) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on the file of a release. Raises StreamquantError if another run of it is at work."""
+    """Hold a lock on the file of a release. Raises StreamquantError if another run of it is in progress."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StreamquantError(
-                "another run of this release is at work", where=str(path), hint="wait for it"
+                "another run of this release is in progress", where=str(path), hint="wait until it has ended"
             ) from error
         yield
     finally:

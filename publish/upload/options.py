@@ -57,7 +57,7 @@ class EarlyPush:
     def __post_init__(self) -> None:
         if not self.options.private and not self.options.without_report:
             raise UsageError(
-                "a conversion cannot publish to everybody: there is no report yet",
+                "a conversion cannot publish publicly: there is no report yet",
                 required="--private with --push, or --without-report",
                 hint="push privately, validate, and make the repository public afterwards",
             )
@@ -77,5 +77,5 @@ def early_push(repo: str | None, options: PushOptions, *, delete: bool) -> Early
         "--delete-after-upload": delete,
     }
     if found := [option for option, value in given.items() if value]:
-        raise UsageError("an option of uploads without an upload", found=", ".join(found), required="--push ORG/NAME")
+        raise UsageError("an upload option without an upload", found=", ".join(found), required="--push ORG/NAME")
     return None

@@ -175,7 +175,7 @@ def why_refused(variant: PublishedVariant) -> str:
     if measurement is None:
         return variant.why_not or "there is no report"
     if measurement.failed_gates:
-        return ", ".join(str(gate).partition(": ")[2] for gate in measurement.failed_gates)
+        return ", ".join(gate.finding for gate in measurement.failed_gates)
     return "it could not be measured"
 
 

@@ -50,7 +50,7 @@ class VerifyStage(VariantsStage):
                 "what was written is not what it should be",
                 where=str(self.file.out),
                 found="; ".join(wrong[:5]),
-                hint="is the disk sound? remove the variant and run again",
+                hint="check the disk, remove the variant, and run again",
             )
         return f"{len(found)} variants, {sum(result.files for result in found)} files", []
 
