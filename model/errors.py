@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 from streamquant.model.variants.variant import Variant
 from streamquant.quant.errors import StreamquantError, UsageError
@@ -10,9 +11,14 @@ from streamquant.quant.errors import StreamquantError, UsageError
 class VariantError(StreamquantError):
     """A fault of one of several models that are computed together: `variant` is the one, the parts are the fault's."""
 
-    def __init__(self, fault: StreamquantError, variant: Variant) -> None:
-        super().__init__(fault.what, where=fault.where, found=fault.found, required=fault.required, hint=fault.hint)
-        self.variant = variant
+    variant: Variant
+
+    @classmethod
+    def of(cls, fault: StreamquantError, variant: Variant) -> Self:
+        """A fault as the variant's."""
+        error = cls(fault.what, where=fault.where, found=fault.found, required=fault.required, hint=fault.hint)
+        error.variant = variant
+        return error
 
 
 @contextmanager
@@ -26,5 +32,4 @@ def errors_of(variant: Variant) -> Iterator[None]:
     except (UsageError, VariantError):
         raise
     except StreamquantError as fault:
-        error = VariantError(fault, variant)
-        raise error from fault
+        raise VariantError.of(fault, variant) from fault
