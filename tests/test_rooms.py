@@ -174,7 +174,6 @@ def branches_on_text(tree: ast.AST) -> Iterator[int]:
                     yield value.lineno
 
 
-@pytest.mark.xfail(reason="issue 10, fault 5: being mended", strict=False)
 def test_nothing_branches_on_the_text_of_a_message() -> None:
     wrong = {source.path: [*branches_on_text(source.tree)] for source in sources()}
     found = [f"{path}:{line}" for path, lines in wrong.items() for line in lines if path not in FOREIGN_TEXT]
