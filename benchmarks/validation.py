@@ -19,6 +19,8 @@ from benchmarks.measure import CORES, Contender, Sample, run
 from benchmarks.page import Section, Target, table
 from examples.smollm2_checkpoint import FOLDER, write_smollm2
 from streamquant.convert.conversion import convert
+from streamquant.convert.options import RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import synthetic
@@ -47,7 +49,7 @@ def validation(setting: Setting) -> Section:
     chunks, rounds = (2, 1) if setting.quick else (20, 3)
     source = write_smollm2(PACKAGE, setting.work / FOLDER)
     out = setting.work / "variants"
-    convert(open_checkpoint(source), parse_variants(list(VARIANTS)), out, jobs=CORES)
+    convert(make_plan(open_checkpoint(source), parse_variants(list(VARIANTS))), out, RunOptions(jobs=CORES))
     times = {
         name: measure(setting, name, source=str(source), variants=str(out), chunks=chunks, rounds=rounds)
         for name in ("resident", "lockstep", "imatrix")

@@ -5,36 +5,34 @@ out/NAME-GGUF/NAME-Q8_0.gguf ...      out/NAME-FP8-dynamic/model-00001-of-00002.
 
 import contextlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamquant.convert.manifest import MANIFEST, complete_variants, is_of_same_source, write_manifests
 from streamquant.convert.metadata.guard_template import bos_text, guard_side_file
-from streamquant.convert.options import ConversionOptions
-from streamquant.convert.plan.disk import Disk
+from streamquant.convert.options import RunOptions
+from streamquant.convert.plan.disk import Disk, peak_disk
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan, VariantPlan
 from streamquant.convert.recipes.quantization_config import QuantizationConfigs
-from streamquant.convert.recipes.recipe import Recipe
 from streamquant.convert.run.blocks import Encode
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.device import choose_device, inner_loop
 from streamquant.convert.run.journal import WORK_FOLDER, Journal
 from streamquant.convert.run.output_files import PARTIAL, partial_of
-from streamquant.convert.run.stream import RunResources, head_of, run
+from streamquant.convert.run.stream import CONVERTING, RunResources, head_of, run
 from streamquant.convert.source.checkpoint import CONFIG, INDEX, Checkpoint
-from streamquant.convert.source.open import fetch_side_files, pin, unpin
+from streamquant.convert.source.hub_checkpoint import HubCheckpoint, fetch_side_files
+from streamquant.convert.source.open import pin, unpin
 from streamquant.convert.source.shards import LocalShards
 from streamquant.convert.source.spool import Spool, spool_limit
 from streamquant.files.folders import nearest_folder
-from streamquant.files.listener import Listener
+from streamquant.files.listener import SILENT, Listener
 from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import explain, write_atomically
-from streamquant.hub.repo import OnBytes, OnWait
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.formats import FORMATS
 
@@ -42,39 +40,6 @@ SPOOL = f"{WORK_FOLDER}/spool"
 """Where shards of the Hub lie, below --out."""
 DISK_RESERVE = 64 * 1024 * 1024
 """Bytes beyond the plan: journal, tokenizer, manifests, and what the file system itself needs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fetching:
-    """How the shards of the Hub come; a local checkpoint needs none of it."""
-
-    spool_gib: float | None = None
-    """The most that may lie on the disk at a time; None: some shards."""
-    on_bytes: OnBytes = lambda _nbytes: None
-    """Gets the number of bytes just fetched, from other threads."""
-    on_wait: OnWait = lambda _what, _seconds: None
-    """Gets what failed, and the seconds until it is tried again."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """The arguments of `convert` that the work itself needs."""
-
-    jobs: int
-    encode: Encode
-    fetching: Fetching
-    delivery: Delivery | None
-    disk: Disk | None
-    on_start: Callable[[Plan], None]
-    on_progress: Callable[[int], None]
-
-
-class _Progress(Listener):
-    def __init__(self, on_progress: Callable[[int], None]) -> None:
-        self._on_progress = on_progress
-
-    def advanced(self, _task: str, amount: int = 1) -> None:
-        self._on_progress(amount)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,35 +55,26 @@ class Conversion:
 
 
 def convert(
-    checkpoint: Checkpoint,
-    recipes: Sequence[Recipe],
+    plan: Plan,
     out: Path,
-    options: ConversionOptions | None = None,
-    *,
-    jobs: int,
-    device: str = "cpu",
-    fetching: Fetching | None = None,
+    options: RunOptions | None = None,
+    listener: Listener = SILENT,
     delivery: Delivery | None = None,
-    disk: Disk | None = None,
-    on_start: Callable[[Plan], None] = lambda _plan: None,
-    on_progress: Callable[[int], None] = lambda _nbytes: None,
 ) -> Conversion:
-    """Make every variant below `out` from one read of the checkpoint.
+    """Make every variant of a plan below `out` from one read of the checkpoint.
 
-    `device` is one of `convert.device.DEVICES`; the bytes are the same on each. `fetching` says how shards of the Hub
-    come. `delivery` takes finished files away; `disk` is what is needed then, if it is not all files and the spool.
-    `on_start` gets the plan of what is left to do, `on_progress` the number of source bytes just done, from worker
-    threads. Raises UsageError or StreamquantError; a repeated call goes on where this one stopped.
+    `listener` hears of the plan of what is left to do, then of the tasks "converting" and, of a model on the Hub,
+    "fetching". `delivery` takes finished files away. Raises UsageError or StreamquantError; a repeated call goes on
+    where this one stopped.
     """
-    encode = inner_loop(choose_device(device))
-    job = _Job(jobs, encode, fetching or Fetching(), delivery, disk, on_start, on_progress)
-    plan = make_plan(checkpoint, recipes, options)
-    check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
+    options = options or RunOptions()
+    encode = inner_loop(choose_device(options.device))
+    check_output_folder(plan.checkpoint, out, [variant.folder for variant in plan.variants])
     try:
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(Journal(out)) as journal:
             rest, done = _what_is_left(plan, out, journal, delivery)
-            resumed = _convert(rest, out, journal, job) if rest else 0
+            resumed = _Job(out, options, listener, delivery, encode).run(rest, journal) if rest else 0
             if rest is not None or _is_finished(plan, journal):
                 journal.remove()
                 shutil.rmtree(out / SPOOL, ignore_errors=True)
@@ -162,10 +118,17 @@ def check_disk(plan: Plan, out: Path, disk: Disk | None = None) -> None:
         )
 
 
-def disk_of(plan: Plan, spool_gib: float | None = None) -> Disk:
-    """What a run of the plan takes on the disk at most. Raises UsageError for a spool smaller than a shard."""
-    spool = spool_limit(plan.checkpoint, spool_gib) if plan.checkpoint.remote else 0
-    return Disk(plan.nbytes + spool, spool)
+def disk_of(plan: Plan, options: RunOptions, room: int | None = None) -> Disk:
+    """What a run of the plan takes on the disk at most; `room` are the bytes that may wait for a delivery which deletes
+    what it has delivered. Raises UsageError for a spool smaller than a shard.
+    """
+    source = plan.checkpoint
+    spool = spool_limit(source, options.spool_gib) if isinstance(source, HubCheckpoint) else 0
+    everything = plan.nbytes + spool
+    if room is None:
+        return Disk(everything, spool)
+    peak = peak_disk(plan, room, spool, delete=True, jobs=options.jobs)
+    return Disk(min(everything, peak), spool, delivered=True)
 
 
 def _allocated(final: Path) -> int:
@@ -198,38 +161,49 @@ def _is_finished(plan: Plan, journal: Journal) -> bool:
     return head is None or head.variants.items() <= head_of(plan).variants.items()
 
 
-def _convert(plan: Plan, out: Path, journal: Journal, job: _Job) -> int:
-    if journal.head() is None:
-        _check_folders_are_ours(plan, out)
-        if plan.checkpoint.remote and plan.checkpoint.hub is not None:
-            pin(out, plan.checkpoint.hub)  # for as long as this run is unfinished
-    spool = _make_spool(plan, out, job.fetching)
-    check_disk(plan, out, job.disk or disk_of(plan, job.fetching.spool_gib))
-    schemes = [variant.recipe.scheme for variant in plan.variants if variant.recipe.scheme is not None]
-    if schemes:
-        fetch_side_files(plan.checkpoint)
-    with contextlib.ExitStack() as stack:
-        shards = stack.enter_context(contextlib.closing(spool or LocalShards(plan.checkpoint)))
-        configs = stack.enter_context(contextlib.closing(QuantizationConfigs(schemes)))
-        job.on_start(plan)
-        resources = RunResources(job.jobs, job.encode, shards, job.delivery, _Progress(job.on_progress))
-        written = run(plan, out, journal, resources)
-        for variant in plan.variants:
-            if variant.recipe.scheme is not None:
-                _write_checkpoint_files(plan, variant, out, configs)
-    write_manifests(out, plan, written)
-    if spool is not None:
-        spool.remove()
-    return written.resumed_chunks
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """How one call of `convert` does its work."""
 
+    out: Path
+    options: RunOptions
+    listener: Listener
+    delivery: Delivery | None
+    encode: Encode
 
-def _make_spool(plan: Plan, out: Path, fetching: Fetching) -> Spool | None:
-    """The way of the shards of the Hub; None for those of a folder."""
-    checkpoint = plan.checkpoint
-    if not checkpoint.remote or checkpoint.hub is None:
-        return None
-    limit = spool_limit(checkpoint, fetching.spool_gib)
-    return Spool(checkpoint, out / SPOOL, limit, on_bytes=fetching.on_bytes, on_wait=fetching.on_wait)
+    def run(self, plan: Plan, journal: Journal) -> int:
+        """Make everything of the plan; returns the chunks that an earlier run had written."""
+        out, checkpoint = self.out, plan.checkpoint
+        if journal.head() is None:
+            _check_folders_are_ours(plan, out)
+            if isinstance(checkpoint, HubCheckpoint):
+                pin(out, checkpoint.hub)  # for as long as this run is unfinished
+        with contextlib.ExitStack() as stack:
+            shards = stack.enter_context(contextlib.closing(self._shards(checkpoint)))
+            room = self.delivery.room if self.delivery is not None and self.delivery.delete else None
+            check_disk(plan, out, disk_of(plan, self.options, room))
+            schemes = [variant.recipe.scheme for variant in plan.variants if variant.recipe.scheme is not None]
+            if schemes and isinstance(checkpoint, HubCheckpoint):
+                fetch_side_files(checkpoint)
+            configs = stack.enter_context(contextlib.closing(QuantizationConfigs(schemes)))
+            self.listener.planned(plan)
+            self.listener.started(CONVERTING, sum(m.source.stop - m.source.start for m in plan.matrices), "bytes")
+            resources = RunResources(self.options.jobs, self.encode, shards, self.delivery, self.listener)
+            written = run(plan, out, journal, resources)
+            for variant in plan.variants:
+                if variant.recipe.scheme is not None:
+                    _write_checkpoint_files(plan, variant, out, configs)
+            write_manifests(out, plan, written)
+            if isinstance(shards, Spool):
+                shards.remove()
+        return written.resumed_chunks
+
+    def _shards(self, checkpoint: Checkpoint) -> Spool | LocalShards:
+        """The bytes of the source."""
+        if isinstance(checkpoint, HubCheckpoint):
+            limit = spool_limit(checkpoint, self.options.spool_gib)
+            return Spool(checkpoint, self.out / SPOOL, limit, self.listener)
+        return LocalShards(checkpoint)
 
 
 def _check_folders_are_ours(plan: Plan, out: Path) -> None:
@@ -243,7 +217,7 @@ def _check_folders_are_ours(plan: Plan, out: Path) -> None:
             raise StreamquantError(
                 "the output folder holds variants of another source",
                 where=str(folder / MANIFEST),
-                required=f"variants of {plan.checkpoint.hub or plan.checkpoint.folder} alone",
+                required=f"variants of {plan.checkpoint.source} alone",
                 hint="choose another --out or --name, or move the folder away",
             )
         if variant.recipe.container.is_checkpoint and folder.exists():
@@ -298,8 +272,3 @@ def _index(plan: Plan, variant: VariantPlan) -> dict[str, object]:
 def _json(value: object) -> bytes:
     """As llm-compressor and transformers write it."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def default_jobs() -> int:
-    """All cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

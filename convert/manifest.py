@@ -22,6 +22,7 @@ from streamquant.convert.recipes.recipe import Recipe, parse_variants, recipe_of
 from streamquant.convert.recipes.recipe_file import parse_recipe
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.stream import Written
+from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.files.json_record import JsonRecord
 from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import write_atomically
@@ -364,7 +365,7 @@ def write_manifests(out: Path, plan: Plan, written: Written) -> None:
 
 
 def _source(plan: Plan, written: Written) -> ManifestSource:
-    hub = plan.checkpoint.hub
+    hub = plan.checkpoint.hub if isinstance(plan.checkpoint, HubCheckpoint) else None
     return ManifestSource(
         name=plan.checkpoint.name,
         architecture=plan.model.hf_architecture,

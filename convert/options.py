@@ -1,9 +1,10 @@
-"""The options that decide what a conversion writes; docs/adding-an-option.md says how to add one.
+"""The options that decide what a conversion writes, and how it runs; docs/adding-an-option.md says how to add one.
 
 All that other places need of an option is here: its argument on a command line, which is its key in a release file too,
 its record in a manifest with the way back, its part in the fingerprint, and the words that repeat it.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,6 +112,11 @@ class Given(Protocol):
         """A list of texts."""
 
 
+def default_jobs() -> int:
+    """All cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True, slots=True)
 class ConversionOptions:
     """What a user can choose besides the variants."""
@@ -179,6 +185,18 @@ class ConversionOptions:
         elif self.max_shard_size:
             words += ["--max-shard-size", short_size(self.max_shard_size)]
         return words + (["--guard-template"] if self.guard_template else [])
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a conversion runs. The bytes that it writes are the same whatever stands here."""
+
+    jobs: int = field(default_factory=default_jobs)
+    """Threads; default: one for each core that this process may use."""
+    device: str = "auto"
+    """Where weights are encoded, one of DEVICES (convert/run/device.py)."""
+    spool_gib: float | None = None
+    """The most GiB of shards of the Hub that may lie on the disk at a time; None: some shards."""
 
 
 def parse_options(record: JsonRecord) -> ConversionOptions:

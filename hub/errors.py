@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 from huggingface_hub import constants, get_token
@@ -31,6 +32,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from streamquant.files.listener import SILENT, Listener
 from streamquant.hub.http_library import httpx
 from streamquant.quant.errors import StreamquantError, UsageError
 
@@ -142,54 +144,50 @@ def retry_after(error: BaseException) -> float | None:
     return None
 
 
-def with_retries(
-    call: Callable[[], T],
-    *,
-    what: str,
-    attempts: int = ATTEMPTS,
-    on_wait: Callable[[str, float], None] = lambda _message, _seconds: None,
-    stop: threading.Event | None = None,
-    also: frozenset[int] = frozenset(),
-) -> T:
-    """Call until it succeeds, at most `attempts` times, waiting longer each time.
+@dataclass(frozen=True, slots=True)
+class Retrying:
+    """What a call that is tried again heeds."""
+
+    listener: Listener = SILENT
+    """Hears what failed, and for how many seconds is waited."""
+    stop: threading.Event | None = None
+    """Ends a wait when it is set; then nothing is tried again."""
+    also: frozenset[int] = frozenset()
+    """Statuses that are tried again beside the transient errors."""
+
+
+def with_retries(call: Callable[[], T], what: str, how: Retrying | None = None) -> T:
+    """Call until it succeeds, at most ATTEMPTS times, waiting longer each time.
 
     The wait is FIRST_WAIT * 2^k seconds, at most LONGEST_WAIT, times 0.5 to 1.5 by chance, so that many clients do not
-    come back at once; never less than the server's Retry-After. `on_wait` is told in words what failed, and for how
-    many seconds is waited. `stop` ends a wait. Only transient errors (`is_transient`) and the
-    statuses `also` are tried again; the last error is raised as it came, for `explain`.
+    come back at once; never less than the server's Retry-After. `what` is what is being done, in words. Only transient
+    errors (`is_transient`) and the statuses `how.also` are tried again; the last error is raised as it came, for
+    `explain`.
     """
-    for attempt in range(attempts):
+    how = how or Retrying()
+    for attempt in range(ATTEMPTS):
         try:
             return call()
         except Exception as error:
             asked = retry_after(error)
-            last = attempt == attempts - 1 or (stop is not None and stop.is_set())
-            again = is_transient(error) or status_of(error) in also
+            last = attempt == ATTEMPTS - 1 or (how.stop is not None and how.stop.is_set())
+            again = is_transient(error) or status_of(error) in how.also
             if last or not again or (asked or 0) > LONGEST_RETRY_AFTER:
                 raise
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.5)
             seconds = max(asked or 0.0, wait)
-            on_wait(f"{what}: {_short(error)}", seconds)
-            if stop is None:
+            how.listener.waiting(f"{what}: {_short(error)}", seconds)
+            if how.stop is None:
                 time.sleep(seconds)
-            elif stop.wait(seconds):
+            elif how.stop.wait(seconds):
                 raise
-    raise AssertionError("attempts is at least 1")
+    raise AssertionError("ATTEMPTS is at least 1")
 
 
-def ask(
-    call: Callable[[], T],
-    *,
-    repo: str,
-    what: str,
-    attempts: int = ATTEMPTS,
-    on_wait: Callable[[str, float], None] = lambda _message, _seconds: None,
-    stop: threading.Event | None = None,
-    also: frozenset[int] = frozenset(),
-) -> T:
+def ask(call: Callable[[], T], *, repo: str, what: str, how: Retrying | None = None) -> T:
     """`with_retries`, and what is left of errors explained. Raises StreamquantError."""
     try:
-        return with_retries(call, what=what, attempts=attempts, on_wait=on_wait, stop=stop, also=also)
+        return with_retries(call, what, how)
     except StreamquantError:
         raise
     except Exception as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamquant.files.listener import Listener
 from streamquant.files.worker import Stopped as Stopped
 from streamquant.quant.errors import StreamquantError
 
@@ -24,9 +25,8 @@ CHUNK_BYTES = 256 * 1024
 more CPU seconds than all else in a download, and it looks up only between two of them."""
 _SPEC = re.compile(r"(?P<name>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[^\s@]{1,200}))?", re.ASCII)
 MAIN = "main"
-OnBytes = Callable[[int], None]
-OnWait = Callable[[str, float], None]
-"""What failed, in words, and the seconds until it is tried again."""
+FETCHING = "fetching"
+"""The task of a listener: bytes of files of the Hub."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class HubRepo:
         except DamagedBody as error:
             raise _damaged(local, str(error)) from None
 
-    def download(self, path: str, folder: Path, on_bytes: OnBytes, stop: threading.Event) -> Path:
+    def download(self, path: str, folder: Path, listener: Listener, stop: threading.Event) -> Path:
         """Fetch a file into a folder with the Hub's client, once: (folder / path). Its bytes are not checked.
 
         Raises what the client raises, Stopped soon after `stop` is set, and DamagedBody for a file that does not end
@@ -147,7 +147,7 @@ class HubRepo:
             arrived += nbytes
             if arrived > size:
                 raise DamagedBody(f"{path}: more than {size} bytes")
-            on_bytes(nbytes)
+            listener.advanced(FETCHING, nbytes)
 
         return Path(
             hf_hub_download(
@@ -205,7 +205,7 @@ def _hash(local: Path, file: HubFile, stop: threading.Event) -> str:
     return digest.hexdigest()
 
 
-def _meter(on_bytes: OnBytes, stop: threading.Event) -> Any:
+def _meter(on_bytes: Callable[[int], None], stop: threading.Event) -> Any:
     """A class in place of tqdm's, as the client wants it: counts bytes, and ends a download of this thread.
 
     hf_xet calls it from a thread of its own and would print what it raises there; such a download runs on.

@@ -22,7 +22,7 @@ from huggingface_hub.utils._headers import build_hf_headers
 
 from streamquant.files.listener import SILENT, Listener
 from streamquant.hub.client import check_name
-from streamquant.hub.errors import ask, scrub
+from streamquant.hub.errors import Retrying, ask, scrub
 from streamquant.hub.outgoing import Addition, Held, Meter, Outgoing
 from streamquant.hub.repo import MAIN, Stopped
 from streamquant.quant.errors import StreamquantError
@@ -76,7 +76,7 @@ class Target:
         return page if self.branch == MAIN else f"{page}/tree/{self.branch}"
 
     def _ask(self, what: str, call: Callable[[], T]) -> T:
-        return ask(call, repo=str(self), what=what, on_wait=self._listener.waiting, stop=self.stop)
+        return ask(call, repo=str(self), what=what, how=Retrying(self._listener, self.stop))
 
     # The repository
 
@@ -205,9 +205,7 @@ class Target:
                 lambda: self._send(files, message),
                 repo=str(self),
                 what=what,
-                on_wait=self._listener.waiting,
-                stop=self.stop,
-                also=CONFLICT,
+                how=Retrying(self._listener, self.stop, CONFLICT),
             )
         except StreamquantError:
             if self.stop.is_set():

@@ -19,7 +19,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from examples.smollm2_checkpoint import FOLDER, write_smollm2
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import RECIPES, parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import gguf_peer, synthetic
@@ -85,7 +86,7 @@ def smollm2_variants(shelf: Shelf, smollm2: Path) -> Path:
     """The --out folder of one conversion of SmolLM2 into every variant that needs no importance matrix."""
     return shelf.get(
         "smollm2-variants",
-        lambda folder: convert(open_checkpoint(smollm2), parse_variants(PLAIN), folder, jobs=2),
+        lambda folder: convert(make_plan(open_checkpoint(smollm2), parse_variants(PLAIN)), folder, RunOptions(jobs=2)),
     )
 
 
@@ -112,7 +113,10 @@ def tiny(shelf: Shelf) -> Path:
 def tiny_variants(shelf: Shelf, tiny: Path) -> Path:
     """The --out folder of one conversion of `tiny` into every variant that needs no importance matrix."""
     variants, options = parse_variants(PLAIN), ConversionOptions(pre=TINY_PRE)
-    return shelf.get("tiny-variants", lambda folder: convert(open_checkpoint(tiny), variants, folder, options, jobs=2))
+    return shelf.get(
+        "tiny-variants",
+        lambda folder: convert(make_plan(open_checkpoint(tiny), variants, options), folder, RunOptions(jobs=2)),
+    )
 
 
 def write_small_tokenizer(folder: Path) -> Path:

@@ -5,11 +5,12 @@
 
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import cast
 
 from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
+from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.convert.source.spool import spool_limit
 from streamquant.files.sizes import human_bytes
 from streamquant.hub.repo import HubRepo
@@ -37,6 +38,12 @@ class _NothingCached:
         """No file."""
 
 
+def _on_hub(checkpoint: Checkpoint) -> HubCheckpoint:
+    """The same, as if it were on the Hub and nothing of it in the client's cache."""
+    known = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    return HubCheckpoint(**known, hub=cast(HubRepo, _NothingCached()))
+
+
 def figures(file: ReleaseFile, checkpoint: Checkpoint) -> str:
     """Sizes, files, bits per weight, disk and memory of a release, as comment lines."""
     run = ReleaseRun(replace(file, model=str(checkpoint.folder)), ReleaseState(Path("/nonexistent")))
@@ -48,7 +55,7 @@ def figures(file: ReleaseFile, checkpoint: Checkpoint) -> str:
         count, bits = len(variant.files), plan.bits_per_weight(variant)
         size, files = human_bytes(plan.variant_bytes(variant)), f"{count} file{'s' if count > 1 else ''}"
         lines.append(f"{variant.recipe.spec:<13} {size:>10}  {bits:5.2f} bits per weight, {files}")
-    spool = spool_limit(replace(checkpoint, hub=cast(HubRepo, _NothingCached())), file.spool_gib)
+    spool = spool_limit(_on_hub(checkpoint), file.spool_gib)
     whole = plan.nbytes + sum(shard.size for shard in checkpoint.files)
     lines += [
         f"disk          {human_bytes(plan.nbytes):>10}  for the variants",

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.run import device
 from streamquant.convert.source.checkpoint import open_checkpoint
@@ -76,7 +77,7 @@ def convert_on_device(
         np.errstate(all="ignore"),
     ):
         try:
-            convert(open_checkpoint(folder), parse_variants(variants), out, options, jobs=2)
+            convert(make_plan(open_checkpoint(folder), parse_variants(variants), options), out, RunOptions(jobs=2))
         except Exception as error:
             return f"{type(error).__name__}: {error}"
     return None

@@ -11,7 +11,8 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.files.gguf_file import pack_header, pad, read_header
@@ -55,7 +56,9 @@ class Models:
 
         def make(folder: Path) -> None:
             convert(
-                open_checkpoint(source), parse_variants(specs.split()), folder, ConversionOptions(pre=TINY_PRE), jobs=2
+                make_plan(open_checkpoint(source), parse_variants(specs.split()), ConversionOptions(pre=TINY_PRE)),
+                folder,
+                RunOptions(jobs=2),
             )
 
         return self.shelf.get(f"validate-{case}-{specs}", make)

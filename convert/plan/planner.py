@@ -40,7 +40,7 @@ def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: Conver
     draft = Draft(checkpoint, model, options, PlannedImportance(options.imatrix, model))
     layouts = {container: LAYOUTS[container](draft) for container in {recipe.container for recipe in recipes}}
     variants = tuple(layouts[recipe.container].lay_out(recipe) for recipe in recipes)
-    mixed = [recipe for recipe in recipes if recipe.base is not None]  # file types of llama-quantize
+    mixed = [recipe for recipe in recipes if recipe.container.takes_importance]
     notes = [*model.notes, *draft.notes, *_overrides_notes(mixed, options.overrides, model)]
     notes += draft.importance.notes(is_asked=bool(mixed))
     if checkpoint.ignored_files:

@@ -8,13 +8,14 @@ from rich.text import Text
 
 from streamquant.convert.plan.disk import Disk
 from streamquant.convert.plan.records import OutputTensor, Plan, VariantPlan
+from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.files.sizes import human_bytes
 from streamquant.quant.formats import FORMATS
 
 
 def plan_json(plan: Plan, jobs: int, disk: Disk | None = None) -> dict[str, Any]:
     """The whole plan as JSON: every file with its size, every tensor with its format, reason and address."""
-    hub = plan.checkpoint.hub
+    hub = plan.checkpoint.hub if isinstance(plan.checkpoint, HubCheckpoint) else None
     disk = disk or Disk(plan.nbytes)
     return {
         "model": plan.name,
@@ -82,7 +83,7 @@ def plan_view(plan: Plan, jobs: int, disk: Disk | None = None, *, tensors: bool 
         f"  {plan.model.hf_architecture}, {source.parameter_count:,} weights, {human_bytes(source.nbytes)}"
         f" in {len(source.files)} file{'s' if len(source.files) > 1 else ''}",
     )
-    if source.hub is not None:
+    if isinstance(source, HubCheckpoint):
         title.append(f"\n{source.hub.name}, revision {source.hub.revision}, commit {source.hub.commit}")
     parts: list[RenderableType] = [title, _variants_table(plan), _formats_table(plan)]
     if tensors:

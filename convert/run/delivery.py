@@ -7,6 +7,11 @@ from typing import Protocol
 class Delivery(Protocol):
     """Takes finished files from the disk while the rest is converted. `path` is that of the plan, below --out."""
 
+    delete: bool
+    """Whether a file that was delivered leaves the disk."""
+    room: int
+    """The most bytes that wait for their delivery before the conversion waits."""
+
     def has(self, path: str, size: int, sha256: str) -> bool:
         """Whether a file that is not on the disk any more is safely where it was to go."""
 

@@ -22,6 +22,7 @@ from typing import Any
 from streamquant.quant.errors import StreamquantError
 
 WORK_FOLDER = ".streamquant"
+JOURNAL = "journal.jsonl"
 VERSION = 1
 
 
@@ -72,7 +73,7 @@ class Journal:
 
     def __init__(self, out: Path) -> None:
         self.folder = out / WORK_FOLDER
-        self.path = self.folder / "journal.jsonl"
+        self.path = self.folder / JOURNAL
         self._lock = threading.Lock()
         self._file: int | None = None
         self._guard = self._take_lock(out)

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint: its shards and index -> tensors with dtype, shape and byte range. No weight is read here.
 
 The headers are checked by our own rules before anything else; afterwards only byte ranges are read, and nothing in the
-folder is ever written. A checkpoint of the Hub is the same thing: convert/source/open.py makes it.
+folder is ever written. A checkpoint of the Hub is the same thing: convert/source/hub_checkpoint.py makes it.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from typing import Any
 
 from streamquant.files.safetensors_file import SafetensorsTensor, read_header
 from streamquant.files.strict_json import read_json_object
-from streamquant.hub.repo import HubRepo
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.widen import SOURCE_DTYPES
 
@@ -82,10 +81,10 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint, its headers read and checked: a local folder, or a repo of the Hub."""
+    """A checkpoint, its headers read and checked: a local folder, or a HubCheckpoint."""
 
     folder: Path
-    """Holds the shards, unless they are remote, and all files that planning reads. Its name is the model's."""
+    """Holds the shards, unless they are on the Hub, and all files that planning reads. Its name is the model's."""
     config: Mapping[str, Any]
     files: tuple[SourceFile, ...]
     tensors: Mapping[str, SourceTensor]
@@ -94,10 +93,6 @@ class Checkpoint:
     """Files that belong to the model and hold no weights, relative to the folder."""
     ignored_files: tuple[str, ...]
     """Files in the folder that are not part of the checkpoint or hold weights in another form."""
-    hub: HubRepo | None = None
-    """Where it comes from, if it comes from the Hub."""
-    remote: bool = False
-    """Whether shards have to be fetched from `hub`."""
 
     @property
     def name(self) -> str:
@@ -115,11 +110,8 @@ class Checkpoint:
         return sum(tensor.stop - tensor.start for tensor in self.tensors.values())
 
     def check_unchanged(self) -> None:
-        """Raise StreamquantError if a shard was replaced, truncated or touched since the headers were read.
-
-        Shards of the Hub cannot change: their commit and hashes are known.
-        """
-        for file in () if self.remote else self.files:
+        """Raise StreamquantError if a shard was replaced, truncated or touched since the headers were read."""
+        for file in self.files:
             now = stat_shard(self.folder / file.name)
             if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise StreamquantError(
@@ -132,7 +124,12 @@ class Checkpoint:
 
     def where(self, shard: str) -> str:
         """A shard as messages name it."""
-        return f"{self.hub}/{shard}" if self.remote else str(self.folder / shard)
+        return str(self.folder / shard)
+
+    @property
+    def source(self) -> str:
+        """The whole as messages name it."""
+        return str(self.folder)
 
 
 def open_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) -> Checkpoint:

@@ -2,55 +2,56 @@
 
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from streamquant.convert.source.checkpoint import CONFIG, INDEX, Checkpoint
-from streamquant.convert.source.open import model_folder
+from streamquant.convert.source.hub_checkpoint import HubCheckpoint, model_folder
 from streamquant.files.folders import nearest_folder
+from streamquant.files.listener import SILENT, Listener
 from streamquant.files.sizes import human_bytes
 from streamquant.files.writing import explain
-from streamquant.hub.repo import HubRepo
+from streamquant.hub.repo import FETCHING, HubRepo
 from streamquant.quant.errors import StreamquantError
 
 DISK_RESERVE = 1 << 30
 """Bytes that are left free."""
 
 
-def fetch_snapshot(
-    checkpoint: Checkpoint,
-    on_step: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
-    on_note: Callable[[str], None] = lambda _text: None,
-) -> Path:
+def whole_folder(checkpoint: Checkpoint, listener: Listener = SILENT) -> Path:
+    """A local folder with all files of a checkpoint: its own, or for one of the Hub `fetch_snapshot`."""
+    return fetch_snapshot(checkpoint, listener) if isinstance(checkpoint, HubCheckpoint) else checkpoint.folder
+
+
+def fetch_snapshot(checkpoint: HubCheckpoint, listener: Listener = SILENT) -> Path:
     """A folder of the model's name with links to all files of the commit in the cache of the Hub's client.
 
     What is missing there is fetched, and compared with the hashes that the Hub lists. (The cache's own folder has the
     name of the commit, which would become the name of the model.) Raises StreamquantError if the disk is too small, and
     for everything that the Hub or the network says.
     """
-    repo, missing = _repo(checkpoint), missing_files(checkpoint)
+    repo, missing = checkpoint.hub, missing_files(checkpoint)
     total = sum(repo.files[name].size for name in missing)
     if missing:
         check_cache(checkpoint)
-        on_note(
+        listener.note(
             f"{human_bytes(total)} of {repo} are fetched into the local cache, {client_cache()}: they are read whole"
         )
-    done = 0
+        listener.started(FETCHING, total, "bytes")
     for name in missing:
-        on_step("fetching: MB", done // 10**6, total // 10**6)
         _fetch(repo, name)
-        done += repo.files[name].size
+        listener.advanced(FETCHING, repo.files[name].size)
     return _linked(repo, _names(checkpoint))
 
 
-def missing_files(checkpoint: Checkpoint) -> list[str]:
+def missing_files(checkpoint: HubCheckpoint) -> list[str]:
     """The files of a checkpoint of the Hub that are not in the cache of its client."""
-    return [name for name in _names(checkpoint) if _repo(checkpoint).cached(name) is None]
+    return [name for name in _names(checkpoint) if checkpoint.hub.cached(name) is None]
 
 
-def missing_bytes(checkpoint: Checkpoint) -> int:
+def missing_bytes(checkpoint: HubCheckpoint) -> int:
     """And their sizes."""
-    return sum(_repo(checkpoint).files[name].size for name in missing_files(checkpoint))
+    return sum(checkpoint.hub.files[name].size for name in missing_files(checkpoint))
 
 
 def client_cache() -> Path:
@@ -60,7 +61,7 @@ def client_cache() -> Path:
     return nearest_folder(Path(constants.HF_HUB_CACHE))
 
 
-def check_cache(checkpoint: Checkpoint) -> None:
+def check_cache(checkpoint: HubCheckpoint) -> None:
     """Raise StreamquantError if the disk of the cache cannot hold what is missing."""
     required = missing_bytes(checkpoint) + DISK_RESERVE
     free = shutil.disk_usage(client_cache()).free
@@ -74,14 +75,9 @@ def check_cache(checkpoint: Checkpoint) -> None:
         )
 
 
-def _repo(checkpoint: Checkpoint) -> HubRepo:
-    assert checkpoint.hub is not None, "only a checkpoint of the Hub is fetched"
-    return checkpoint.hub
-
-
-def _names(checkpoint: Checkpoint) -> list[str]:
+def _names(checkpoint: HubCheckpoint) -> list[str]:
     wanted = (*(file.name for file in checkpoint.files), CONFIG, INDEX, *checkpoint.side_files)
-    return [name for name in wanted if name in _repo(checkpoint).files]
+    return [name for name in wanted if name in checkpoint.hub.files]
 
 
 def _linked(repo: HubRepo, names: Sequence[str]) -> Path:

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from streamquant.convert.source.checkpoint import Checkpoint
+from streamquant.convert.source.hub_checkpoint import HubCheckpoint
+from streamquant.files.listener import SILENT, Listener
 from streamquant.files.safetensors_file import read_header
 from streamquant.files.worker import Stopped, Worker
-from streamquant.hub.repo import HubRepo, OnBytes, OnWait
 from streamquant.quant.errors import StreamquantError, UsageError
 
 FETCHERS = 2
@@ -34,12 +34,11 @@ CLOSE_SECONDS = 2.0
 GIB = 2**30
 
 
-def spool_limit(checkpoint: Checkpoint, gib: float | None) -> int:
+def spool_limit(checkpoint: HubCheckpoint, gib: float | None) -> int:
     """Bytes that the spool of a checkpoint may hold: what was asked for, or some shards; never more than all of them.
 
     Shards in the cache of the Hub's client need no room. Raises UsageError if the largest of the others does not fit.
     """
-    assert checkpoint.hub is not None, "only a checkpoint of the Hub has a spool"
     fetched = [file for file in checkpoint.files if checkpoint.hub.cached(file.name) is None]
     if not fetched:
         return 0
@@ -79,22 +78,19 @@ class Spool:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: HubCheckpoint,
         folder: Path,
         limit: int,
-        *,
-        on_bytes: OnBytes = lambda _nbytes: None,
-        on_wait: OnWait = lambda _what, _seconds: None,
+        listener: Listener = SILENT,
         fetchers: int = FETCHERS,
     ) -> None:
-        """`limit` bytes: see `spool_limit`. `on_bytes` gets the bytes just fetched, `on_wait` what failed and
-        is tried again; both from other threads. Raises OSError if the folder cannot be made."""
-        assert checkpoint.hub is not None, "only a checkpoint of the Hub has a spool"
-        self.repo: HubRepo = checkpoint.hub
+        """`limit` bytes: see `spool_limit`. `listener` hears of the bytes just fetched, and of waits. Raises OSError if
+        the folder cannot be made."""
+        self.repo = checkpoint.hub
         self.folder, self.limit = folder, limit
         self.most = 0
         """The most bytes that were reserved at any time."""
-        self._on_bytes, self._on_wait = on_bytes, on_wait
+        self._listener = listener
         self._files = {file.name: file for file in checkpoint.files}
         self._shards: dict[str, _Shard] = {}
         self._queue: deque[_Shard] = deque()
@@ -301,7 +297,7 @@ class Spool:
 
     def _fetch(self, shard: _Shard) -> None:
         """Bring a shard to its path, with the Hub's bytes. Raises StreamquantError, Stopped."""
-        from streamquant.hub.errors import DamagedBody, ask
+        from streamquant.hub.errors import DamagedBody, Retrying, ask
 
         local = shard.path
         assert local is not None, "its place was chosen"
@@ -315,11 +311,11 @@ class Spool:
                 self.repo.check(shard.name, local, self._stopping)
                 return
             local.unlink(missing_ok=True)
-            self.repo.download(shard.name, self.folder, self._on_bytes, self._stopping)
+            self.repo.download(shard.name, self.folder, self._listener, self._stopping)
             self.repo.check(shard.name, local, self._stopping)
 
         what = f"fetching {shard.name}"
-        ask(fetch, repo=str(self.repo), what=what, on_wait=self._on_wait, stop=self._stopping)
+        ask(fetch, repo=str(self.repo), what=what, how=Retrying(self._listener, self._stopping))
         self._check_header(shard.name, local)
 
     def _check_header(self, name: str, local: Path) -> None:

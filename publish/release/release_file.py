@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from streamquant.convert.options import RELEASE_KEYS, ConversionOptions, read_options
+from streamquant.convert.options import RELEASE_KEYS, ConversionOptions, RunOptions, default_jobs, read_options
 from streamquant.convert.recipes.recipe import Recipe, parse_variants
 from streamquant.convert.recipes.recipe_file import read_recipe
 from streamquant.files.strict_yaml import read_yaml
@@ -134,6 +134,11 @@ class ReleaseFile:
     def stages(self) -> tuple[StageName, ...]:
         """The stages that the file asks for, in their order."""
         return tuple(stage for stage in STAGES if stage in ("plan", "convert") or getattr(self, stage) is not None)
+
+    @property
+    def run_options(self) -> RunOptions:
+        """How its conversion runs."""
+        return RunOptions(self.jobs or default_jobs(), self.device, self.spool_gib)
 
 
 def read_release(path: Path) -> ReleaseFile:

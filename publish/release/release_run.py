@@ -124,11 +124,9 @@ class ReleaseRun:
     @cached_property
     def weights(self) -> Path:
         """A local folder with the whole source. Fetches it from the Hub if need be. Raises StreamquantError."""
-        if not self.checkpoint.remote or self.checkpoint.hub is None:
-            return self.checkpoint.folder
-        from streamquant.convert.source.snapshot import fetch_snapshot
+        from streamquant.convert.source.snapshot import whole_folder
 
-        return fetch_snapshot(self.checkpoint, in_steps(self.listener), self.listener.note)
+        return whole_folder(self.checkpoint, self.listener)
 
     @property
     def imatrix_path(self) -> Path | None:

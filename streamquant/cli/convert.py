@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from streamquant.convert.conversion import Fetching, check_disk, check_output_folder, convert, default_jobs, disk_of
-from streamquant.convert.options import read_options
+from streamquant.convert.conversion import check_disk, check_output_folder, convert, disk_of
+from streamquant.convert.options import RunOptions, default_jobs, read_options
 from streamquant.convert.plan.disk import Disk
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan
@@ -32,7 +32,7 @@ from streamquant.cli.arguments import (
     Tensors,
     To,
 )
-from streamquant.cli.console import error_console, out_console, print_result, say_waiting
+from streamquant.cli.console import error_console, out_console, print_result
 from streamquant.cli.conversion_options import NOTHING, CommandLine, takes_conversion_options
 from streamquant.cli.progress import console_listener
 from streamquant.cli.publish import say_pushed
@@ -75,12 +75,12 @@ def plan_command(
         from streamquant.publish.upload.limits import check_plan
 
         plan = replace(plan, notes=(*plan.notes, *check_plan(plan)))
-    jobs = jobs or default_jobs()
-    disk = _disk(plan, spool_gib, jobs, delete_after_upload)
+    how = RunOptions(jobs or default_jobs(), device, spool_gib)
+    disk = _disk(plan, how, delete_after_upload)
     if out is not None:
         check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
         check_disk(plan, out, disk)
-    print_result(plan_json(plan, jobs, disk) if as_json else plan_view(plan, jobs, disk, tensors=tensors))
+    print_result(plan_json(plan, how.jobs, disk) if as_json else plan_view(plan, how.jobs, disk, tensors=tensors))
 
 
 @takes_conversion_options
@@ -128,30 +128,23 @@ def convert_command(
     recipes = _recipes(to, recipe)
     options = read_options(given, recipes)
     where = _early_push(push, private, without_report, push_revision, delete_after_upload)
-    chosen, workers = choose_device(device), jobs or default_jobs()
+    how = RunOptions(jobs or default_jobs(), choose_device(device), spool_gib)
+
+    def show(plan: object) -> None:
+        if isinstance(plan, Plan) and error_console.is_terminal:
+            disk = _disk(plan, how, delete_after_upload)
+            error_console.print(plan_view(with_notes(plan, how.device), how.jobs, disk))
+
     checkpoint = open_source(model, out=out)
-    with console_listener() as listener:
-
-        def start(plan: Plan) -> None:
-            listener.started("converting", sum(m.source.stop - m.source.start for m in plan.matrices), "bytes")
-            if error_console.is_terminal:
-                disk = _disk(plan, spool_gib, workers, delete_after_upload)
-                error_console.print(plan_view(with_notes(plan, chosen), workers, disk))
-
-        how: Any = {
-            "jobs": workers,
-            "device": chosen,
-            "fetching": Fetching(spool_gib, listener.bytes_of("fetching"), say_waiting),
-            "on_start": start,
-            "on_progress": listener.bytes_of("converting"),
-        }
+    with console_listener(on_plan=show) as listener:
+        plan = make_plan(checkpoint, recipes, options)
         pushed: Sequence[Pushed] = ()
         if where is None:
-            done = convert(checkpoint, recipes, out, options, **how)
+            done = convert(plan, out, how, listener)
         else:
             from streamquant.publish.upload.streaming import convert_and_push
 
-            done, pushed = convert_and_push(checkpoint, recipes, out, options, where, listener=listener, **how)
+            done, pushed = convert_and_push(plan, out, where, how, listener)
     for variant in done.plan.variants:
         state = "was done already" if variant.recipe.spec in done.already_done else "done"
         size = human_bytes(done.plan.variant_bytes(variant))
@@ -176,9 +169,9 @@ def _early_push(
     return early_push(repo, PushOptions(private, revision, without_report=without_report), delete=delete)
 
 
-def _disk(plan: Plan, spool_gib: float | None, jobs: int, delete_after_upload: bool) -> Disk:
+def _disk(plan: Plan, how: RunOptions, delete_after_upload: bool) -> Disk:
     if not delete_after_upload:
-        return disk_of(plan, spool_gib)
-    from streamquant.publish.upload.streaming import disk_with_delivery
+        return disk_of(plan, how)
+    from streamquant.publish.upload.options import ROOM
 
-    return disk_with_delivery(plan, spool_gib, jobs, delete=True)
+    return disk_of(plan, how, ROOM)

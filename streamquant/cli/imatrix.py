@@ -41,7 +41,7 @@ def imatrix_command(
     from streamquant.model.variants.open import open_variant
 
     with console_listener("the same command does it again, with what is in the cache") as listener:
-        variant = open_variant(local_weights(model, listener.step))
+        variant = open_variant(local_weights(model, listener))
         corpus = read_corpus(text, tokenizer or variant.path, context, chunks)
         done = write_importance(
             variant,

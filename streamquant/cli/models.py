@@ -1,24 +1,23 @@
 """A model that a command names: a folder, or a repository of the Hub."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamquant.convert.source.open import open_source
+from streamquant.files.listener import Listener
 from streamquant.hub.repo import hub_spec
 
 if TYPE_CHECKING:
     from streamquant.model.variants.variant import Variant
-from streamquant.cli.console import error_console
 
 
-def local_weights(model: str, step: Callable[[str, int, int], None] = lambda _what, _done, _total: None) -> Path:
+def local_weights(model: str, listener: Listener) -> Path:
     """A local path of a model with all its weights; one on the Hub is fetched into the cache of the Hub's client."""
     if hub_spec(model) is None:
         return Path(model)
-    from streamquant.convert.source.snapshot import fetch_snapshot
+    from streamquant.convert.source.snapshot import whole_folder
 
-    return fetch_snapshot(open_source(model), step, lambda text: error_console.print(text, markup=False))
+    return whole_folder(open_source(model), listener)
 
 
 def without_weights(model: str) -> "Variant":

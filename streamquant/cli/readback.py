@@ -52,9 +52,9 @@ def verify_command(
 
     Exit code 1 if anything differs. Example: `streamquant verify variants --source Hermes-4-14B`
     """
-    checkpoint = open_checkpoint(local_weights(source)) if source is not None else None
-    matrix = read_imatrix(imatrix) if imatrix is not None else None
     with console_listener() as listener:
+        checkpoint = open_checkpoint(local_weights(source, listener)) if source is not None else None
+        matrix = read_imatrix(imatrix) if imatrix is not None else None
         listener.started("verifying", bytes_to_verify(folder, with_source=source is not None), "bytes")
         results = verify(folder, checkpoint, matrix, on_progress=listener.bytes_of("verifying"))
     print_result(verify_json(results) if as_json else verify_view(results))

@@ -91,7 +91,7 @@ def validate_command(
         command=("streamquant", *sys.argv[1:]),
     )
     with console_listener("the same command does it again, with what is in the cache") as listener:
-        report = validate(local_weights(original, listener.step), variants, options, listener)
+        report = validate(local_weights(original, listener), variants, options, listener)
         listener.started("report", 1)
         write_report(report, out)
         write_pages(report, out)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from streamquant.convert.conversion import convert
+from streamquant.convert.options import RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.quant.errors import StreamquantError
@@ -27,6 +29,7 @@ from tests.attacks.harness import (
     unpack,
     untouched,
 )
+from tests.listeners import Hears
 
 
 class _Stop(Exception):  # noqa: N818 - stands for a crash
@@ -46,8 +49,9 @@ def stop_after(model: Path, out: Path, chunks: int, then: Callable[[], None] | N
                     raise _Stop
                 then()
 
+    plan = make_plan(open_checkpoint(model), parse_variants([TO[1]]))
     with pytest.raises((_Stop, StreamquantError)) as caught:
-        convert(open_checkpoint(model), parse_variants([TO[1]]), out, jobs=1, on_progress=progress)
+        convert(plan, out, RunOptions(jobs=1), Hears({"converting": progress}))
     return caught.value
 
 

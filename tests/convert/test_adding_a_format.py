@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes import recipe as recipes
 from streamquant.convert.recipes.mix import DEFAULTS
@@ -99,7 +99,7 @@ def test_plans_converts_and_reads_back(added: Format, tmp_path: Path, spec: str,
     formats = {tensor.source: tensor.format for tensor in plan.variants[0].tensors}
     name = "model.layers.0.self_attn.q_proj.weight"
     assert formats[name] == NAME
-    convert(checkpoint, chosen, tmp_path / "out", options, jobs=1)
+    convert(make_plan(checkpoint, chosen, options), tmp_path / "out", RunOptions(jobs=1))
     assert not [problem for result in verify(tmp_path / "out", checkpoint) for problem in result.problems]
     original, made = open_variant(checkpoint.folder), open_variant(tmp_path / "out" / plan.files[0].path)
     source, decoded = (np.concatenate([block.numpy() for _, block in v.blocks(name)]) for v in (original, made))

@@ -12,7 +12,7 @@ import pytest
 
 from streamquant.convert.conversion import check_disk, convert
 from streamquant.convert.manifest import MANIFEST
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan
 from streamquant.convert.plan.view import plan_json
@@ -46,7 +46,7 @@ def files_below(folder: Path) -> dict[str, int]:
 )
 def test_every_byte_is_where_the_plan_says(tiny: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     plan = plan_of(tiny, **options)
-    convert(plan.checkpoint, parse_variants(ALL), tmp_path, plan.options, jobs=2)
+    convert(make_plan(plan.checkpoint, parse_variants(ALL), plan.options), tmp_path, RunOptions(jobs=2))
     written = files_below(tmp_path)
     planned = {file.path: file.size for file in plan.files}
     assert {path: written[path] for path in planned} == planned
@@ -182,7 +182,11 @@ def test_405b_does_not_fit_and_says_so_at_once(giant: Checkpoint, tmp_path: Path
     if shutil.disk_usage(tmp_path).free > 10**12:
         pytest.skip("this disk holds it")
     with pytest.raises(StreamquantError, match="not enough disk space") as caught:
-        convert(giant, parse_variants(["gguf:F32"]), tmp_path / "out", ConversionOptions(pre=TINY_PRE), jobs=1)
+        convert(
+            make_plan(giant, parse_variants(["gguf:F32"]), ConversionOptions(pre=TINY_PRE)),
+            tmp_path / "out",
+            RunOptions(jobs=1),
+        )
     assert "1,62" in str(caught.value), "the bytes that it takes"
     assert not list((tmp_path / "out").rglob("*.gguf*"))
 
@@ -210,7 +214,11 @@ def test_one_run_equals_many(tiny: Path, tiny_variants: Path, tmp_path: Path, jo
     """Each variant on its own, by other numbers of threads, has the bytes that it has in a run of all."""
     together = {path: size for path, size in files_below(tiny_variants).items() if not path.endswith(MANIFEST)}
     for variant in ALL:
-        convert(open_checkpoint(tiny), parse_variants([variant]), tmp_path, ConversionOptions(pre=TINY_PRE), jobs=jobs)
+        convert(
+            make_plan(open_checkpoint(tiny), parse_variants([variant]), ConversionOptions(pre=TINY_PRE)),
+            tmp_path,
+            RunOptions(jobs=jobs),
+        )
     alone = {path: size for path, size in files_below(tmp_path).items() if not path.endswith(MANIFEST)}
     assert alone == together
     assert [p for p in alone if (tmp_path / p).read_bytes() != (tiny_variants / p).read_bytes()] == []
@@ -226,7 +234,11 @@ def test_source_is_not_touched(tiny: Path, tmp_path: Path) -> None:
         return [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(source.rglob("*"))]
 
     before = state()
-    convert(open_checkpoint(source), parse_variants(ALL), tmp_path / "out", ConversionOptions(pre=TINY_PRE), jobs=2)
+    convert(
+        make_plan(open_checkpoint(source), parse_variants(ALL), ConversionOptions(pre=TINY_PRE)),
+        tmp_path / "out",
+        RunOptions(jobs=2),
+    )
     assert state() == before
     source.chmod(0o755)
 
@@ -242,11 +254,16 @@ def test_second_run_does_nothing(tiny: Path, tmp_path: Path) -> None:
         parse_variants(["gguf:Q8_0,Q4_0"]),
         ConversionOptions(pre=TINY_PRE),
     )
-    assert convert(checkpoint, variants[:1], tmp_path, options, jobs=1).already_done == ()
+    assert convert(make_plan(checkpoint, variants[:1], options), tmp_path, RunOptions(jobs=1)).already_done == ()
     (first,) = tmp_path.rglob("*Q8_0.gguf")
     stamp = first.stat().st_mtime_ns
-    assert convert(checkpoint, variants, tmp_path, options, jobs=1).already_done == ("gguf:Q8_0",)
-    assert convert(checkpoint, variants, tmp_path, options, jobs=1).already_done == ("gguf:Q8_0", "gguf:Q4_0")
+    assert convert(make_plan(checkpoint, variants, options), tmp_path, RunOptions(jobs=1)).already_done == (
+        "gguf:Q8_0",
+    )
+    assert convert(make_plan(checkpoint, variants, options), tmp_path, RunOptions(jobs=1)).already_done == (
+        "gguf:Q8_0",
+        "gguf:Q4_0",
+    )
     assert first.stat().st_mtime_ns == stamp
     manifest = json.loads((first.parent / MANIFEST).read_text())
     assert list(manifest["variants"]) == ["gguf:Q4_0", "gguf:Q8_0"]
@@ -256,11 +273,9 @@ def test_output_inside_the_source_is_refused(tiny: Path, tmp_path: Path) -> None
     source = Path(shutil.copytree(tiny, tmp_path / "Tiny"))
     with pytest.raises(UsageError, match="inside the source"):
         convert(
-            open_checkpoint(source),
-            parse_variants(["gguf:Q8_0"]),
+            make_plan(open_checkpoint(source), parse_variants(["gguf:Q8_0"]), ConversionOptions(pre=TINY_PRE)),
             source / "out",
-            ConversionOptions(pre=TINY_PRE),
-            jobs=1,
+            RunOptions(jobs=1),
         )
     assert not (source / "out").exists()
 
@@ -270,7 +285,11 @@ def test_files_of_others_are_not_overwritten(tiny: Path, tmp_path: Path) -> None
     other.parent.mkdir()
     other.write_bytes(b"somebody else's")
     with pytest.raises(StreamquantError, match="another run's files"):
-        convert(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), tmp_path, ConversionOptions(pre=TINY_PRE), jobs=1)
+        convert(
+            make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), ConversionOptions(pre=TINY_PRE)),
+            tmp_path,
+            RunOptions(jobs=1),
+        )
     assert other.read_bytes() == b"somebody else's"
 
 

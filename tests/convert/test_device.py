@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix
 from streamquant.convert.recipes.recipe import parse_variants
@@ -71,7 +71,11 @@ class Both:
         options = options or ConversionOptions()
         error = None
         try:
-            convert(open_checkpoint(model), parse_variants(variants), self.folder / "cpu", options, jobs=2)
+            convert(
+                make_plan(open_checkpoint(model), parse_variants(variants), options),
+                self.folder / "cpu",
+                RunOptions(jobs=2),
+            )
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
         found = self.call(convert_on_device, model, self.folder / "gpu", variants, options, block, left)

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from examples.smollm2_checkpoint import FOLDER
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import RECIPES, parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
@@ -129,7 +129,9 @@ class Pairs:
         source = self.source(case)
         out = self.shelf.get(
             f"fp8-ours-{case}",
-            lambda folder: convert(open_checkpoint(source), parse_variants(list(VARIANTS)), folder, jobs=2),
+            lambda folder: convert(
+                make_plan(open_checkpoint(source), parse_variants(list(VARIANTS))), folder, RunOptions(jobs=2)
+            ),
         )
         return out / f"{case}-{LABEL[variant]}"
 
@@ -256,11 +258,9 @@ def test_max_shard_size(pairs: Pairs, tmp_path: Path, limit: int) -> None:
     """Other shards, the same tensors."""
     source = pairs.source("wide")
     convert(
-        open_checkpoint(source),
-        parse_variants(["fp8-block"]),
+        make_plan(open_checkpoint(source), parse_variants(["fp8-block"]), ConversionOptions(max_shard_size=limit)),
         tmp_path,
-        ConversionOptions(max_shard_size=limit),
-        jobs=2,
+        RunOptions(jobs=2),
     )
     (folder,) = tmp_path.iterdir()
     check_index(folder)

@@ -23,7 +23,8 @@ import pytest
 from examples.smollm2_checkpoint import FOLDER
 from streamquant.convert.conversion import convert
 from streamquant.convert.metadata import vocabulary
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import gguf_peer, synthetic
@@ -148,7 +149,9 @@ class Pairs:
 
     def convert(self, case: str, source: Path, out: Path) -> None:
         variants = parse_variants([f"gguf:{','.join((*(o.upper() for o in OUTTYPES), *LEGACY))}"])
-        convert(open_checkpoint(source), variants, out, ConversionOptions(pre=pre_of(case)), jobs=2)
+        convert(
+            make_plan(open_checkpoint(source), variants, ConversionOptions(pre=pre_of(case))), out, RunOptions(jobs=2)
+        )
 
     def reference(self, case: str, outtype: OutType) -> Path:
         return self.shelf.get("references", self.convert_all) / f"{case}-{outtype}.gguf"
@@ -334,11 +337,11 @@ def split(pairs: Pairs, shelf: Shelf) -> list[Path]:
 
     def make(folder: Path) -> None:
         convert(
-            open_checkpoint(source),
-            parse_variants(["gguf:Q8_0"]),
+            make_plan(
+                open_checkpoint(source), parse_variants(["gguf:Q8_0"]), ConversionOptions(split_max_size=SPLIT_AT)
+            ),
             folder,
-            ConversionOptions(split_max_size=SPLIT_AT),
-            jobs=2,
+            RunOptions(jobs=2),
         )
 
     return sorted(shelf.get("smollm2-split", make).rglob("*.gguf"))
@@ -385,7 +388,8 @@ def test_split_equals_the_reference_converter(
     """convert_hf_to_gguf.py --split-max-size and --split-max-tensors cut at the same places; the headers are equal too,
     so the files are."""
     options = replace(options, pre=pre_of("mistral"))
-    convert(open_checkpoint(pairs.source("mistral")), parse_variants(["gguf:Q8_0"]), tmp_path, options, jobs=1)
+    plan = make_plan(open_checkpoint(pairs.source("mistral")), parse_variants(["gguf:Q8_0"]), options)
+    convert(plan, tmp_path, RunOptions(jobs=1))
     theirs = sorted(pairs.reference(name, "q8_0").parent.glob(f"{name}-q8_0-*.gguf"))
     ours = sorted(tmp_path.rglob("*.gguf"))
     assert len(ours) == len(theirs) > 2
@@ -398,7 +402,11 @@ def test_split_equals_the_reference_converter(
 def test_metadata_overrides_equal_the_reference(pairs: Pairs, peers: Path, tmp_path: Path) -> None:
     """--metadata, as the converter reads it."""
     options = ConversionOptions(pre=pre_of("mistral"), metadata=METADATA)
-    convert(open_checkpoint(pairs.source("mistral")), parse_variants(["gguf:Q8_0"]), tmp_path, options, jobs=1)
+    convert(
+        make_plan(open_checkpoint(pairs.source("mistral")), parse_variants(["gguf:Q8_0"]), options),
+        tmp_path,
+        RunOptions(jobs=1),
+    )
     (ours,) = tmp_path.rglob("*.gguf")
     assert differences(ours, pairs.reference("named", "q8_0")) == []
     assert read_gguf(ours)[0]["general.author"][1] == "Somebody"

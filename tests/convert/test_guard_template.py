@@ -7,7 +7,7 @@ import pytest
 
 from streamquant.convert.conversion import convert
 from streamquant.convert.metadata.guard_template import bos_text, guard_side_file, guard_template
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
@@ -52,7 +52,11 @@ def test_every_template_is_guarded_and_nothing_else_changes(model: Path, tmp_pat
     assert len(GUARDED.changes) == 2
     for guard, expected in ((True, GUARDED.text), (False, FAULTY)):
         out = tmp_path / f"out-{guard}"
-        convert(open_checkpoint(model), parse_variants(VARIANTS), out, ConversionOptions(guard_template=guard), jobs=1)
+        convert(
+            make_plan(open_checkpoint(model), parse_variants(VARIANTS), ConversionOptions(guard_template=guard)),
+            out,
+            RunOptions(jobs=1),
+        )
         assert templates(out) == [expected] * 3
     plain, guarded = tmp_path / "out-False", tmp_path / "out-True"
     for path in sorted((plain / "Tiny-FP8-dynamic").iterdir()):

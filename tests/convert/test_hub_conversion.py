@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from huggingface_hub import snapshot_download
 
-from streamquant.convert.conversion import DISK_RESERVE, SPOOL, Fetching, convert, disk_of
+from streamquant.convert.conversion import DISK_RESERVE, SPOOL, convert, disk_of
+from streamquant.convert.options import RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.open import open_source, pinned_commit
@@ -21,6 +22,7 @@ from streamquant.hub.repo import _meter
 from tests.attacks.harness import TO, checksums, flip, run, state
 from tests.hub import WRITE_TOKEN, Fault, Hub
 from tests.hub_source import FIVE, REPO, SHARD, Later, commit_of, fetched, gib_of, use, without_origin, write_in_shards
+from tests.listeners import Hears
 
 
 @pytest.fixture(scope="module")
@@ -98,21 +100,16 @@ def test_five_variants_with_a_spool_of_two_shards(
     out, spool_gib = tmp_path / "out", gib_of(model, 2)
     checkpoint, recipes = open_source(REPO, out=out), parse_variants(FIVE[1::2])
     plan = make_plan(checkpoint, recipes)
-    disk = disk_of(plan, spool_gib)
+    disk = disk_of(plan, RunOptions(spool_gib=spool_gib))
     source = sum(file.size for file in checkpoint.files)
     assert disk.spool == int(spool_gib * GIB) < source / 3
     assert disk.peak == plan.nbytes + disk.spool
     watch = Watch(out)
     watch.start()
     arrived: list[int] = []
-    convert(
-        checkpoint,
-        recipes,
-        out,
-        jobs=2,
-        fetching=Fetching(spool_gib, arrived.append),
-        on_progress=lambda _nbytes: time.sleep(0.004),  # fetching is faster, and has to wait for room
-    )
+    slow = lambda _nbytes: time.sleep(0.004)  # noqa: E731 - fetching is faster, and has to wait for room
+    listener = Hears({"fetching": arrived.append, "converting": slow})
+    convert(make_plan(checkpoint, recipes), out, RunOptions(2, spool_gib=spool_gib), listener)
     watch.stop()
     small = 256 * 1024  # journal, pin, tokenizer, manifests, the client's own notes, the last block of each file
     assert small < DISK_RESERVE
@@ -143,8 +140,8 @@ def test_conversion_by_xet(model: Path, whole: Path, tmp_path: Path, monkeypatch
     with Hub(xet=True) as hub:
         use(hub, tmp_path / "home", monkeypatch)
         hub.add_repo(REPO, model)
-        fetching = Fetching(gib_of(model, 2), arrived.append)
-        convert(open_source(REPO), parse_variants(FIVE[1::2]), tmp_path / "out", jobs=2, fetching=fetching)
+        plan, how = make_plan(open_source(REPO), parse_variants(FIVE[1::2])), RunOptions(2, spool_gib=gib_of(model, 2))
+        convert(plan, tmp_path / "out", how, Hears({"fetching": arrived.append}))
         assert not fetched(hub.requests), "it came by HTTP"
     assert sum(arrived) == sum(path.stat().st_size for path in model.glob(SHARD))
     assert_same(tmp_path / "out", whole)
@@ -183,7 +180,7 @@ def test_repo_in_the_cache_is_used_in_place(model: Path, whole: Path, hub: Hub, 
     assert not hub.select(path="*/resolve/*")
     assert not hub.select(host="cdn")
     assert_same(tmp_path / "out", whole)
-    assert disk_of(make_plan(open_source(REPO), parse_variants(["fp8-dynamic"]))).spool == 0
+    assert disk_of(make_plan(open_source(REPO), parse_variants(["fp8-dynamic"])), RunOptions()).spool == 0
 
 
 def test_partly_cached_repo_fetches_the_rest(model: Path, whole: Path, hub: Hub, tmp_path: Path) -> None:

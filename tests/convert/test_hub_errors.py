@@ -19,9 +19,10 @@ from huggingface_hub.utils._http import hf_raise_for_status
 from huggingface_hub.utils._validators import validate_repo_id
 
 from streamquant.hub import errors
-from streamquant.hub.errors import DamagedBody, ask, explain, is_transient, retry_after, scrub, with_retries
+from streamquant.hub.errors import DamagedBody, Retrying, ask, explain, is_transient, retry_after, scrub, with_retries
 from streamquant.hub.http_library import httpx
 from streamquant.quant.errors import StreamquantError, UsageError
+from tests.listeners import Hears
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 URL = "https://hub.invalid/api/models/ORG/NAME"
@@ -217,7 +218,7 @@ class Flaky:
 def test_a_call_is_repeated_until_it_succeeds() -> None:
     waits: list[tuple[str, float]] = []
     flaky = Flaky(answered(503), CONNECT, DamagedBody("short"))
-    assert with_retries(flaky, what="reading", on_wait=lambda *wait: waits.append(wait)) == 7
+    assert with_retries(flaky, "reading", Retrying(Hears(waiting=lambda *wait: waits.append(wait)))) == 7
     assert flaky.calls == 4
     assert [message for message, _ in waits] == [
         "reading: 503 Service Unavailable", "reading: [Errno 111] Connection refused", "reading: short"
@@ -225,10 +226,11 @@ def test_a_call_is_repeated_until_it_succeeds() -> None:
     assert all(0.0005 * 2**k <= seconds <= 0.0015 * 2**k for k, (_, seconds) in enumerate(waits))
 
 
-def test_not_for_ever() -> None:
+def test_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamquant.hub.errors.ATTEMPTS", 3)
     flaky = Flaky(*[answered(503)] * 9)
     with pytest.raises(HfHubHTTPError):
-        with_retries(flaky, what="reading", attempts=3)
+        with_retries(flaky, what="reading")
     assert flaky.calls == 3
 
 
@@ -240,14 +242,14 @@ def test_not_what_stays() -> None:
 
 
 def test_other_statuses_on_request() -> None:
-    assert with_retries(Flaky(answered(412)), what="writing", also=frozenset({412})) == 7
+    assert with_retries(Flaky(answered(412)), what="writing", how=Retrying(also=frozenset({412}))) == 7
 
 
 def test_waits_as_long_as_the_server_asks() -> None:
     waits: list[float] = []
     flaky = Flaky(answered(429, Retry_After=["0", "2"][0]), answered(503, Retry_After="1"))
     before = time.monotonic()
-    with_retries(flaky, what="reading", on_wait=lambda _message, seconds: waits.append(seconds))
+    with_retries(flaky, "reading", Retrying(Hears(waiting=lambda _message, seconds: waits.append(seconds))))
     assert waits[1] >= 1
     assert time.monotonic() - before >= 1
 
@@ -279,5 +281,5 @@ def test_a_stop_ends_a_wait() -> None:
     threading.Timer(0.1, stop.set).start()
     before = time.monotonic()
     with pytest.raises(HfHubHTTPError):
-        with_retries(Flaky(answered(429, Retry_After="60")), what="reading", stop=stop)
+        with_retries(Flaky(answered(429, Retry_After="60")), what="reading", how=Retrying(stop=stop))
     assert time.monotonic() - before < 5

@@ -12,7 +12,8 @@ from huggingface_hub import constants, snapshot_download
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import MAX_CONFIG, open_checkpoint
-from streamquant.convert.source.open import open_hub_checkpoint, open_source, side_folder
+from streamquant.convert.source.hub_checkpoint import open_hub_checkpoint, side_folder
+from streamquant.convert.source.open import open_source
 from streamquant.hub.repo import open_repo
 from streamquant.quant.errors import StreamquantError
 from tests.attacks.harness import TO, pack, run

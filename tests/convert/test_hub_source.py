@@ -12,6 +12,7 @@ import pytest
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.convert.source.open import open_source
 from streamquant.hub.repo import open_repo, parse_spec
 from tests.attacks.harness import write_model
@@ -41,9 +42,8 @@ def test_plan_is_that_of_the_folder(model: Path, hub: Hub) -> None:
     assert plan_of(checkpoint) == plan_of(open_checkpoint(model))
     assert checkpoint.side_files == open_checkpoint(model).side_files
     assert checkpoint.ignored_files == open_checkpoint(model).ignored_files
-    assert checkpoint.hub is not None
+    assert isinstance(checkpoint, HubCheckpoint)
     assert checkpoint.hub.commit == commit_of(repo).oid
-    assert checkpoint.remote
     found = json.loads(plan(f"{REPO}@main", "--json").done().out)
     assert found["source"]["repo"] == REPO
     assert found["source"]["revision"] == "main"
@@ -140,7 +140,7 @@ def test_everything_is_read_at_the_one_commit(model: Path, hub: Hub) -> None:
     hub.arm(move_main(REPO, moved, path="*/resolve/*"))
     checkpoint = open_source(REPO)
     assert commit_of(repo).oid != commit
-    assert checkpoint.hub is not None
+    assert isinstance(checkpoint, HubCheckpoint)
     assert checkpoint.hub.commit == commit
     assert plan_of(checkpoint) == plan_of(open_checkpoint(model))
 
@@ -149,7 +149,7 @@ def test_folder_goes_before_the_hub(model: Path, hub: Hub, tmp_path: Path, monke
     """ORG/NAME that is a folder here is that folder; nobody is asked."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, tmp_path / REPO)
-    assert not open_source(REPO).remote
+    assert not isinstance(open_source(REPO), HubCheckpoint)
     assert not hub.requests
 
 
@@ -166,7 +166,7 @@ def test_renamed_repository_works_under_its_new_name(model: Path, hub: Hub) -> N
     hub.add_repo("OLD/Name", model, renamed_to=REPO)
     checkpoint = open_source("OLD/Name")
     assert checkpoint.name == "Tiny"
-    assert checkpoint.hub is not None
+    assert isinstance(checkpoint, HubCheckpoint)
     assert checkpoint.hub.name == REPO
     assert all("OLD" not in request.path for request in hub.requests if "/resolve/" in request.path)
     assert f'"repo": "{REPO}"' in plan("OLD/Name", "--json").done().out

@@ -12,16 +12,19 @@ from typing import Any, cast
 
 import pytest
 
-from streamquant.convert.source.checkpoint import Checkpoint, SourceFile
+from streamquant.convert.source.checkpoint import SourceFile
+from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.convert.source.spool import DEFAULT_SHARDS, GIB, Spool, spool_limit
+from streamquant.files.listener import Listener
 from streamquant.files.safetensors_file import write_header
 from streamquant.files.worker import Stopped
 from streamquant.hub import errors
 from streamquant.hub.errors import DamagedBody
-from streamquant.hub.repo import HubFile, HubRepo, OnBytes
+from streamquant.hub.repo import HubFile, HubRepo
 from streamquant.quant.errors import StreamquantError, UsageError
 from tests.attacks.harness import untouched
 from tests.hub_source import SECONDS, Later
+from tests.listeners import Hears
 
 COMMIT = "c" * 40
 
@@ -75,7 +78,7 @@ class FakeRepo:
     def check_cached(self, path: str, local: Path, stop: threading.Event) -> None:
         HubRepo.check_cached(cast(HubRepo, self), path, local, stop)
 
-    def download(self, path: str, folder: Path, on_bytes: OnBytes, stop: threading.Event) -> Path:
+    def download(self, path: str, folder: Path, listener: Listener, stop: threading.Event) -> Path:
         with self.lock:
             self.downloads.append(path)
             error = self.fail[path].pop(0) if self.fail.get(path) else None
@@ -89,17 +92,17 @@ class FakeRepo:
         if error is not None:
             raise error
         partial.write_bytes(data)
-        on_bytes(len(data))
+        listener.advanced("fetching", len(data))
         return partial.replace(folder / path)
 
 
-def checkpoint_of(repo: FakeRepo) -> Checkpoint:
+def checkpoint_of(repo: FakeRepo) -> HubCheckpoint:
     """A checkpoint with these shards."""
     files = tuple(
         SourceFile(name, len(data), 0, hashlib.sha256(data[:HEADER]).hexdigest(), repo.files[name].sha256)
         for name, data in repo.contents.items()
     )
-    return Checkpoint(Path("/nowhere/Fake"), {}, files, {}, (), (), cast(HubRepo, repo), remote=True)
+    return HubCheckpoint(Path("/nowhere/Fake"), {}, files, {}, (), (), cast(HubRepo, repo))
 
 
 class Setup:
@@ -114,9 +117,8 @@ class Setup:
             checkpoint_of(self.repo),
             folder,
             limit * 1000,
-            on_bytes=self.arrived.append,
-            on_wait=lambda what, _seconds: self.waited.append(what),
-            fetchers=fetchers,
+            Hears({"fetching": self.arrived.append}, lambda what, _seconds: self.waited.append(what)),
+            fetchers,
         )
 
     def read(self, name: str) -> bytes:

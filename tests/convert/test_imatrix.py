@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from streamquant.convert.conversion import convert
 from streamquant.convert.manifest import read_manifest
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix, read_imatrix
 from streamquant.convert.recipes.recipe import parse_variants
@@ -41,7 +41,7 @@ def weighted(tmp_path_factory: pytest.TempPathFactory, tiny: Path, matrix: Path)
     """The --out folder of `tiny` with the matrix."""
     out = tmp_path_factory.mktemp("weighted")
     options = ConversionOptions(pre=TINY_PRE, imatrix=read_imatrix(matrix))
-    convert(open_checkpoint(tiny), parse_variants(VARIANTS), out, options, jobs=2)
+    convert(make_plan(open_checkpoint(tiny), parse_variants(VARIANTS), options), out, RunOptions(jobs=2))
     return out
 
 
@@ -389,13 +389,15 @@ def test_formats_that_need_importance_are_refused_without(tiny: Path, tmp_path: 
     checkpoint, variants = open_checkpoint(tiny), parse_variants(["gguf:Q2_K_S"])
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="gguf:Q2_K_S needs an importance matrix") as caught:
-        convert(checkpoint, variants, out, ConversionOptions(pre=TINY_PRE), jobs=1)
+        convert(make_plan(checkpoint, variants, ConversionOptions(pre=TINY_PRE)), out, RunOptions(jobs=1))
     assert "blk.0.ffn_down.weight" in str(caught.value)
     columns = dict(TINY_COLUMNS)
     del columns["blk.2.ffn_up.weight"]
     imatrix = read_imatrix(write_imatrix(tmp_path / "m.gguf", some_entries(columns)))
     with pytest.raises(StreamquantError, match="has no entry for some tensors") as refused:
-        convert(checkpoint, variants, out, ConversionOptions(pre=TINY_PRE, imatrix=imatrix), jobs=1)
+        convert(
+            make_plan(checkpoint, variants, ConversionOptions(pre=TINY_PRE, imatrix=imatrix)), out, RunOptions(jobs=1)
+        )
     assert "none for blk.2.ffn_up.weight" in str(refused.value)
     assert not out.exists()
 

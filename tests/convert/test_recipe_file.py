@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from streamquant.convert.conversion import convert
 from streamquant.convert.manifest import read_manifest
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan
 from streamquant.convert.recipes.container import GGUF
@@ -146,7 +146,7 @@ def test_recipes_are_variants_beside_others(tiny: Path, tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path / "recipe.yaml", RECIPE))
     variants, out = parse_variants(["gguf:Q4_K_M"], [recipe]), tmp_path / "out"
     options = ConversionOptions(pre=TINY_PRE, overrides=Overrides(token_embedding_type="Q5_K"))
-    done = convert(open_checkpoint(tiny), variants, out, options, jobs=2)
+    done = convert(make_plan(open_checkpoint(tiny), variants, options), out, RunOptions(jobs=2))
     notes = "\n".join(done.plan.notes)
     assert "gguf:Tiny-dynamic: nothing: in the name of no tensor" in notes
     assert "gguf:Tiny-dynamic: blk.9.ffn_up.weight: in the name of no tensor" in notes
@@ -306,7 +306,9 @@ def test_the_file_type_is_found_where_the_file_does_not_say_it(tmp_path: Path) -
 
 def test_all_files_of_a_split_set_are_read(tiny: Path, tmp_path: Path) -> None:
     options = ConversionOptions(pre=TINY_PRE, split_max_size=500_000, overrides=Overrides((("attn_v", "Q8_0"),)))
-    done = convert(open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), tmp_path, options, jobs=2)
+    done = convert(
+        make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), options), tmp_path, RunOptions(jobs=2)
+    )
     files = sorted(tmp_path.rglob("*.gguf"))
     assert len(files) > 1
     found = extract_recipe(files[-1])

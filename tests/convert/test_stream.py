@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.run.blocks import Piece, encode_chunk
 from streamquant.convert.run.output_files import write_all
 from streamquant.convert.source.checkpoint import open_checkpoint
 from tests.attacks.harness import checksums, write_model
+from tests.listeners import Hears
 
 GGUF = ["gguf:Q8_0,Q4_0,F16,F32,BF16"]
 FP8 = ["fp8-dynamic", "fp8-block"]
@@ -43,7 +44,7 @@ def _known_configs() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("expected")
-    convert(open_checkpoint(model), parse_variants([*GGUF, *FP8]), out, jobs=1)
+    convert(make_plan(open_checkpoint(model), parse_variants([*GGUF, *FP8])), out, RunOptions(jobs=1))
     return checksums(out)
 
 
@@ -67,7 +68,7 @@ def test_same_bytes_however_it_is_cut(
     with pytest.MonkeyPatch.context() as patch:
         set_sizes(patch, chunk, block)
         patch.setattr("streamquant.files.hashing.STEP_BYTES", step)
-        convert(open_checkpoint(model), parse_variants([*GGUF, *FP8]), out, jobs=jobs)
+        convert(make_plan(open_checkpoint(model), parse_variants([*GGUF, *FP8])), out, RunOptions(jobs=jobs))
     assert checksums(out) == expected
     shutil.rmtree(out)
 
@@ -77,7 +78,7 @@ def test_same_bytes_by_any_number_of_workers(
     jobs: int, model: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_sizes(monkeypatch, 10_000, 3000)
-    convert(open_checkpoint(model), parse_variants([*GGUF, *FP8]), tmp_path, jobs=jobs)
+    convert(make_plan(open_checkpoint(model), parse_variants([*GGUF, *FP8])), tmp_path, RunOptions(jobs=jobs))
     assert checksums(tmp_path) == expected
 
 
@@ -99,14 +100,14 @@ def test_nothing_is_written_after_ctrl_c(
 
     monkeypatch.setattr("streamquant.convert.run.blocks.encode_chunk", encode)
     with pytest.raises(KeyboardInterrupt):
-        convert(open_checkpoint(model), parse_variants(GGUF), tmp_path, jobs=1)
+        convert(make_plan(open_checkpoint(model), parse_variants(GGUF)), tmp_path, RunOptions(jobs=1))
     assert len(begun) == len(ended) == 1
 
 
 def test_one_read_or_many(model: Path, expected: dict[str, str], tmp_path: Path) -> None:
     """All variants together give the same files as one after another."""
     for spec in (*FP8, "gguf:F32", "gguf:BF16", "gguf:F16", "gguf:Q4_0", "gguf:Q8_0"):
-        convert(open_checkpoint(model), parse_variants([spec]), tmp_path, jobs=2)
+        convert(make_plan(open_checkpoint(model), parse_variants([spec])), tmp_path, RunOptions(jobs=2))
     assert checksums(tmp_path) == expected
 
 
@@ -114,7 +115,8 @@ def test_progress_counts_every_byte_once(model: Path, tmp_path: Path, monkeypatc
     set_sizes(monkeypatch, 10_000, 3000)
     checkpoint = open_checkpoint(model)
     seen: list[int] = []
-    convert(checkpoint, parse_variants(GGUF), tmp_path, jobs=3, on_progress=seen.append)
+    plan = make_plan(checkpoint, parse_variants(GGUF))
+    convert(plan, tmp_path, RunOptions(jobs=3), Hears({"converting": seen.append}))
     assert sum(seen) == checkpoint.nbytes
     assert len(seen) > 20
 

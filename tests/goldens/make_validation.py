@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from examples.smollm2_checkpoint import FOLDER as NAME
 from examples.smollm2_checkpoint import write_smollm2
 from streamquant.convert.conversion import convert
+from streamquant.convert.options import RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import llama_cpp
@@ -90,7 +92,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         source = write_smollm2(PACKAGE, folder / NAME)
-        convert(open_checkpoint(source), parse_variants([f"gguf:{','.join((BASE, *TYPES))}"]), folder, jobs=THREADS)
+        convert(
+            make_plan(open_checkpoint(source), parse_variants([f"gguf:{','.join((BASE, *TYPES))}"])),
+            folder,
+            RunOptions(jobs=THREADS),
+        )
         models = {kind: folder / f"{NAME}-GGUF" / f"{NAME}-{kind}.gguf" for kind in (BASE, *TYPES)}
         logits, imatrix = folder / "base.kld", folder / "imatrix.gguf"
         text = ("-f", str(TEXT), "-c", str(CONTEXT))

@@ -164,11 +164,13 @@ WIDE = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fp8_as_transformers_runs_it(tmp_path: Path, scheme: str, dtype: str) -> None:
     from streamquant.convert.conversion import convert
+    from streamquant.convert.options import RunOptions
+    from streamquant.convert.plan.planner import make_plan
     from streamquant.convert.recipes.recipe import parse_variants
     from streamquant.convert.source.checkpoint import open_checkpoint
 
     source = synthetic.write_checkpoint(tmp_path / "Wide", architecture=LLAMA, size=WIDE)
-    convert(open_checkpoint(source), parse_variants([scheme]), tmp_path / "out", jobs=2)
+    convert(make_plan(open_checkpoint(source), parse_variants([scheme])), tmp_path / "out", RunOptions(jobs=2))
     (folder,) = (tmp_path / "out").iterdir()
     tokens = some_tokens(512)
     variant = open_variant(folder)

@@ -15,7 +15,8 @@ from gguf.gguf_writer import GGUFValue
 from gguf.quants import dequantize
 
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.files.safetensors_file import write_header
@@ -140,7 +141,7 @@ def split(models: Models) -> Path:
 
     def make(folder: Path) -> None:
         options = ConversionOptions(pre=TINY_PRE, split_max_size=400_000)
-        convert(open_checkpoint(source), parse_variants(["gguf:Q8_0"]), folder, options, jobs=2)
+        convert(make_plan(open_checkpoint(source), parse_variants(["gguf:Q8_0"]), options), folder, RunOptions(jobs=2))
 
     return next(models.shelf.get("validate-split", make).rglob("*.gguf")).parent
 

@@ -12,7 +12,8 @@ from huggingface_hub.utils import _http
 from huggingface_hub.utils._http import close_session, default_client_factory, set_client_factory
 
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.files.listener import Listener, Unit
@@ -94,7 +95,8 @@ def small_variants(shelf: Shelf, tiny: Path) -> Path:
     """The --out folder of FP8-dynamic, Q8_0 and Q4_0 of `tiny`. Must not be written to: copy it."""
     options = ConversionOptions(pre=TINY_PRE)
     return shelf.get(
-        "publish-variants", lambda out: convert(open_checkpoint(tiny), parse_variants(SPECS), out, options, jobs=2)
+        "publish-variants",
+        lambda out: convert(make_plan(open_checkpoint(tiny), parse_variants(SPECS), options), out, RunOptions(jobs=2)),
     )
 
 

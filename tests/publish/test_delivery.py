@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.disk import peak_disk
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan
@@ -52,7 +52,7 @@ ANYWAY = PushOptions(private=True, without_report=True)
 def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same conversion without delivery."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    convert(open_checkpoint(tiny), SPECS, out, OPTIONS, jobs=2)
+    convert(make_plan(open_checkpoint(tiny), SPECS, OPTIONS), out, RunOptions(jobs=2))
     return out
 
 
@@ -67,7 +67,7 @@ def weights_of(folder: Path) -> dict[str, bytes]:
 
 def run(tiny: Path, out: Path, delivery: HubDelivery) -> None:
     """A conversion as `convert --push` runs it."""
-    convert(open_checkpoint(tiny), SPECS, out, OPTIONS, jobs=2, delivery=delivery)
+    convert(make_plan(open_checkpoint(tiny), SPECS, OPTIONS), out, RunOptions(jobs=2), delivery=delivery)
 
 
 def start(tiny: Path, out: Path, *, delete: bool = True, room: int = ROOM) -> HubDelivery:

@@ -18,7 +18,8 @@ import yaml
 
 from streamquant.cli import app as command_line
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.imatrix import read_imatrix
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
@@ -138,7 +139,11 @@ def test_the_bytes_are_those_of_the_commands(bench: Bench, tiny: Path, tmp_path:
     bench.record.pop("validate")
     bench.run()
     options = ConversionOptions(pre=TINY_PRE, imatrix=read_imatrix(bench.out / "Tiny.imatrix.gguf"))
-    convert(open_checkpoint(tiny), parse_variants(["gguf:Q8_0,Q4_K_M"]), tmp_path / "plain", options, jobs=1)
+    convert(
+        make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q8_0,Q4_K_M"]), options),
+        tmp_path / "plain",
+        RunOptions(jobs=1),
+    )
     for kind in ("Q8_0", "Q4_K_M"):
         assert gguf(bench, kind).read_bytes() == (tmp_path / "plain" / "Tiny-GGUF" / f"Tiny-{kind}.gguf").read_bytes()
 
@@ -214,7 +219,11 @@ def test_what_is_missing_or_damaged_is_made_again(bench: Bench) -> None:
 
 
 def test_a_variant_of_another_run_is_not_replaced(bench: Bench, tiny: Path) -> None:
-    convert(open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), bench.out, ConversionOptions(pre=TINY_PRE), jobs=1)
+    convert(
+        make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q4_K_M"]), ConversionOptions(pre=TINY_PRE)),
+        bench.out,
+        RunOptions(jobs=1),
+    )
     before = gguf(bench, "Q4_K_M").read_bytes()
     with pytest.raises(StreamquantError, match="the output folder holds another run's files"):
         bench.run()
@@ -223,7 +232,11 @@ def test_a_variant_of_another_run_is_not_replaced(bench: Bench, tiny: Path) -> N
 
 def test_variants_that_are_there_are_taken(bench: Bench, tiny: Path) -> None:
     """Whoever made them: the manifest says that they are these."""
-    convert(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), bench.out, ConversionOptions(pre=TINY_PRE), jobs=1)
+    convert(
+        make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), ConversionOptions(pre=TINY_PRE)),
+        bench.out,
+        RunOptions(jobs=1),
+    )
     before = gguf(bench, "Q8_0").stat().st_mtime_ns
     assert bench.run() == ALL_DONE
     assert gguf(bench, "Q8_0").stat().st_mtime_ns == before

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.conversion import disk_of
+from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.publish.upload import limits
 from streamquant.publish.upload import push as push_module
-from streamquant.publish.upload.options import EarlyPush, PushOptions, early_push
-from streamquant.publish.upload.streaming import disk_with_delivery
+from streamquant.publish.upload.options import ROOM, EarlyPush, PushOptions, early_push
 from streamquant.quant.errors import UsageError
 from tests.attacks.harness import run
 from tests.conftest import TINY_PRE
@@ -44,7 +44,7 @@ def test_options_without_a_push() -> None:
 
 def test_uploads_never_need_more_disk(tiny: Path) -> None:
     plan = make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), ConversionOptions(pre=TINY_PRE))
-    kept, gone = (disk_with_delivery(plan, None, 2, delete=delete) for delete in (False, True))
+    kept, gone = (disk_of(plan, RunOptions(jobs=2), room) for room in (None, ROOM))
     assert not kept.delivered
     assert gone.delivered
     assert kept.peak == plan.nbytes

@@ -10,6 +10,8 @@ import pytest
 from gguf.gguf_writer import GGUFValue
 
 from streamquant.convert.conversion import convert
+from streamquant.convert.options import RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.files.gguf_file import pack_header, pack_key, pad, read_header, read_raw_metadata
@@ -46,7 +48,11 @@ def make_model(shelf: Shelf, data: Path, name: str) -> Model:
     def make(folder: Path) -> None:
         tokenizer = data / "tokenizers" / name
         source = synthetic.write_checkpoint(folder / name, architecture=FAMILIES[name], tokenizer=tokenizer)
-        convert(open_checkpoint(source), parse_variants(["fp8-dynamic", "gguf:BF16"]), folder / "variants", jobs=2)
+        convert(
+            make_plan(open_checkpoint(source), parse_variants(["fp8-dynamic", "gguf:BF16"])),
+            folder / "variants",
+            RunOptions(jobs=2),
+        )
 
     folder = shelf.get(f"chat-{name}", make)
     variants = folder / "variants"

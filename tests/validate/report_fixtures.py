@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.validate.gates import Gates
@@ -32,7 +33,8 @@ def four_variants(shelf: Shelf, tiny: Path) -> list[Path]:
     """FP8-dynamic, BF16, Q8_0 and Q4_K_M of `tiny`."""
     options = ConversionOptions(pre=TINY_PRE)
     folder = shelf.get(
-        "report-variants", lambda out: convert(open_checkpoint(tiny), parse_variants(SPECS), out, options, jobs=2)
+        "report-variants",
+        lambda out: convert(make_plan(open_checkpoint(tiny), parse_variants(SPECS), options), out, RunOptions(jobs=2)),
     )
     ggufs = [folder / "Tiny-GGUF" / f"Tiny-{kind}.gguf" for kind in ("BF16", "Q8_0", "Q4_K_M")]
     return [folder / "Tiny-FP8-dynamic", *ggufs]

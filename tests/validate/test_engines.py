@@ -13,6 +13,8 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from streamquant.convert.conversion import convert
+from streamquant.convert.options import RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.files.gguf_file import read_header, read_raw_metadata
@@ -251,7 +253,7 @@ def test_a_rope_scaling_that_is_left_out_is_found(smollm2: Path, shelf: Shelf, d
     config["rope_parameters"] |= {**scaling, "original_max_position_embeddings": 1024}
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
-    convert(open_checkpoint(folder), parse_variants(["gguf:BF16"]), tmp_path / "out", jobs=2)
+    convert(make_plan(open_checkpoint(folder), parse_variants(["gguf:BF16"])), tmp_path / "out", RunOptions(jobs=2))
     reference = reference_of(folder, (data / "text" / "wiki.test.raw").read_text()[:20000], ROPE_LENGTHS)
     good = gguf_of(tmp_path / "out", "BF16")
     without = edited(good, tmp_path / "x.gguf", "rope_freqs.weight", lambda factors: factors * 0 + 1)

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from streamquant.convert.architectures import rope_row_order
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.model.variants.open import open_variant
@@ -72,8 +73,10 @@ def good(shelf: Shelf, tiny: Path) -> Path:
     def make(folder: Path) -> None:
         options, split = ConversionOptions(pre=TINY_PRE), ConversionOptions(pre=TINY_PRE, split_max_size=1_000_000)
         specs = parse_variants(["fp8-dynamic", "gguf:F16,Q8_0,Q4_K_M"])
-        convert(open_checkpoint(tiny), specs, folder / "whole", options, jobs=2)
-        convert(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), folder / "split", split, jobs=2)
+        convert(make_plan(open_checkpoint(tiny), specs, options), folder / "whole", RunOptions(jobs=2))
+        convert(
+            make_plan(open_checkpoint(tiny), parse_variants(["gguf:Q8_0"]), split), folder / "split", RunOptions(jobs=2)
+        )
 
     return shelf.get("faults-good", make)
 

@@ -9,6 +9,8 @@ from gguf.gguf_writer import GGUFValue
 from tokenizers import Tokenizer
 
 from streamquant.convert.conversion import convert
+from streamquant.convert.options import RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.validate.engines.process import EngineProcess
@@ -151,7 +153,7 @@ def test_types_and_texts_of_added_tokens(
 
 def test_a_class_that_does_not_follow_tokenizer_json_is_no_fault_of_the_file(smollm2: Path, tmp_path: Path) -> None:
     """transformers 5 leaves out the Digits pre-tokenizer of a GPT2Tokenizer; llama.cpp's ids are tokenizer.json's."""
-    convert(open_checkpoint(smollm2), parse_variants(["gguf:Q4_0"]), tmp_path, jobs=2)
+    convert(make_plan(open_checkpoint(smollm2), parse_variants(["gguf:Q4_0"])), tmp_path, RunOptions(jobs=2))
     (gguf,) = tmp_path.rglob("*.gguf")
     text = "\n\n1"
     with EngineProcess(smollm2, tokenizer_only=True) as source, EngineProcess(gguf, tokenizer_only=True) as variant:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from streamquant.cli import app as command_line
 from streamquant.convert.conversion import convert
+from streamquant.convert.options import RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.imatrix import read_imatrix
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
@@ -308,7 +310,7 @@ def test_chat_check(run: Run, hermes_llama: Model, tmp_path: Path) -> None:
 def test_a_model_without_a_chat_template(run: Run, tmp_path: Path) -> None:
     """A base model is none the worse for it: there is nothing to compare."""
     model = write_model(tmp_path / "Base")
-    convert(open_checkpoint(model), parse_variants(["gguf:Q8_0"]), tmp_path / "out", jobs=1)
+    convert(make_plan(open_checkpoint(model), parse_variants(["gguf:Q8_0"])), tmp_path / "out", RunOptions(jobs=1))
     done = run("chat-check", model, tmp_path / "out" / "Base-GGUF" / "Base-Q8_0.gguf", "--json")
     assert done.code == 0, done.out
     reason = "the original has no chat template"

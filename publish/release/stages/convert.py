@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from streamquant.convert.conversion import Fetching, convert, default_jobs
+from streamquant.convert.conversion import convert
 from streamquant.convert.manifest import MANIFEST, complete_variants, read_manifest
 from streamquant.convert.plan.records import Plan, VariantPlan
-from streamquant.convert.run.device import choose_device
 from streamquant.convert.source.checkpoint import CONFIG, INDEX
 from streamquant.files.sizes import human_bytes
 from streamquant.files.writing import explain
@@ -105,22 +104,7 @@ class ConvertStage(SkippableStage):
     def run(self) -> tuple[str, list[Path]]:
         """Convert; an unfinished run goes on."""
         self._remember()
-
-        def start(plan: Plan) -> None:
-            total = sum(matrix.source.stop - matrix.source.start for matrix in plan.matrices)
-            self.listener.started("converting", total, "bytes")
-
-        made = convert(
-            self.release.checkpoint,
-            self.file.recipes,
-            self.file.out,
-            self.plan.options,
-            jobs=self.file.jobs or default_jobs(),
-            device=choose_device(self.file.device),
-            fetching=Fetching(self.file.spool_gib, on_wait=self.listener.waiting),
-            on_start=start,
-            on_progress=lambda nbytes: self.listener.advanced("converting", nbytes),
-        )
+        made = convert(self.plan, self.file.out, self.file.run_options, self.listener)
         text = self._sizes([v for v in self.plan.variants if v.recipe.spec not in made.already_done])
         resumed = f"; {made.resumed_chunks} of {len(self.plan.chunks)} chunks were there" if made.resumed_chunks else ""
         there = f"; there already: {', '.join(made.already_done)}" if made.already_done else ""

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from streamquant.convert.conversion import check_disk, check_output_folder, default_jobs, disk_of
+from streamquant.convert.conversion import check_disk, check_output_folder, disk_of
 from streamquant.convert.manifest import complete_variants
 from streamquant.convert.plan.disk import Disk
 from streamquant.convert.plan.records import Plan
+from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.convert.source.snapshot import check_cache, client_cache, missing_bytes
 from streamquant.files.folders import nearest_folder
 from streamquant.files.sizes import human_bytes
@@ -33,7 +34,7 @@ class PlanStage(Stage):
         for note in notes:
             self.listener.note(note)
         sizes = ", ".join(f"{v.recipe.spec} {human_bytes(plan.variant_bytes(v))}" for v in plan.variants)
-        memory = human_bytes(plan.memory_bytes(self.file.jobs or default_jobs()))
+        memory = human_bytes(plan.memory_bytes(self.file.run_options.jobs))
         room = self._room_for_source(plan)
         disk = human_bytes(plan.nbytes + room) + (f" ({human_bytes(room)} of it for the source)" if room else "")
         text = f"{sizes}; disk {disk}; memory about {memory}"
@@ -41,22 +42,24 @@ class PlanStage(Stage):
 
     def _room_for_source(self, plan: Plan) -> int:
         """Bytes of a source of the Hub that lie on the disk: some shards, or all where a stage reads it as a whole."""
-        spool = disk_of(plan, self.file.spool_gib).spool
-        return max(spool, missing_bytes(plan.checkpoint)) if self._reads_all(plan) else spool
+        spool, whole = disk_of(plan, self.file.run_options).spool, self._read_whole(plan)
+        return max(spool, missing_bytes(whole)) if whole is not None else spool
 
-    def _reads_all(self, plan: Plan) -> bool:
-        file = self.file
+    def _read_whole(self, plan: Plan) -> HubCheckpoint | None:
+        """The source if it is on the Hub and a stage reads it as a whole."""
+        file, source = self.file, plan.checkpoint
         matrix = file.imatrix is not None and file.imatrix.file is None
         verify = file.verify is not None and file.verify.source
-        return plan.checkpoint.remote and (matrix or verify or file.validate is not None)
+        is_read = matrix or verify or file.validate is not None
+        return source if isinstance(source, HubCheckpoint) and is_read else None
 
     def _check_disk(self, plan: Plan) -> Sequence[str]:
         """Raise StreamquantError if a disk is too small; in a dry run say so."""
-        out = self.file.out
+        out, whole = self.file.out, self._read_whole(plan)
         try:
-            if self._reads_all(plan) and client_cache().stat().st_dev != nearest_folder(out).stat().st_dev:
-                check_cache(plan.checkpoint)
-                check_disk(plan, out, disk_of(plan, self.file.spool_gib))
+            if whole is not None and client_cache().stat().st_dev != nearest_folder(out).stat().st_dev:
+                check_cache(whole)
+                check_disk(plan, out, disk_of(plan, self.file.run_options))
             else:
                 check_disk(plan, out, Disk(plan.nbytes + self._room_for_source(plan)))
         except StreamquantError as error:

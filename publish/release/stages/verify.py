@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from streamquant.convert.source.checkpoint import Checkpoint
-from streamquant.convert.source.open import open_source
+from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
+from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.publish.release.stages.variants import VariantsStage
 from streamquant.quant.errors import StreamquantError
 
@@ -55,4 +55,5 @@ class VerifyStage(VariantsStage):
         return f"{len(found)} variants, {sum(result.files for result in found)} files", []
 
     def _local_source(self) -> Checkpoint:
-        return self.release.checkpoint if not self.release.checkpoint.remote else open_source(str(self.release.weights))
+        source = self.release.checkpoint
+        return open_checkpoint(self.release.weights) if isinstance(source, HubCheckpoint) else source

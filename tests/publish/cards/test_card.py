@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from streamquant.cli import app as command_line
 from streamquant.convert.conversion import convert
 from streamquant.convert.manifest import MANIFEST
-from streamquant.convert.options import ConversionOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.imatrix import ImatrixRecord
 from streamquant.convert.recipes.overrides import Overrides
 from streamquant.convert.recipes.recipe import parse_variants
@@ -262,7 +263,9 @@ def test_every_link_within_the_repository_leads_somewhere(cards: Path) -> None:
 def test_a_split_set_is_one_row(shelf: Shelf, tiny: Path, tmp_path: Path) -> None:
     options = ConversionOptions(pre=TINY_PRE, split_max_size=300_000)
     specs = parse_variants(["gguf:Q8_0"])
-    made = shelf.get("publish-split", lambda out: convert(open_checkpoint(tiny), specs, out, options, jobs=2))
+    made = shelf.get(
+        "publish-split", lambda out: convert(make_plan(open_checkpoint(tiny), specs, options), out, RunOptions(jobs=2))
+    )
     folder = Path(shutil.copytree(made / "Tiny-GGUF", tmp_path / "Tiny-GGUF"))
     parts = len(read_folder(folder).files)
     assert parts > 1

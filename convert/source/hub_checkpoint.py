@@ -1,0 +1,196 @@
+"""A checkpoint of the Hub: planned from the headers of its shards, a few MB, and from its small files."""
+
+import contextlib
+import hashlib
+import shutil
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from streamquant.convert.source.checkpoint import (
+    CONFIG,
+    INDEX,
+    MAX_CONFIG,
+    SIDE_FOLDERS,
+    SINGLE_FILE,
+    Checkpoint,
+    SourceFile,
+    collect_tensors,
+    may_be_side_file,
+    read_config,
+    read_weight_map,
+)
+from streamquant.files.folders import cache_folder
+from streamquant.files.listener import SILENT
+from streamquant.files.safetensors_file import SafetensorsTensor, header_length, parse_header
+from streamquant.files.strict_json import MAX_BYTES
+from streamquant.hub.repo import HubFile, HubRepo
+from streamquant.quant.errors import StreamquantError
+
+FIRST_BYTES = 8 * 1024
+"""Bytes of a shard that are read at first: most headers are shorter. (191 shards of Hermes 4 405B: 1.6 MB.)"""
+REQUESTS = 16
+"""Headers that are read at once."""
+PLANNED = frozenset((".json", ".jinja", ".model", ".txt", ".md"))
+"""Suffixes of files that planning may read: config, tokenizer, templates, model card."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubCheckpoint(Checkpoint):
+    """A checkpoint of the Hub: shards have to be fetched, all else is in the folder when it is needed."""
+
+    hub: HubRepo
+
+    def check_unchanged(self) -> None:
+        """See Checkpoint.check_unchanged: a commit and its hashes cannot change."""
+
+    def where(self, shard: str) -> str:
+        """See Checkpoint.where."""
+        return f"{self.hub}/{shard}"
+
+    @property
+    def source(self) -> str:
+        """See Checkpoint.source."""
+        return str(self.hub)
+
+
+def open_hub_checkpoint(repo: HubRepo) -> HubCheckpoint:
+    """Read the config, the index and the headers of all shards of a repository; no weight.
+
+    Raises StreamquantError for everything in it that is missing or broken.
+    """
+    folder = side_folder(repo)
+    side, ignored = _other_files(repo)
+    for name, most in ((CONFIG, MAX_CONFIG), (INDEX, MAX_BYTES)):
+        if name in repo.files and repo.files[name].size > most:
+            raise StreamquantError(
+                "JSON file too large", where=f"{repo}/{name}", found=f"{repo.files[name].size:,} bytes", required=most
+            )
+    planned = [name for name in (CONFIG, INDEX, *side) if name in repo.files and PurePosixPath(name).suffix in PLANNED]
+    _fetch(repo, planned, folder)
+    if CONFIG not in repo.files:
+        raise StreamquantError(
+            "not a Hugging Face checkpoint", where=str(repo), found="no config.json", required="config.json"
+        )
+    config = read_config(folder)
+    names, weight_map = _shards(repo, folder)
+    with ThreadPoolExecutor(REQUESTS, thread_name_prefix="headers") as pool:
+        headers = dict(zip(names, pool.map(lambda name: _read_header(repo, name), names), strict=True))
+    files = []
+    stored: dict[str, list[SafetensorsTensor]] = {}
+    for name, data in headers.items():
+        file = repo.file(name)
+        stored[name] = list(parse_header(data, file.size, f"{repo}/{name}")[0].values())
+        files.append(SourceFile(name, file.size, 0, hashlib.sha256(data).hexdigest(), file.etag))
+    tensors = collect_tensors(stored, weight_map, str(repo))
+    return HubCheckpoint(folder, config, tuple(files), tensors, side, ignored, repo)
+
+
+def fetch_side_files(checkpoint: HubCheckpoint) -> None:
+    """Fetch those side files that planning had no use for. Raises StreamquantError."""
+    _fetch(checkpoint.hub, checkpoint.side_files, checkpoint.folder)
+
+
+def model_folder(repo: HubRepo, kind: str) -> Path:
+    """A folder in the user's cache for a commit. Its last part is the model's name, which goes into file names."""
+    organization, name = repo.name.split("/")
+    return cache_folder() / kind / f"{organization}--{name}" / repo.commit / name
+
+
+def side_folder(repo: HubRepo) -> Path:
+    """Where the small files of a repository are kept. Raises StreamquantError if it cannot be made."""
+    folder = model_folder(repo, "hub")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StreamquantError(
+            "cannot write to the cache", where=str(folder), found=error.strerror, hint="set XDG_CACHE_HOME"
+        ) from error
+    return folder
+
+
+def _fetch(repo: HubRepo, names: Sequence[str], folder: Path) -> None:
+    """Fetch files into the folder unless they are there already as the Hub lists them."""
+    with ThreadPoolExecutor(REQUESTS, thread_name_prefix="files") as pool:
+        list(pool.map(lambda name: _fetch_one(repo, name, folder), names))
+
+
+def _fetch_one(repo: HubRepo, name: str, folder: Path) -> None:
+    from streamquant.hub.errors import DamagedBody, ask
+
+    never = threading.Event()
+    local = folder / name
+
+    def fetch() -> None:
+        with contextlib.suppress(FileNotFoundError, DamagedBody):
+            repo.check(name, local, never)
+            return
+        if (cached := repo.cached(name)) is not None:
+            repo.check_cached(name, cached, never)
+            local.parent.mkdir(exist_ok=True)
+            shutil.copyfile(cached, local)
+            return
+        local.unlink(missing_ok=True)  # the client would take its own word for a file that is there
+        repo.download(name, folder, SILENT, never)
+        repo.check(name, local, never)
+
+    ask(fetch, repo=str(repo), what=f"fetching {name}")
+
+
+def _shards(repo: HubRepo, folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The shards, in their order, and the index; all of them are in the repository."""
+    if INDEX not in repo.files:
+        if SINGLE_FILE not in repo.files:
+            weights = sorted(name for name in repo.files if name.endswith((".safetensors", ".bin", ".gguf")))
+            raise StreamquantError(
+                "no weights to convert",
+                where=str(repo),
+                found=", ".join(weights[:3]) or "no safetensors",
+                required=f"{SINGLE_FILE} or {INDEX}",
+                hint="streamquant starts from the unquantized checkpoint, in safetensors",
+            )
+        return [SINGLE_FILE], None
+    from huggingface_hub import is_offline_mode
+
+    weight_map = read_weight_map(folder)
+    names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if name not in repo.files]:
+        raise StreamquantError(
+            "missing shard",
+            where=f"{repo}/{missing[0]}",
+            found=f"{len(missing)} of {len(names)} shards of the index are not in the repository"
+            + (", as far as it is in the local cache" if is_offline_mode() else ""),
+        )
+    return names, weight_map
+
+
+def _read_header(repo: HubRepo, name: str) -> bytes:
+    """The header of a shard with its length prefix, by one or two range requests."""
+    file, where = repo.file(name), f"{repo}/{name}"
+    data = repo.read_range(name, 0, FIRST_BYTES)
+    stop = 8 + header_length(data[:8], file.size, where)
+    return data[:stop] if stop <= len(data) else data + repo.read_range(name, len(data), stop)
+
+
+def _other_files(repo: HubRepo) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """As of a folder: (side files that come along, files and folders that do not)."""
+    side: list[str] = []
+    ignored: set[str] = set()
+    for name, file in sorted(repo.files.items()):
+        top, _, rest = name.partition("/")
+        if name in (CONFIG, INDEX) or top.startswith(".") or name.endswith(".safetensors"):
+            continue
+        if _is_side_file(file, top, rest):
+            side.append(name)
+        else:
+            ignored.add(f"{top}/" if rest else name)
+    return tuple(side), tuple(sorted(ignored))
+
+
+def _is_side_file(file: HubFile, top: str, rest: str) -> bool:
+    plain = top not in ("", ".", "..") and file.path.isprintable() and "\\" not in file.path
+    if rest:
+        plain = plain and top in SIDE_FOLDERS and "/" not in rest and rest not in ("", ".", "..")
+    return plain and may_be_side_file(rest or top, file.size)
