@@ -59,7 +59,10 @@ def test_the_first_chunk(smollm2: Path, smollm2_variants: Path, golden: dict[str
 def check_line(variant: VariantResult, line: list[float]) -> None:
     """Numbers of a line of output: chunk, then value and error of PPL, ln ratio, KLD, RMS delta-p, same top.
 
-    Rounding of activations makes both a draw of the same noise: two of their combined errors.
+    Rounding of activations makes both a draw of the same noise: two of their combined errors. One token in a chunk may
+    flip by it, and be most of the error of the mean KLD: 0.00027 in llama-perplexity's run, 0.00034, 0.00044 or 0.0012
+    here, by the instructions that the CPU has for float32 sums. So KLD and RMS delta-p are compared once more, without
+    that token.
     """
     overall = variant.overall
     for estimate, at, scale in (
@@ -72,7 +75,14 @@ def check_line(variant: VariantResult, line: list[float]) -> None:
         value, error = line[at] * scale, line[at + 1] * scale
         assert estimate.error is not None
         assert abs(estimate.value - value) <= 2 * math.hypot(error, estimate.error), (variant.model.label, at)
-        assert estimate.error == pytest.approx(error, rel=0.35)
+        if estimate not in (overall.kld, overall.rms_delta_p):
+            assert estimate.error == pytest.approx(error, rel=0.35), (variant.model.label, at)
+    tokens = overall.tokens
+    others = (overall.kld.value * tokens - overall.kld_percentiles.maximum) / (tokens - 1)
+    assert others == pytest.approx(line[5], rel=0.15), variant.model.label
+    largest = max(-overall.delta_p_percentiles.minimum, overall.delta_p_percentiles.maximum)
+    others = math.sqrt((overall.rms_delta_p.value**2 * tokens - largest**2) / (tokens - 1))
+    assert others == pytest.approx(0.01 * line[7], rel=0.15), variant.model.label
 
 
 @pytest.mark.long
