@@ -4,7 +4,6 @@ All that other places need of an option is here: its argument on a command line,
 its record in a manifest with the way back, its part in the fingerprint, and the words that repeat it.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from streamquant.convert.recipes.imatrix import ImatrixRecord, ImportanceMatrix,
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides, parse_overrides, read_rules
 from streamquant.convert.recipes.recipe import Recipe
 from streamquant.files.json_record import JsonRecord
+from streamquant.files.machine import usable_cores
 from streamquant.files.sizes import short_size
 from streamquant.files.strict_json import read_json_object
 from streamquant.quant.errors import UsageError
@@ -112,11 +112,6 @@ class Given(Protocol):
         """A list of texts."""
 
 
-def default_jobs() -> int:
-    """All cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @dataclass(frozen=True, slots=True)
 class ConversionOptions:
     """What a user can choose besides the variants."""
@@ -191,7 +186,7 @@ class ConversionOptions:
 class RunOptions:
     """How a conversion runs. The bytes that it writes are the same whatever stands here."""
 
-    jobs: int = field(default_factory=default_jobs)
+    jobs: int = field(default_factory=usable_cores)
     """Threads; default: one for each core that this process may use."""
     device: str = "auto"
     """Where weights are encoded, one of DEVICES (convert/run/device.py)."""

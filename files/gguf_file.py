@@ -7,6 +7,7 @@ padded to the alignment. Dimensions are written in ggml's order, the reverse of 
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "<d",
     GGUFValueType.BOOL: "<?",
 }
+SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+"""The names that llama-gguf-split and the loader of llama.cpp give to the files of a set."""
 
 
 def pad(size: int) -> int:
@@ -269,3 +272,62 @@ class _Reader:
         if number * smallest > self.size - self.at:
             raise _Broken(f"{number:,} items do not fit into the file's {self.size:,} bytes")
         return number
+
+
+def first_of_split(path: Path) -> Path:
+    """The first file of the split set that `path` belongs to, or `path` itself."""
+    match = SPLIT_NAME.fullmatch(path.name)
+    if match is None:
+        return path
+    return path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
+
+
+def read_split_set(path: Path) -> dict[Path, GgufHeader]:
+    """The headers of a file, or of all files of the split set that it is the first of, by path in their order.
+
+    Raises StreamquantError for a file that is missing, truncated, of another set, or without its share of tensors.
+    (llama-gguf-split and src/llama-model-loader.cpp of llama.cpp: split.no counts from 0, split.tensors.count is that
+    of the set.)
+    """
+    match = SPLIT_NAME.fullmatch(path.name)
+    first = read_header(path)
+    count = first.metadata.get("split.count", 0)
+    if match is None or count in (0, 1):
+        if count not in (0, 1):
+            raise StreamquantError(
+                "one file of a split set, renamed",
+                where=str(path),
+                found=f"split.count {count}",
+                required=f"names like NAME-00001-of-{count:05d}.gguf",
+                hint="give the files their names back",
+            )
+        return {path: first}
+    if count != int(match["count"]):
+        raise StreamquantError("split set of another size than its names say", where=str(path), found=count)
+    headers = {path: first}
+    for number in range(2, count + 1):
+        sibling = path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
+        if not sibling.is_file():
+            raise StreamquantError(
+                "a file of the split set is missing", where=str(sibling), found="no such file", hint="download it"
+            )
+        headers[sibling] = read_header(sibling)
+    for number, (file, header) in enumerate(headers.items()):
+        found = header.metadata.get("split.no"), header.metadata.get("split.count")
+        if found != (number, count):
+            raise StreamquantError(
+                "a file of another split set, or out of order",
+                where=str(file),
+                found=f"split.no {found[0]}, split.count {found[1]}",
+                required=f"split.no {number}, split.count {count}",
+            )
+    tensors = sum(len(header.tensors) for header in headers.values())
+    if first.metadata.get("split.tensors.count") not in (None, tensors):
+        raise StreamquantError(
+            "the split set does not have all its tensors",
+            where=str(path),
+            found=f"{tensors} tensors",
+            required=f"{first.metadata['split.tensors.count']} tensors",
+            hint="files of two versions may be mixed; fetch the set again",
+        )
+    return headers

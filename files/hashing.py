@@ -5,7 +5,6 @@ and reads them back as soon as they are, usually from the page cache: what is ha
 """
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import xxhash
 
+from streamquant.files.reading import read_blocks
 from streamquant.quant.errors import StreamquantError
 
 READ_BYTES = 2 * 1024 * 1024
@@ -78,16 +78,10 @@ class FileHash:
 
     def hash(self, descriptor: int, stop: int) -> None:
         """Read on to `stop` and hash. Raises EOFError if the file ends before."""
-        buffer = bytearray(READ_BYTES)
-        view = memoryview(buffer)
-        while self._position < stop:
-            want = min(READ_BYTES, stop - self._position)
-            count = os.preadv(descriptor, [view[:want]], self._position)
-            if count == 0:
-                raise EOFError(self._position)
-            self._sha256.update(view[:count])
-            self._hash_tensors(view[:count])
-            self._position += count
+        for block in read_blocks(descriptor, self._position, stop, memoryview(bytearray(READ_BYTES))):
+            self._sha256.update(block)
+            self._hash_tensors(block)
+            self._position += len(block)
 
     @property
     def complete(self) -> bool:

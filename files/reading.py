@@ -1,5 +1,7 @@
 """Reads of parts of files."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,3 +32,26 @@ def read_bytes(path: Path, start: int, stop: int) -> NDArray[np.uint8]:
             required=f"{stop:,} bytes",
         )
     return data
+
+
+def read_into(descriptor: int, buffer: NDArray[np.uint8], offset: int) -> None:
+    """Fill `buffer` from `offset` of a file. Raises EOFError if the file ends before, OSError."""
+    view, at = buffer.data, 0
+    while at < buffer.size:
+        count = os.preadv(descriptor, [view[at:]], offset + at)
+        if count == 0:
+            raise EOFError(offset + at)
+        at += count
+
+
+def read_blocks(descriptor: int, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
+    """Bytes [start, stop) of a file, block by block; each is a part of `buffer` and valid until the next.
+
+    Raises EOFError if the file ends before, OSError.
+    """
+    while start < stop:
+        count = os.preadv(descriptor, [buffer[: min(len(buffer), stop - start)]], start)
+        if count == 0:
+            raise EOFError(start)
+        yield buffer[:count]
+        start += count

@@ -27,12 +27,9 @@ from streamquant.convert.recipes.mix import (
 )
 from streamquant.convert.recipes.overrides import GGML_TYPES, NO_OVERRIDES, Overrides
 from streamquant.convert.recipes.recipe_file import RecipeFile, check_label
-from streamquant.files import gguf_file
+from streamquant.files.gguf_file import GgufTensor, first_of_split, read_split_set
 from streamquant.quant.errors import StreamquantError
 from streamquant.quant.formats import FORMATS
-
-_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-MAX_SPLITS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +78,9 @@ def extract_recipe(path: Path, label: str | None = None) -> Extracted:
     return Extracted(recipe, tuple(notes))
 
 
-def _read_set(path: Path) -> tuple[dict[str, Any], list[gguf_file.GgufTensor]]:
+def _read_set(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
     """Metadata of the first file, tensors of all."""
-    paths = [path]
-    if match := _SPLIT.fullmatch(path.name):
-        count = int(match[3])
-        if not 1 <= count <= MAX_SPLITS:
-            raise StreamquantError("impossible number of files", where=str(path), found=f"{count:,}")
-        paths = [path.with_name(f"{match[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
-    headers = [gguf_file.read_header(part) for part in paths]
+    headers = list(read_split_set(first_of_split(path)).values())
     tensors = [tensor for header in headers for tensor in header.tensors]
     if twice := [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]:
         raise StreamquantError("a tensor is in two files of a set", where=str(path), found=twice[0])

@@ -3,7 +3,6 @@
 A block is small enough for the cache of a core: between the read and the writes its weights do not go back to memory.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, OutputTensor, Plan, place_rows
+from streamquant.files.reading import read_into
 from streamquant.quant.errors import StreamquantError
 from streamquant.quant.format import Encoded, Importance
 from streamquant.quant.formats import FORMATS
@@ -78,16 +78,6 @@ def read_rows(matrix: Matrix, first: int, last: int, descriptor: int, scratch: S
             "cannot read a shard", where=f"{matrix.source.file}, tensor {matrix.source.name!r}", found=error.strerror
         ) from error
     return raw
-
-
-def read_into(descriptor: int, buffer: Bytes, offset: int) -> None:
-    """Fill `buffer` from `offset` of a file. Raises EOFError if the file ends before."""
-    view, at = buffer.data, 0
-    while at < buffer.size:
-        count = os.preadv(descriptor, [view[at:]], offset + at)
-        if count == 0:
-            raise EOFError(offset + at)
-        at += count
 
 
 def widen_rows(matrix: Matrix, first: int, raw: Bytes, scratch: Scratch) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ from streamquant.convert.run.blocks import Bytes, Scratch
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.journal import FinishedFile, Journal, Progress
 from streamquant.files.hashing import READ_BYTES, quick_hash
+from streamquant.files.reading import read_blocks
 from streamquant.quant.errors import StreamquantError
 
 PARTIAL = ".partial"
@@ -136,13 +137,11 @@ def _hash_region(descriptor: int, region: Region, scratch: Scratch) -> str | Non
     """The quick hash of bytes of a file; None if it ends before."""
     result = quick_hash()
     buffer = scratch.take("verify", READ_BYTES).data
-    offset, nbytes = region.offset, region.nbytes
-    while nbytes > 0:
-        count = os.preadv(descriptor, [buffer[: min(nbytes, READ_BYTES)]], offset)
-        if count == 0:
-            return None
-        result.update(buffer[:count])
-        offset, nbytes = offset + count, nbytes - count
+    try:
+        for block in read_blocks(descriptor, region.offset, region.offset + region.nbytes, buffer):
+            result.update(block)
+    except EOFError:
+        return None
     return str(result.hexdigest())
 
 

@@ -3,7 +3,6 @@
 Hyperparameters and rotary frequencies are those that llama.cpp would take from the file (model/variants/gguf_model.py).
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures import ROPE_FREQS, TensorRule, describe, rope_row_order
-from streamquant.files.gguf_file import GgufHeader, GgufTensor, read_header
+from streamquant.files.gguf_file import SPLIT_NAME, GgufTensor, first_of_split, read_split_set
 from streamquant.files.reading import read_bytes
 from streamquant.model.activations import QUANTIZERS
 from streamquant.model.problem import Problem
@@ -27,17 +26,8 @@ from streamquant.quant.formats import stored_type
 if TYPE_CHECKING:
     import torch
 
-SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 NOT_DECODED = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "Q1_0", "Q2_0"})
 """Types that gguf.quants has no decoder for, found by asking it at the first tensor; these are known beforehand."""
-
-
-def first_of_split(path: Path) -> Path:
-    """The first file of the split set that `path` belongs to, or `path` itself."""
-    match = SPLIT.fullmatch(path.name)
-    if match is None:
-        return path
-    return path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
 
 
 class GgufVariant(Variant):
@@ -77,7 +67,7 @@ class GgufVariant(Variant):
     @property
     def label(self) -> str:
         """The name of the file, without suffix and split number."""
-        match = SPLIT.fullmatch(self.path.name)
+        match = SPLIT_NAME.fullmatch(self.path.name)
         return match["stem"] if match else self.path.stem
 
     def _add(self, rule: TensorRule) -> None:
@@ -199,54 +189,3 @@ def decode_rows(raw: NDArray[np.uint8], stored_as: str) -> NDArray[np.float32]:
         return raw.view(np.float16).astype(np.float32)
     with np.errstate(all="ignore"):  # NaN and infinity are looked for afterwards
         return np.ascontiguousarray(dequantize(raw, kind), dtype=np.float32)
-
-
-def read_split_set(path: Path) -> dict[Path, GgufHeader]:
-    """The headers of a file, or of all files of the split set that it is the first of, by path in their order.
-
-    Raises StreamquantError for a file that is missing, truncated, of another set, or without its share of tensors.
-    (llama-gguf-split and src/llama-model-loader.cpp of llama.cpp: split.no counts from 0, split.tensors.count is that
-    of the set.)
-    """
-    match = SPLIT.fullmatch(path.name)
-    first = read_header(path)
-    count = first.metadata.get("split.count", 0)
-    if match is None or count in (0, 1):
-        if count not in (0, 1):
-            raise StreamquantError(
-                "one file of a split set, renamed",
-                where=str(path),
-                found=f"split.count {count}",
-                required=f"names like NAME-00001-of-{count:05d}.gguf",
-                hint="give the files their names back",
-            )
-        return {path: first}
-    if count != int(match["count"]):
-        raise StreamquantError("split set of another size than its names say", where=str(path), found=count)
-    headers = {path: first}
-    for number in range(2, count + 1):
-        sibling = path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
-        if not sibling.is_file():
-            raise StreamquantError(
-                "a file of the split set is missing", where=str(sibling), found="no such file", hint="download it"
-            )
-        headers[sibling] = read_header(sibling)
-    for number, (file, header) in enumerate(headers.items()):
-        found = header.metadata.get("split.no"), header.metadata.get("split.count")
-        if found != (number, count):
-            raise StreamquantError(
-                "a file of another split set, or out of order",
-                where=str(file),
-                found=f"split.no {found[0]}, split.count {found[1]}",
-                required=f"split.no {number}, split.count {count}",
-            )
-    tensors = sum(len(header.tensors) for header in headers.values())
-    if first.metadata.get("split.tensors.count") not in (None, tensors):
-        raise StreamquantError(
-            "the split set does not have all its tensors",
-            where=str(path),
-            found=f"{tensors} tensors",
-            required=f"{first.metadata['split.tensors.count']} tensors",
-            hint="files of two versions may be mixed; fetch the set again",
-        )
-    return headers

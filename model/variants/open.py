@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from streamquant.convert.source.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint
+from streamquant.files.gguf_file import first_of_split
 from streamquant.files.safetensors_file import DTYPE_BITS
 from streamquant.model.variants.checkpoint import CheckpointVariant
 from streamquant.model.variants.compressed import CompressedVariant
-from streamquant.model.variants.gguf import GgufVariant, first_of_split
+from streamquant.model.variants.gguf import GgufVariant
 from streamquant.model.variants.variant import Variant
 from streamquant.quant.errors import UsageError
 

@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from streamquant.convert.options import RELEASE_KEYS, ConversionOptions, RunOptions, default_jobs, read_options
+from streamquant.convert.options import RELEASE_KEYS, ConversionOptions, RunOptions, read_options
 from streamquant.convert.recipes.recipe import Recipe, parse_variants
 from streamquant.convert.recipes.recipe_file import read_recipe
+from streamquant.files.machine import usable_cores
 from streamquant.files.strict_yaml import read_yaml
 from streamquant.hub.repo import parse_spec
 from streamquant.publish.cards.options import CardOptions
@@ -138,7 +139,7 @@ class ReleaseFile:
     @property
     def run_options(self) -> RunOptions:
         """How its conversion runs."""
-        return RunOptions(self.jobs or default_jobs(), self.device, self.spool_gib)
+        return RunOptions(self.jobs or usable_cores(), self.device, self.spool_gib)
 
 
 def read_release(path: Path) -> ReleaseFile:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from streamquant.convert.conversion import check_disk, check_output_folder, convert, disk_of
-from streamquant.convert.options import RunOptions, default_jobs, read_options
+from streamquant.convert.options import RunOptions, read_options
 from streamquant.convert.plan.disk import Disk
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan
@@ -17,6 +17,7 @@ from streamquant.convert.recipes.recipe import Recipe, parse_variants
 from streamquant.convert.recipes.recipe_file import read_recipe
 from streamquant.convert.run.device import choose_device, with_notes
 from streamquant.convert.source.open import open_source
+from streamquant.files.machine import usable_cores
 from streamquant.files.sizes import human_bytes
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def plan_command(
         from streamquant.publish.upload.limits import check_plan
 
         plan = replace(plan, notes=(*plan.notes, *check_plan(plan)))
-    how = RunOptions(jobs or default_jobs(), device, spool_gib)
+    how = RunOptions(jobs or usable_cores(), device, spool_gib)
     disk = _disk(plan, how, delete_after_upload)
     if out is not None:
         check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
@@ -128,7 +129,7 @@ def convert_command(
     recipes = _recipes(to, recipe)
     options = read_options(given, recipes)
     where = _early_push(push, private, without_report, push_revision, delete_after_upload)
-    how = RunOptions(jobs or default_jobs(), choose_device(device), spool_gib)
+    how = RunOptions(jobs or usable_cores(), choose_device(device), spool_gib)
 
     def show(plan: object) -> None:
         if isinstance(plan, Plan) and error_console.is_terminal:

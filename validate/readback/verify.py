@@ -25,9 +25,10 @@ from streamquant.convert.manifest import (
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, Plan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix
-from streamquant.convert.run.blocks import Piece, Scratch, encode_chunk, read_into, read_rows, widen_rows
+from streamquant.convert.run.blocks import Piece, Scratch, encode_chunk, read_rows, widen_rows
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.files.hashing import FileHash
+from streamquant.files.reading import read_into
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.formats import FORMATS
 from streamquant.validate.readback.inspect import StoredFile, inspect_file
