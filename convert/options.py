@@ -265,11 +265,16 @@ def _overrides(given: Given, recipes: Sequence[Recipe]) -> Overrides:
     found = parse_overrides({name.replace("_", "-"): given.take(name) for name in names}, given.at)
     if (path := given.path("tensor_type_file")) is not None:
         found = replace(found, tensor_types=found.tensor_types + read_rules(path))
-    if found and not any(recipe.takes_overrides for recipe in recipes):
+    check_overrides(found, recipes, given.where)
+    return found
+
+
+def check_overrides(overrides: Overrides, recipes: Sequence[Recipe], where: str | None = None) -> None:
+    """Raise UsageError, which names the place, for overrides that no variant takes."""
+    if overrides and not any(recipe.takes_overrides for recipe in recipes):
         raise UsageError(
             "overrides without a variant that takes them",
-            where=given.where,
-            found=", ".join(found.record()),
+            where=where,
+            found=", ".join(overrides.record()),
             required="a GGUF type among the variants; recipe files have overrides of their own",
         )
-    return found

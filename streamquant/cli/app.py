@@ -14,7 +14,6 @@ import typer
 
 from streamquant.cli import convert, formats, imatrix, publish, readback, validate
 from streamquant.cli.console import error_console, print_result
-from streamquant.convert.manifest import versions
 from streamquant.quant.errors import StreamquantError
 
 app = typer.Typer(
@@ -48,6 +47,8 @@ for _name, _command in COMMANDS.items():
 @app.callback(invoke_without_command=True)
 def _main(version: Annotated[bool, typer.Option("--version", help="Print versions and exit.")] = False) -> None:
     if version:
+        from streamquant.convert.manifest import versions
+
         print_result(versions())
         raise typer.Exit
 

@@ -1,42 +1,21 @@
 """`plan` and `convert`."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from streamquant.convert.conversion import check_disk, check_output_folder, convert, disk_of
-from streamquant.convert.options import RunOptions, read_options
-from streamquant.convert.plan.disk import Disk
-from streamquant.convert.plan.planner import make_plan
-from streamquant.convert.plan.records import Plan
-from streamquant.convert.plan.view import plan_json, plan_view
-from streamquant.convert.recipes.recipe import Recipe, parse_variants
-from streamquant.convert.recipes.recipe_file import read_recipe
-from streamquant.convert.run.device import choose_device, with_notes
-from streamquant.convert.source.open import open_source
-from streamquant.files.machine import usable_cores
-from streamquant.files.sizes import human_bytes
-
-if TYPE_CHECKING:
-    from streamquant.publish.upload.options import EarlyPush
-    from streamquant.publish.upload.push import Pushed
-from streamquant.cli.arguments import (
-    AsJson,
-    Device,
-    Jobs,
-    Model,
-    RecipeFiles,
-    SpoolGib,
-    Tensors,
-    To,
-)
+import streamquant
+from streamquant.cli.arguments import AsJson, Device, Jobs, Model, RecipeFiles, SpoolGib, Tensors, To
 from streamquant.cli.console import error_console, out_console, print_result
 from streamquant.cli.conversion_options import NOTHING, CommandLine, takes_conversion_options
 from streamquant.cli.progress import console_listener
 from streamquant.cli.publish import say_pushed
+from streamquant.files.sizes import human_bytes
+
+if TYPE_CHECKING:
+    from streamquant.publish.upload.push import Pushed
 
 
 @takes_conversion_options
@@ -68,20 +47,13 @@ def plan_command(
 
     `streamquant plan NousResearch/Hermes-4-405B@main --to fp8-dynamic --to gguf:Q8_0,Q6_K,Q4_K_M`
     """
-    recipes = _recipes(to, recipe)
-    options = read_options(given, recipes)
-    checkpoint = open_source(model, out=out)
-    plan = with_notes(make_plan(checkpoint, recipes, options), choose_device(device))
-    if delete_after_upload:
-        from streamquant.publish.upload.limits import check_plan
+    from streamquant.convert.plan.view import plan_json, plan_view
 
-        plan = replace(plan, notes=(*plan.notes, *check_plan(plan)))
-    how = RunOptions(jobs or usable_cores(), device, spool_gib)
-    disk = _disk(plan, how, delete_after_upload)
-    if out is not None:
-        check_output_folder(checkpoint, out, [variant.folder for variant in plan.variants])
-        check_disk(plan, out, disk)
-    print_result(plan_json(plan, how.jobs, disk) if as_json else plan_view(plan, how.jobs, disk, tensors=tensors))
+    wanted, run = _wanted(to, recipe), _run_options(device, jobs, spool_gib)
+    options = _conversion_options(given, wanted)
+    plan = streamquant.plan(model, wanted, options, run, out=out, delete_after_upload=delete_after_upload)
+    disk = streamquant.disk_use(plan, run, delete_after_upload=delete_after_upload)
+    print_result(plan_json(plan, run.jobs, disk) if as_json else plan_view(plan, run.jobs, disk, tensors=tensors))
 
 
 @takes_conversion_options
@@ -126,26 +98,23 @@ def convert_command(
     `streamquant convert NousResearch/Hermes-4-405B --to fp8-dynamic --out variants --push ORG/Hermes-4-405B --private
     --delete-after-upload`
     """
-    recipes = _recipes(to, recipe)
-    options = read_options(given, recipes)
+    wanted, run = _wanted(to, recipe), _run_options(device, jobs, spool_gib)
+    options = _conversion_options(given, wanted)
     where = _early_push(push, private, without_report, push_revision, delete_after_upload)
-    how = RunOptions(jobs or usable_cores(), choose_device(device), spool_gib)
 
-    def show(plan: object) -> None:
-        if isinstance(plan, Plan) and error_console.is_terminal:
-            disk = _disk(plan, how, delete_after_upload)
-            error_console.print(plan_view(with_notes(plan, how.device), how.jobs, disk))
+    def show(plan: streamquant.Plan) -> None:
+        from streamquant.convert.plan.view import plan_view
+        from streamquant.convert.run.device import choose_device, with_notes
 
-    checkpoint = open_source(model, out=out)
+        disk = streamquant.disk_use(plan, run, delete_after_upload=delete_after_upload)
+        error_console.print(plan_view(with_notes(plan, choose_device(run.device)), run.jobs, disk))
+
     with console_listener(on_plan=show) as listener:
-        plan = make_plan(checkpoint, recipes, options)
-        pushed: Sequence[Pushed] = ()
+        pushed: tuple[Pushed, ...] = ()
         if where is None:
-            done = convert(plan, out, how, listener)
+            done = streamquant.convert(model, wanted, out, options, run, listener=listener)
         else:
-            from streamquant.publish.upload.streaming import convert_and_push
-
-            done, pushed = convert_and_push(plan, out, where, how, listener)
+            done, pushed = streamquant.convert_and_push(model, wanted, out, where, options, run=run, listener=listener)
     for variant in done.plan.variants:
         state = "was done already" if variant.recipe.spec in done.already_done else "done"
         size = human_bytes(done.plan.variant_bytes(variant))
@@ -155,24 +124,31 @@ def convert_command(
     say_pushed(pushed)
 
 
-def _recipes(to: list[str] | None, files: list[Path] | None) -> list[Recipe]:
-    return parse_variants(to or [], [read_recipe(file) for file in files or []])
+def _wanted(to: list[str] | None, recipes: list[Path] | None) -> list[str | Path | streamquant.RecipeFile]:
+    return [*(to or ()), *(recipes or ())]
+
+
+def _conversion_options(
+    given: CommandLine, wanted: list[str | Path | streamquant.RecipeFile]
+) -> streamquant.ConversionOptions:
+    from streamquant.api.conversion import recipes_of
+    from streamquant.convert.options import read_options
+
+    return read_options(given, recipes_of(wanted))
+
+
+def _run_options(device: str, jobs: int | None, spool_gib: float | None) -> streamquant.RunOptions:
+    run = streamquant.RunOptions(device=device, spool_gib=spool_gib)
+    return run if jobs is None else replace(run, jobs=jobs)
 
 
 def _early_push(
     repo: str | None, private: bool, without_report: bool, revision: str | None, delete: bool
-) -> "EarlyPush | None":
+) -> streamquant.EarlyPush | None:
     """What --push and its options ask for."""
     if repo is None and not (private or without_report or revision or delete):
         return None
-    from streamquant.publish.upload.options import PushOptions, early_push
+    from streamquant.publish.upload.options import early_push
 
-    return early_push(repo, PushOptions(private, revision, without_report=without_report), delete=delete)
-
-
-def _disk(plan: Plan, how: RunOptions, delete_after_upload: bool) -> Disk:
-    if not delete_after_upload:
-        return disk_of(plan, how)
-    from streamquant.publish.upload.options import ROOM
-
-    return disk_of(plan, how, ROOM)
+    options = streamquant.PushOptions(private, revision, without_report=without_report)
+    return early_push(repo, options, delete=delete)

@@ -1,14 +1,18 @@
 """`formats`: what can be made of which models."""
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+import streamquant
 from streamquant.cli.arguments import AsJson
 from streamquant.cli.console import print_result
-from streamquant.convert.recipes.catalogue import CatalogueFamily, CatalogueVariant, families, variants
+
+if TYPE_CHECKING:
+    from streamquant.convert.recipes.catalogue import CatalogueFamily, CatalogueVariant
 
 
 def formats_command(as_json: AsJson = False) -> None:
@@ -19,14 +23,14 @@ def formats_command(as_json: AsJson = False) -> None:
 
     Example: `streamquant formats`
     """
-    made, models = variants(), families()
+    found = streamquant.formats()
     if as_json:
-        print_result({"variants": [asdict(entry) for entry in made], "families": [asdict(entry) for entry in models]})
+        print_result(asdict(found))
     else:
-        print_result(Group(_variants_table(made), Text(), _families_table(models)))
+        print_result(Group(_variants_table(found.variants), Text(), _families_table(found.families)))
 
 
-def _variants_table(entries: tuple[CatalogueVariant, ...]) -> Table:
+def _variants_table(entries: "tuple[CatalogueVariant, ...]") -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("--to")
     table.add_column("bits/weight", justify="right")
@@ -37,7 +41,7 @@ def _variants_table(entries: tuple[CatalogueVariant, ...]) -> Table:
     return table
 
 
-def _families_table(entries: tuple[CatalogueFamily, ...]) -> Table:
+def _families_table(entries: "tuple[CatalogueFamily, ...]") -> Table:
     table = Table("model class", "GGUF architecture", box=None, header_style="bold", pad_edge=False)
     for entry in entries:
         table.add_row(entry.hf_architecture, entry.gguf_arch)

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+import streamquant
 from streamquant.cli.arguments import Chunks, ComputeDType, Context, Device, Scratch, Texts, forward_setting
-from streamquant.cli.console import out_console
-from streamquant.cli.models import local_weights
+from streamquant.cli.console import print_line
 from streamquant.cli.progress import console_listener
 
 
@@ -36,20 +36,11 @@ def imatrix_command(
 
     Example: `streamquant imatrix Hermes-4-14B --text calibration.txt --out imatrix.gguf --save-every 50`
     """
-    from streamquant.calibrate.importance import ImportanceOptions, write_importance
-    from streamquant.model.corpus import read_corpus
-    from streamquant.model.variants.open import open_variant
-
+    options = streamquant.ImportanceOptions(forward_setting(device, dtype, scratch), save_every)
     with console_listener("the same command does it again, with what is in the cache") as listener:
-        variant = open_variant(local_weights(model, listener))
-        corpus = read_corpus(text, tokenizer or variant.path, context, chunks)
-        done = write_importance(
-            variant,
-            corpus,
-            out,
-            ImportanceOptions(forward_setting(device, dtype, scratch), save_every),
-            listener,
+        done = streamquant.imatrix(
+            model, text, out, options, context=context, chunks=chunks, tokenizer=tokenizer, listener=listener
         )
     resumed = f", {done.resumed_from} of them from before" if done.resumed_from else ""
-    line = f"{done.entries} tensors over {done.chunks} chunks of {corpus.context} tokens{resumed} in {done.path}"
-    out_console.print(line, markup=False, highlight=False)
+    line = f"{done.entries} tensors over {done.chunks} chunks of {context} tokens{resumed} in {done.path}"
+    print_line(line)

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import typer
 from rich.progress import (
@@ -23,6 +24,9 @@ from rich.text import Text
 from streamquant.cli.console import INTERRUPTED, error_console, print_line, say_note, say_waiting
 from streamquant.files.listener import Listener, Unit
 
+if TYPE_CHECKING:
+    from streamquant.convert.plan.records import Plan
+
 
 class _AmountColumn(ProgressColumn):
     """Bytes and their rate, or steps and the time that they took."""
@@ -40,15 +44,16 @@ class _AmountColumn(ProgressColumn):
 class ConsoleListener(Listener):
     """Draws a bar for each task, and prints notes and waits to standard error. Draws nothing without a terminal."""
 
-    def __init__(self, progress: Progress, on_plan: Callable[[object], None]) -> None:
+    def __init__(self, progress: Progress, on_plan: "Callable[[Plan], None]") -> None:
         self._progress = progress
         self._on_plan = on_plan
         self._tasks: dict[str, TaskID] = {}
         self._lock = threading.Lock()
 
     def planned(self, plan: object) -> None:
-        """Show the plan."""
-        self._on_plan(plan)
+        """Show the plan, on a terminal."""
+        if error_console.is_terminal:
+            self._on_plan(cast("Plan", plan))
 
     def started(self, task: str, total: int | None, unit: Unit = "steps") -> None:
         """Draw the bar of a task, or give it another size."""
@@ -76,20 +81,10 @@ class ConsoleListener(Listener):
                 self._tasks[name] = self._progress.add_task(name, total=None, unit=unit)
             return self._tasks[name]
 
-    # The shapes of callbacks that some calls still want
-
-    def bytes_of(self, task: str) -> Callable[[int], None]:
-        """A callback that takes the bytes just done."""
-        return lambda amount: self.advanced(task, amount)
-
-    def step(self, task: str, done: int, total: int) -> None:
-        """A callback that takes the steps done so far, and all of them."""
-        self._progress.update(self._task(task, "steps"), completed=done, total=total)
-
 
 @contextmanager
 def console_listener(
-    hint: str = "the same command goes on where it stopped", on_plan: Callable[[object], None] = lambda _plan: None
+    hint: str = "the same command goes on where it stopped", on_plan: "Callable[[Plan], None]" = lambda _plan: None
 ) -> Iterator[ConsoleListener]:
     """The listener of a command. Ctrl-C inside ends the command with exit code 130 and `hint`."""
     columns = (TextColumn("{task.description}"), BarColumn(), _AmountColumn(), TimeRemainingColumn())

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import streamquant
+
 if TYPE_CHECKING:
     from streamquant.publish.upload.push import Pushed
 from streamquant.cli.console import print_line, print_result, say_note
@@ -35,15 +37,13 @@ def push_command(
     Exit code 3 if a variant was not measured or failed a gate. Example:
     `streamquant push variants --repo ORG/Hermes-4-14B`
     """
-    from streamquant.publish.upload.options import PushOptions
-    from streamquant.publish.upload.push import push
     from streamquant.publish.upload.push_report import push_view
 
-    options = PushOptions(
+    options = streamquant.PushOptions(
         private, revision, create_pr, without_report, message=commit_message, report=report, dry_run=dry_run
     )
     with console_listener() as listener:
-        pushed = push(folder, repo, options, listener)
+        pushed = streamquant.push(folder, repo, options, listener=listener)
     if dry_run:
         print_result(push_view(pushed))
         return
@@ -71,11 +71,8 @@ def card_command(
 
     Example: `streamquant card variants --report report --repo ORG/Hermes-4-14B --base-model NousResearch/Hermes-4-14B`
     """
-    from streamquant.publish.cards.card import write_cards
-    from streamquant.publish.cards.options import CardOptions
-
-    options = CardOptions(base_model, repo, quantized_by, source, not no_prompts, force)
-    for path in write_cards(folder, options, report):
+    options = streamquant.CardOptions(base_model, repo, quantized_by, source, not no_prompts, force)
+    for path in streamquant.card(folder, options, report=report):
         print_line(path)
 
 
@@ -98,15 +95,13 @@ def run_command(
 
     Example: `streamquant run examples/hermes-4-14b.yaml --dry-run`
     """
-    from streamquant.publish.release.release import run_release
-    from streamquant.publish.release.release_file import read_release, stage_name
-    from streamquant.publish.release.release_run import ReleaseOptions
+    from streamquant.publish.release.release_file import stage_name
 
     begin = stage_name(first, "--from") if first is not None else None
     single = stage_name(only, "--only") if only is not None else None
-    options = ReleaseOptions(begin, single, dry_run, ("streamquant", *sys.argv[1:]))
+    options = streamquant.ReleaseOptions(begin, single, dry_run, ("streamquant", *sys.argv[1:]))
     with console_listener("the same command does it again, with what is in the cache") as listener:
-        run_release(read_release(release), options, listener)
+        streamquant.run(release, options, listener=listener)
 
 
 def say_pushed(pushed: "Sequence[Pushed]") -> None:

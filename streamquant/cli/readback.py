@@ -6,18 +6,11 @@ from typing import Annotated
 
 import typer
 
+import streamquant
 from streamquant.cli.arguments import AsJson, Tensors
 from streamquant.cli.console import print_result, say_note
-from streamquant.cli.models import local_weights
 from streamquant.cli.progress import console_listener
-from streamquant.convert.recipes.imatrix import read_imatrix
-from streamquant.convert.recipes.recipe_extract import extract_recipe
-from streamquant.convert.source.checkpoint import open_checkpoint
-from streamquant.files.writing import explain, write_atomically
 from streamquant.quant.errors import UsageError
-from streamquant.validate.readback.inspect import inspect_path
-from streamquant.validate.readback.verify import bytes_to_verify, verify
-from streamquant.validate.readback.verify_report import inspect_json, inspect_view, verify_json, verify_view
 
 
 def inspect_command(
@@ -29,7 +22,9 @@ def inspect_command(
 
     Example: `streamquant inspect variants/Hermes-4-14B-GGUF/Hermes-4-14B-Q8_0.gguf --tensors`
     """
-    files = inspect_path(path)
+    from streamquant.validate.readback.verify_report import inspect_json, inspect_view
+
+    files = streamquant.inspect(path)
     print_result(inspect_json(files) if as_json else inspect_view(files, tensors=tensors))
 
 
@@ -52,11 +47,11 @@ def verify_command(
 
     Exit code 1 if anything differs. Example: `streamquant verify variants --source Hermes-4-14B`
     """
+    from streamquant.validate.readback.verify_report import verify_json, verify_view
+
+    matrix = streamquant.read_imatrix(imatrix) if imatrix is not None else None
     with console_listener() as listener:
-        checkpoint = open_checkpoint(local_weights(source, listener)) if source is not None else None
-        matrix = read_imatrix(imatrix) if imatrix is not None else None
-        listener.started("verifying", bytes_to_verify(folder, with_source=source is not None), "bytes")
-        results = verify(folder, checkpoint, matrix, on_progress=listener.bytes_of("verifying"))
+        results = streamquant.verify(folder, source, matrix, listener=listener)
     print_result(verify_json(results) if as_json else verify_view(results))
     if any(result.problems for result in results):
         raise typer.Exit(1)
@@ -73,9 +68,11 @@ def recipe_command(
 
     Example: `streamquant recipe Model-UD-Q4_K_XL.gguf --label UD-like --out ud.yaml`
     """
+    from streamquant.files.writing import explain, write_atomically
+
     if out is not None and out.exists():
         raise UsageError("the output file exists already", where=str(out), hint="choose another --out")
-    found = extract_recipe(path, label)
+    found = streamquant.recipe(path, label)
     text = found.recipe.yaml()
     for note in found.notes:
         say_note(note)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import streamquant
 from streamquant.cli.arguments import (
     AsJson,
     Chunks,
@@ -20,10 +21,8 @@ from streamquant.cli.arguments import (
     forward_setting,
     names_of,
 )
-from streamquant.cli.console import out_console, print_result, say
-from streamquant.cli.models import local_weights, without_weights
+from streamquant.cli.console import print_line, print_result, say
 from streamquant.cli.progress import console_listener
-from streamquant.quant.errors import GateFailedError
 from streamquant.validate.sections import ANSWER_TOKENS, SKIPPABLE
 
 
@@ -64,20 +63,14 @@ def validate_command(
 
     Example: `streamquant validate Hermes-4-14B Hermes-4-14B-Q4_K_M.gguf --text wiki.test.raw --out report`
     """
-    from streamquant.validate.gates import Gates, failed
-    from streamquant.validate.logits.hidden_states import default_cache, prune_cache
-    from streamquant.validate.options import ValidationOptions
+    from streamquant.validate.gates import failed
+    from streamquant.validate.logits.hidden_states import default_cache
     from streamquant.validate.report.console import report_view
-    from streamquant.validate.report.data import check_report_folder, write_report
-    from streamquant.validate.report.render import write_pages
-    from streamquant.validate.validation import validate
 
-    gates = Gates(
+    gates = streamquant.Gates(
         max_mean_kld, max_kld_99_9, min_same_top, max_ppl_ratio, max_errors, max_token_mismatches, max_chat_mismatches
     )
-    check_report_folder(out)
-    kept = None if no_cache else cache or default_cache()
-    options = ValidationOptions(
+    options = streamquant.ValidationOptions(
         texts=tuple(text),
         setting=replace(forward_setting(device, dtype, scratch), weights_only=weights_only),
         context=context,
@@ -85,25 +78,20 @@ def validate_command(
         skip=frozenset(names_of("--skip", skip, SKIPPABLE)),
         noise=names_of("--noise", noise, ("dtype", "batch")),  # type: ignore[arg-type] # those are its names
         gates=gates,
-        cache=kept,
+        cache=None if no_cache else cache or default_cache(),
         tokenizer=tokenizer,
         answer_tokens=answer_tokens,
         command=("streamquant", *sys.argv[1:]),
     )
     with console_listener("the same command does it again, with what is in the cache") as listener:
-        report = validate(local_weights(original, listener), variants, options, listener)
-        listener.started("report", 1)
-        write_report(report, out)
-        write_pages(report, out)
-    if kept is not None:
-        prune_cache(kept)
+        report = streamquant.validate(original, variants, options, out=out, listener=listener)
     print_result(report_view(report))
-    out_console.print(f"report: {out / 'report.html'}", markup=False, highlight=False)
+    print_line(f"report: {out / 'report.html'}")
     wrong = failed(report.gate_results)
     for gate in wrong:
         say(f"gate failed: {gate}")
     if wrong:
-        raise typer.Exit(GateFailedError.exit_code)
+        raise typer.Exit(streamquant.GateFailedError.exit_code)
 
 
 def chat_check_command(original: Original, variants: Variants, as_json: AsJson = False) -> None:
@@ -112,13 +100,12 @@ def chat_check_command(original: Original, variants: Variants, as_json: AsJson =
     Exit code 3 if one differs. Example: `streamquant chat-check Hermes-4-14B variants/*-GGUF/*.gguf`
     """
     from streamquant.validate.report.console import chat_json, chat_view
-    from streamquant.validate.validation import chat_check
 
     with console_listener("the same command does it again, with what is in the cache") as listener:
-        found = chat_check(without_weights(original), variants, listener)
+        found = streamquant.chat_check(original, variants, listener=listener)
     print_result(chat_json(found) if as_json else chat_view(found))
     if found.errors:
-        raise typer.Exit(GateFailedError.exit_code)
+        raise typer.Exit(streamquant.GateFailedError.exit_code)
 
 
 def report_command(
@@ -126,10 +113,7 @@ def report_command(
     out: Annotated[Path | None, typer.Option(help="Folder for the pages. Default: that of report.json.")] = None,
 ) -> None:
     """Render report.md, report.html and plots again from report.json. Example: `streamquant report report`."""
-    from streamquant.validate.report.data import read_report
-    from streamquant.validate.report.render import write_pages
-
-    found = read_report(report)
+    found = streamquant.read_report(report)
     folder = out or (report if report.is_dir() else report.parent)
-    for path in write_pages(found, folder):
-        out_console.print(str(path), markup=False, highlight=False)
+    for path in streamquant.write_pages(found, folder):
+        print_line(path)

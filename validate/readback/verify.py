@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,14 @@ from streamquant.convert.run.blocks import Piece, Scratch, encode_chunk, read_ro
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.files.hashing import FileHash
 from streamquant.files.reading import read_into
+from streamquant.files.listener import SILENT, Listener
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.formats import FORMATS
 from streamquant.validate.readback.inspect import StoredFile, inspect_file
 from streamquant.validate.readback.sqnr import Noise
+
+VERIFYING = "verifying"
+"""The task that listeners hear of."""
 
 
 @dataclass(slots=True)
@@ -83,15 +88,15 @@ def verify(
     folder: Path,
     source: Checkpoint | None = None,
     imatrix: ImportanceMatrix | None = None,
-    *,
-    on_progress: Callable[[int], None] = lambda _nbytes: None,
+    listener: Listener = SILENT,
 ) -> list[VerifiedVariant]:
-    """Verify every variant of every manifest in `folder`; `on_progress` gets the number of bytes just checked.
+    """Verify every variant of every manifest in `folder`; `listener` hears of the bytes of the task VERIFYING.
 
     `imatrix` is what the variants were made with, needed to encode them again. Problems are collected, not raised.
     Raises UsageError without a manifest or with a missing or another importance matrix, StreamquantError for a broken
     manifest or a source that cannot be read.
     """
+    on_progress = partial(listener.advanced, VERIFYING)
     results = []
     manifests = [(child, _manifest(child)) for child in find_manifests(folder)]
     if source is not None:

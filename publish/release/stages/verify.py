@@ -32,19 +32,13 @@ class VerifyStage(VariantsStage):
 
     def run(self) -> tuple[str, list[Path]]:
         """Verify each folder. Raises StreamquantError if anything differs."""
-        from streamquant.validate.readback.verify import bytes_to_verify, verify
+        from streamquant.validate.readback.verify import VERIFYING, bytes_to_verify, verify
 
         imatrix = self.release.imatrix() if self.with_source else None
         total = sum(bytes_to_verify(folder.path, with_source=self.with_source) for folder in self.folders)
-        self.listener.started("verifying", total, "bytes")
+        self.listener.started(VERIFYING, total, "bytes")
         source = self._local_source() if self.with_source else None
-        found = [
-            result
-            for folder in self.folders
-            for result in verify(
-                folder.path, source, imatrix, on_progress=lambda nbytes: self.listener.advanced("verifying", nbytes)
-            )
-        ]
+        found = [result for folder in self.folders for result in verify(folder.path, source, imatrix, self.listener)]
         if wrong := [f"{result.spec}: {problem}" for result in found for problem in result.problems]:
             raise StreamquantError(
                 "what was written is not what it should be",

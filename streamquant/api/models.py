@@ -1,0 +1,43 @@
+"""A model that a caller names: a folder, a file, or a repository of the Hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
+from streamquant.convert.source.open import open_source
+from streamquant.files.listener import SILENT, Listener
+from streamquant.hub.repo import hub_spec
+
+if TYPE_CHECKING:
+    from streamquant.model.variants.variant import Variant
+
+Model = str | Path
+"""A Path is a local file or folder. A str is one too if it exists, else ORG/NAME[@REVISION] on the Hugging Face Hub."""
+
+
+def open_model(model: Model, out: Path | None = None) -> Checkpoint:
+    """The checkpoint of a model; of one on the Hub only small files and headers are fetched.
+
+    A conversion into `out` that was interrupted goes on with the commit that it began with. Raises UsageError and
+    StreamquantError.
+    """
+    return open_checkpoint(model) if isinstance(model, Path) else open_source(model, out=out)
+
+
+def local_weights(model: Model, listener: Listener = SILENT) -> Path:
+    """A local path of a model with all its weights; one on the Hub is fetched into the cache of the Hub's client."""
+    if isinstance(model, Path) or hub_spec(model) is None:
+        return Path(model)
+    from streamquant.convert.source.snapshot import whole_folder
+
+    return whole_folder(open_source(model), listener)
+
+
+def without_weights(model: Model) -> "Variant":
+    """A model of which no weight will be read: of one on the Hub only small files and headers are fetched."""
+    from streamquant.model.variants.checkpoint import CheckpointVariant
+    from streamquant.model.variants.open import open_variant
+
+    if isinstance(model, Path) or hub_spec(model) is None:
+        return open_variant(Path(model))
+    return CheckpointVariant(open_source(model))

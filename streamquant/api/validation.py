@@ -1,0 +1,100 @@
+"""`validate`, `chat_check`, reports, and `imatrix`: what runs a model or its tokenizer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from streamquant.api.models import Model, local_weights, without_weights
+from streamquant.calibrate.importance import ImportanceOptions, ImportanceRun, write_importance
+from streamquant.files.listener import SILENT, Listener
+from streamquant.model.corpus import read_corpus
+from streamquant.model.variants.open import open_variant
+from streamquant.validate import validation
+from streamquant.validate.logits.hidden_states import prune_cache
+from streamquant.validate.options import ValidationOptions
+from streamquant.validate.report.data import ChatCheck, Report, check_report_folder, write_report
+from streamquant.validate.report.render import write_pages
+
+
+def validate(
+    original: Model,
+    variants: Sequence[str | Path],
+    options: ValidationOptions,
+    *,
+    out: str | Path | None = None,
+    listener: Listener = SILENT,
+) -> Report:
+    """Measure whether each variant is still the model: perplexity, divergence, tokens, chat, engines, greedy answers.
+
+    Args:
+        original: the reference: the checkpoint, ORG/NAME[@REVISION] (fetched whole into the local cache), or any
+            variant taken as the reference.
+        variants: GGUF files (of a split set, any file) and compressed-tensors folders, of any publisher.
+        options: the texts to measure on, gates, and what to leave out.
+        out: a folder for report.json, report.md, report.html and plots.
+        listener: hears of steps of "layers", "logits and divergence", "tokens and chat templates" and "engines".
+
+    Returns the report, which a notebook shows as a page. A failed gate is not raised: see `Report.gate_results`.
+
+    Raises:
+        UsageError: for wrong options.
+        StreamquantError: for an original, a text or an output folder that cannot be used.
+    """
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_report_folder(folder)
+    report = validation.validate(local_weights(original, listener), _paths(variants), options, listener)
+    if folder is not None:
+        listener.started("report", 1)
+        write_report(report, folder)
+        write_pages(report, folder)
+    if options.cache is not None:
+        prune_cache(options.cache)
+    return report
+
+
+def chat_check(original: Model, variants: Sequence[str | Path], *, listener: Listener = SILENT) -> ChatCheck:
+    """Compare tokens and chat templates of variants with the original's, in the engines themselves. Reads no weight.
+
+    Raises:
+        UsageError: for variants that cannot be compared.
+        StreamquantError: for an original that cannot be read.
+    """
+    return validation.chat_check(without_weights(original), _paths(variants), listener)
+
+
+def imatrix(
+    model: Model,
+    texts: Sequence[str | Path],
+    out: str | Path,
+    options: ImportanceOptions | None = None,
+    *,
+    context: int = 512,
+    chunks: int | None = None,
+    tokenizer: str | Path | None = None,
+    listener: Listener = SILENT,
+) -> ImportanceRun:
+    """Compute the importance matrix of a model over texts, and write it in llama.cpp's GGUF format.
+
+    `read_imatrix` reads the file for `ConversionOptions`; llama-quantize takes it too.
+
+    Args:
+        model: the checkpoint, ORG/NAME[@REVISION], or any variant of it.
+        texts: UTF-8 files.
+        out: the file to write; one that is there is continued if it is of the beginning of the same tokens.
+        options: device, dtype, and after how many chunks the file is saved.
+        context: tokens of a chunk.
+        chunks: chunks of each text, at most.
+        tokenizer: tokenizer.json of the texts, where the model has none (a GGUF).
+        listener: hears of steps of "layers".
+
+    Raises:
+        UsageError: for texts that are too short, and for a tokenizer that is not there.
+        StreamquantError: for a file that belongs to other texts, and for a model that cannot be read or computed.
+    """
+    variant = open_variant(local_weights(model, listener))
+    corpus = read_corpus(_paths(texts), Path(tokenizer or variant.path), context, chunks)
+    return write_importance(variant, corpus, Path(out), options, listener)
+
+
+def _paths(names: Sequence[str | Path]) -> list[Path]:
+    return [Path(name) for name in names]
