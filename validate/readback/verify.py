@@ -29,8 +29,8 @@ from streamquant.convert.recipes.imatrix import ImportanceMatrix
 from streamquant.convert.run.blocks import Piece, Scratch, encode_chunk, read_rows, widen_rows
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.files.hashing import FileHash
-from streamquant.files.reading import read_into
 from streamquant.files.listener import SILENT, Listener
+from streamquant.files.reading import read_into
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.formats import FORMATS
 from streamquant.validate.readback.inspect import StoredFile, inspect_file
