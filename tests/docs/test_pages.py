@@ -114,6 +114,21 @@ def test_commands_in_sentences_parse(page: Path) -> None:
         assert wrong in (None, "MissingParameter"), f"{name_of(page)}: `{span}`: {wrong}"
 
 
+def test_the_architecture_names_every_folder() -> None:
+    """Those of the package that hold Python, and no others; of a room that has only rooms within it, these."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([a-z_/]+)/`", page.split("## Rooms")[1].split("\n## ")[0]))
+    package = ROOT / "streamquant"
+    tops = [path.resolve() for path in package.iterdir() if path.is_dir()]
+    folders = {
+        folder.relative_to(ROOT).as_posix()
+        for top in tops
+        for folder in (top, *top.rglob("*"))
+        if folder.is_dir() and list(folder.glob("*.py"))
+    }
+    assert named - {"streamquant"} == folders
+
+
 def test_every_error_is_explained() -> None:
     """Out of date? `python -m tests.docs.messages` prints what is missing."""
     raised, known = messages.messages(), messages.explained()
