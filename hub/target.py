@@ -21,10 +21,11 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._headers import build_hf_headers
 
 from streamquant.files.listener import SILENT, Listener
+from streamquant.files.worker import Stopped
 from streamquant.hub.client import check_name
 from streamquant.hub.errors import Retrying, ask, scrub
 from streamquant.hub.outgoing import Addition, Held, Meter, Outgoing
-from streamquant.hub.repo import MAIN, Stopped
+from streamquant.hub.repo import MAIN
 from streamquant.quant.errors import StreamquantError
 
 T = TypeVar("T")

@@ -1,8 +1,8 @@
 """config.json's quantization_config, made by compressed-tensors' own QuantizationConfig, never by hand.
 
 compressed-tensors imports torch and transformers: seconds and hundreds of megabytes. So it runs in a process of its
-own, beside the conversion (`python -m convert.quantization_config FP8_DYNAMIC` prints JSON), and what it said
-is kept in the user's cache folder, by its version.
+own beside the conversion, and its answer is kept in the user's cache folder, by its version. `python -m
+streamquant.convert.recipes.quantization_config FP8_DYNAMIC` prints it.
 """
 
 import contextlib

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -50,11 +49,6 @@ def public_argument(argument: str) -> str:
     """
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return f"{option}{equals}{Path(value).name if os.sep in value else value}"
-
-
-def public_command(arguments: tuple[str, ...]) -> str:
-    """A command line for a shell, without paths."""
-    return shlex.join(map(public_argument, arguments))
 
 
 @dataclass(frozen=True, slots=True)

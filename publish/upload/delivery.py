@@ -24,11 +24,10 @@ from huggingface_hub import HfApi
 from streamquant.convert.plan.records import Plan
 from streamquant.convert.run.journal import WORK_FOLDER
 from streamquant.files.listener import SILENT, Listener
-from streamquant.files.worker import Worker
+from streamquant.files.worker import Stopped, Worker
 from streamquant.hub.background import STOP_SECONDS, abort_xet
 from streamquant.hub.client import connect
 from streamquant.hub.outgoing import Held, Outgoing
-from streamquant.hub.repo import Stopped
 from streamquant.hub.target import Destination, Target
 from streamquant.publish.upload.limits import check_plan
 from streamquant.publish.upload.options import ROOM, EarlyPush

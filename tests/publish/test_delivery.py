@@ -22,8 +22,8 @@ from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.files.worker import Stopped
 from streamquant.hub import errors
-from streamquant.hub.repo import Stopped
 from streamquant.publish.upload import delivery as delivery_module
 from streamquant.publish.upload.delivery import (
     HubDelivery,

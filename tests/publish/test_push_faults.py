@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils._http import close_session
 
+from streamquant.files.worker import Stopped
 from streamquant.hub import client as client_module
 from streamquant.hub import errors
 from streamquant.hub import target as target_module
@@ -18,7 +19,6 @@ from streamquant.hub.background import in_background
 from streamquant.hub.client import connect
 from streamquant.hub.http_library import httpx
 from streamquant.hub.outgoing import Meter, MeteredFile, Outgoing
-from streamquant.hub.repo import Stopped
 from streamquant.hub.target import Destination, Target
 from streamquant.publish.upload import push as push_module
 from streamquant.publish.upload.push import push
