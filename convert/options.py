@@ -47,30 +47,35 @@ ARGUMENTS = (
     ),
     Argument("split_max_tensors", int, "Split GGUF files after this many tensors, as llama.cpp's converter does."),
     Argument("max_shard_size", str, "Largest FP8 shard, e.g. 5G. Default: the shards of the source."),
-    Argument("pre", str, "tokenizer.ggml.pre, where it cannot be told from tokenizer.json."),
+    Argument("pre", str, "tokenizer.ggml.pre, if it cannot be derived from tokenizer.json."),
     Argument("metadata", Path, "JSON file of GGUF keys that override the model card (llama.cpp's --metadata)."),
     Argument("imatrix", Path, "Importance matrix of llama-imatrix, GGUF or .dat, for the GGUF variants.", False),
     Argument(
         "include_weights",
         list[str],
-        "Use the importance matrix for tensors with this in their names; repeatable.",
+        "Use the importance matrix only for tensors with this in their names; repeatable.",
         False,
     ),
-    Argument("exclude_weights", list[str], "Do not use it for tensors with this in their names; repeatable.", False),
+    Argument(
+        "exclude_weights",
+        list[str],
+        "Do not use the importance matrix for tensors with this in their names; repeatable.",
+        False,
+    ),
     Argument(
         "tensor_type",
         list[str],
-        "REGEX=TYPE: the type of GGUF tensors of such names, like attn_v=q8_0; the first match counts.",
+        "REGEX=TYPE: the type of GGUF tensors whose names match, like attn_v=q8_0; the first match counts.",
     ),
-    Argument("tensor_type_file", Path, "File of REGEX=TYPE, separated by white space.", False),
+    Argument("tensor_type_file", Path, "File of REGEX=TYPE rules, separated by white space.", False),
     Argument("output_tensor_type", str, "GGML type of output.weight."),
     Argument("token_embedding_type", str, "GGML type of token_embd.weight."),
-    Argument("pure", bool, "No mix: the file type's own format for every tensor."),
-    Argument("leave_output_tensor", bool, "output.weight stays as it is in the source."),
+    Argument("pure", bool, "Use the file type's own format for every tensor, without a mix."),
+    Argument("leave_output_tensor", bool, "Keep output.weight as it is in the source."),
     Argument(
         "guard_template",
         bool,
-        "Put guards into the chat template where bos_token may be undefined, or a reply may lack </think>.",
+        "Guard the chat template where bos_token may be undefined, or a reply may lack `</think>`.",
     ),
 )
 """All of them, in the order of --help. In a release file a stage of its own makes the importance matrix."""
@@ -125,7 +130,7 @@ class ConversionOptions:
     max_shard_size: int | None = None
     """Largest number of tensor bytes in an FP8 shard; None: the shards of the source."""
     pre: str | None = None
-    """tokenizer.ggml.pre, where it cannot be told from tokenizer.json."""
+    """tokenizer.ggml.pre, if it cannot be derived from tokenizer.json."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """GGUF keys that override what the model card says (llama.cpp's --metadata)."""
     imatrix: ImportanceMatrix | None = None

@@ -24,11 +24,11 @@ def explain(error: OSError, out: Path) -> StreamquantError:
             "the disk is full",
             where=str(out),
             found=error.strerror,
-            hint="free some space and run the same command again: it goes on where it stopped",
+            hint="free some space and run the same command again: it continues where it stopped",
         )
     return StreamquantError(
         "cannot read or write a file",
         where=str(error.filename or out),
         found=error.strerror or str(error),
-        hint="check the disk and the permissions of the folder; the same command goes on where it stopped",
+        hint="check the disk and the permissions of the folder; then run the same command again",
     )

@@ -320,7 +320,7 @@ def _explain_status(status: int, message: str, says: str, where: str) -> Streamq
             "somebody else changed the repository at the same time",
             where=where,
             found=says,
-            hint="run the same command again: it goes on where it stopped",
+            hint="run the same command again: it continues where it stopped",
         )
     if status == 429:
         return StreamquantError(
@@ -335,7 +335,7 @@ def _explain_status(status: int, message: str, says: str, where: str) -> Streamq
             "the Hub has a fault",
             where=where,
             found=says,
-            hint="run the same command again later: it goes on where it stopped",
+            hint="run the same command again later: it continues where it stopped",
         )
     return StreamquantError("the Hub refused the request", where=where, found=says)
 
@@ -369,7 +369,7 @@ def _explain_network(error: BaseException, chain: list[BaseException], where: st
             "the Hub cannot be reached",
             where=f"{where}, {scrub(constants.ENDPOINT)}",
             found=_short(error),
-            hint="check the network, proxy and HF_ENDPOINT; the same command goes on where it stopped",
+            hint="check the network, proxy and HF_ENDPOINT; then run the same command again",
         )
     if any(isinstance(cause, json.JSONDecodeError) for cause in chain):
         return StreamquantError(

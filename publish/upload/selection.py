@@ -64,7 +64,7 @@ def _unfinished(path: Path) -> StreamquantError:
         "the conversion is not finished",
         where=str(path),
         required="finished variants",
-        hint="repeat the command that began it: it goes on where it stopped",
+        hint="repeat the command that began it: it continues where it stopped",
     )
 
 

@@ -47,7 +47,7 @@ def plan(
 ) -> Plan:
     """Plan a conversion: every file, byte, format and reason. Reads no weight and writes nothing.
 
-    Of a model on the Hub a few MB are fetched: small files, and the headers of the shards.
+    For a model on the Hub it fetches a few MB: small files, and the headers of the shards.
 
     Args:
         model: folder of the checkpoint (config.json, safetensors in BF16, F16 or F32), or ORG/NAME[@REVISION].

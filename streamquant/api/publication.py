@@ -38,7 +38,7 @@ def card(folder: str | Path, options: CardOptions | None = None, *, report: str 
 def push(
     folder: str | Path, repo: str, options: PushOptions | None = None, *, listener: Listener = SILENT
 ) -> tuple[Pushed, ...]:
-    """Publish variants on the Hugging Face Hub with their cards and reports. What is there already is not sent again.
+    """Publish variants on the Hugging Face Hub with their cards and reports. Files that are there are not sent again.
 
     Args:
         folder: a variant folder, or the output folder with several.

@@ -24,7 +24,10 @@ Model = Annotated[
 ]
 SpoolGib = Annotated[
     float | None,
-    typer.Option(help="Shards of the Hub that lie on the disk at a time, in GiB. Default: four of the largest.", min=0),
+    typer.Option(
+        help="Most GiB of shards from the Hub that are on the disk at a time. Default: four of the largest shard.",
+        min=0,
+    ),
 ]
 To = Annotated[
     list[str] | None,
@@ -36,9 +39,9 @@ To = Annotated[
 ]
 RecipeFiles = Annotated[
     list[Path] | None,
-    typer.Option("--recipe", help="YAML file of a GGUF variant of one's own (docs/formats.md); repeatable."),
+    typer.Option("--recipe", help="YAML file of a GGUF variant of your own (docs/formats.md); repeatable."),
 ]
-Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Worker threads. Default: all cores.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Number of worker threads. Default: all cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Tensors = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
 Original = Annotated[
@@ -49,10 +52,11 @@ Original = Annotated[
     ),
 ]
 Variants = Annotated[
-    list[Path], typer.Argument(help="GGUF files (of a split, any file) and compressed-tensors folders, of any maker.")
+    list[Path],
+    typer.Argument(help="GGUF files (any file of a split set) and compressed-tensors folders, whoever made them."),
 ]
 Texts = Annotated[
-    list[Path], typer.Option("--text", help="UTF-8 text to measure on; repeatable, each is a category of its own.")
+    list[Path], typer.Option("--text", help="UTF-8 text to measure on; repeatable, each file is a category.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda. auto: cuda if there is a GPU.")]
 ComputeDType = Annotated[str | None, typer.Option("--dtype", help="bf16 or f32. Default: bf16 on a GPU, f32 on a CPU.")]

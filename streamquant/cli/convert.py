@@ -30,7 +30,10 @@ def plan_command(
     spool_gib: SpoolGib = None,
     delete_after_upload: Annotated[
         bool,
-        typer.Option("--delete-after-upload", help="As of convert --push: what it needs then, and the Hub's limits."),
+        typer.Option(
+            "--delete-after-upload",
+            help="Show what `convert --push --delete-after-upload` needs, and check the Hub's limits.",
+        ),
     ] = False,
     device: Device = "auto",
     jobs: Jobs = None,
@@ -39,7 +42,7 @@ def plan_command(
 ) -> None:
     """Print what a conversion would write: exact bytes, formats and reasons. No weight is read.
 
-    Of a model on the Hub a few MB are fetched: small files, and the headers of the shards.
+    For a model on the Hub it fetches a few MB: small files, and the headers of the shards.
 
     Examples:
 
@@ -83,9 +86,9 @@ def convert_command(
     device: Device = "auto",
     jobs: Jobs = None,
 ) -> None:
-    """Make every variant from one read of the checkpoint. Stopped? The same command goes on where it was.
+    """Make every variant from one read of the checkpoint. Run the same command again to continue after a stop.
 
-    Shards of a model on the Hub are fetched while others are converted, and deleted when they are done.
+    For a model on the Hub, shards are fetched while others are converted, and deleted when they are done.
 
     Examples:
 

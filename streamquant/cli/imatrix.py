@@ -16,28 +16,26 @@ def imatrix_command(
         str, typer.Argument(help="Folder of the checkpoint, ORG/NAME[@REVISION] on the Hub, or any variant of it.")
     ],
     text: Texts,
-    out: Annotated[
-        Path, typer.Option(help="File to write, in llama.cpp's GGUF format; one that is there is continued.")
-    ],
+    out: Annotated[Path, typer.Option(help="File to write, in llama.cpp's GGUF format; an existing one is continued.")],
     device: Device = "auto",
     dtype: ComputeDType = None,
     context: Context = 512,
     chunks: Chunks = None,
     save_every: Annotated[
         int | None,
-        typer.Option(min=1, help="Save after so many chunks; each time all weights are read. Default: once."),
+        typer.Option(min=1, help="Save after this many chunks; each round reads all weights. Default: one round."),
     ] = None,
     scratch: Scratch = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.json of the texts, where MODEL has none (a GGUF).")
+        Path | None, typer.Option(help="tokenizer.json for the texts, if MODEL has none (a GGUF).")
     ] = None,
 ) -> None:
-    """Write the importance matrix of a model over texts, for `--imatrix` and llama-quantize. Stopped? Goes on.
+    """Compute the importance matrix of a model over texts, for `--imatrix` and llama-quantize.
 
     Example: `streamquant imatrix Hermes-4-14B --text calibration.txt --out imatrix.gguf --save-every 50`
     """
     options = streamquant.ImportanceOptions(forward_setting(device, dtype, scratch), save_every)
-    with console_listener("the same command does it again, with what is in the cache") as listener:
+    with console_listener("run the same command again; it uses what is in the cache") as listener:
         done = streamquant.imatrix(
             model, text, out, options, context=context, chunks=chunks, tokenizer=tokenizer, listener=listener
         )

@@ -84,7 +84,7 @@ class ConsoleListener(Listener):
 
 @contextmanager
 def console_listener(
-    hint: str = "the same command goes on where it stopped", on_plan: "Callable[[Plan], None]" = lambda _plan: None
+    hint: str = "run the same command again to continue", on_plan: "Callable[[Plan], None]" = lambda _plan: None
 ) -> Iterator[ConsoleListener]:
     """The listener of a command. Ctrl-C inside ends the command with exit code 130 and `hint`."""
     columns = (TextColumn("{task.description}"), BarColumn(), _AmountColumn(), TimeRemainingColumn())

@@ -18,23 +18,26 @@ from streamquant.cli.progress import console_listener
 def push_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A variant folder, or the --out folder with several.")],
     repo: Annotated[
-        str, typer.Option(help="ORG/NAME; for an --out folder the stem, to which -GGUF and so on is added.")
+        str, typer.Option(help="ORG/NAME; for an --out folder, the stem to which -GGUF and so on is added.")
     ],
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository private; refuse a public one.")
     ] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, made if it is not there. Default: main.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Into a pull request.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, created if needed. Default: main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Upload into a pull request.")] = False,
     without_report: Annotated[
-        bool, typer.Option("--without-report", help="Also what was not measured or failed a gate; the card says so.")
+        bool,
+        typer.Option("--without-report", help="Also publish what was not measured or failed a gate; the card says so."),
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Folder of the report. Default: report beside or in DIR.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go where; change nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be uploaded where; change nothing.")
+    ] = False,
     commit_message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
 ) -> None:
-    """Publish variants on the Hugging Face Hub with their cards and reports. What is there already is not sent again.
+    """Publish variants on the Hugging Face Hub with their cards and reports. Files that are there are not sent again.
 
-    Exit code 3 if a variant was not measured or failed a gate. Example:
+    The exit code is 3 if a variant was not measured or failed a gate. Example:
     `streamquant push variants --repo ORG/Hermes-4-14B`
     """
     from streamquant.publish.upload.push_report import push_view
@@ -55,17 +58,17 @@ def card_command(
     report: Annotated[Path | None, typer.Option(help="Folder of the report. Default: report beside or in DIR.")] = None,
     repo: Annotated[
         str | None,
-        typer.Option(help="ORG/NAME for the commands in the card; for an --out folder the stem, as for push"),
+        typer.Option(help="ORG/NAME for the commands in the card; for an --out folder the stem, as for push."),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="ORG/NAME of the original, where it came from a local folder.")
+        str | None, typer.Option(help="ORG/NAME of the original, if it came from a local folder.")
     ] = None,
     quantized_by: Annotated[str | None, typer.Option(help="Who made the variants. Default: the ORG of --repo.")] = None,
     source: Annotated[
         Path | None, typer.Option(help="Folder of the original, for its licence, sampling defaults and chat template.")
     ] = None,
     no_prompts: Annotated[bool, typer.Option("--no-prompts", help="Do not render the chat template.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a README.md that is somebody's own.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a README.md that was written by hand.")] = False,
 ) -> None:
     """Write the model card, README.md, of every variant, from its manifest and the report of exactly its files.
 
@@ -82,16 +85,16 @@ def run_command(
     ],
     first: Annotated[
         str | None,
-        typer.Option("--from", metavar="STAGE", help="Run this stage and those after it, done or not."),
+        typer.Option("--from", metavar="STAGE", help="Run this stage and those after it, even if they are done."),
     ] = None,
-    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage alone, done or not.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run only this stage, even if it is done.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the stages and what each would do; change nothing.")
     ] = False,
 ) -> None:
-    """The whole road in one file: importance matrix, variants, validation, cards, push. What is done is skipped.
+    """Run a release from one file: importance matrix, variants, validation, cards, push. Skips finished stages.
 
-    Stages: plan, imatrix, convert, verify, validate, card, push. Exit code 3: a gate failed, and nothing was pushed.
+    Stages: plan, imatrix, convert, verify, validate, card, push. If a gate fails, nothing is pushed; exit code 3.
 
     Example: `streamquant run examples/hermes-4-14b.yaml --dry-run`
     """
@@ -100,7 +103,7 @@ def run_command(
     begin = stage_name(first, "--from") if first is not None else None
     single = stage_name(only, "--only") if only is not None else None
     options = streamquant.ReleaseOptions(begin, single, dry_run, ("streamquant", *sys.argv[1:]))
-    with console_listener("the same command does it again, with what is in the cache") as listener:
+    with console_listener("run the same command again; it uses what is in the cache") as listener:
         streamquant.run(release, options, listener=listener)
 
 

@@ -43,9 +43,9 @@ def verify_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read back what was written: hashes against the manifest and, with --source, every byte against the checkpoint.
+    """Read back what was written: compare hashes with the manifest and, with --source, every byte with the checkpoint.
 
-    Exit code 1 if anything differs. Example: `streamquant verify variants --source Hermes-4-14B`
+    The exit code is 1 if anything differs. Example: `streamquant verify variants --source Hermes-4-14B`
     """
     from streamquant.validate.readback.verify_report import verify_json, verify_view
 
@@ -58,11 +58,9 @@ def verify_command(
 
 
 def recipe_command(
-    path: Annotated[
-        Path, typer.Argument(metavar="FILE.gguf", help="A GGUF of any publisher; of a split set, any file.")
-    ],
-    out: Annotated[Path | None, typer.Option(help="File to write, in place of the screen.")] = None,
-    label: Annotated[str | None, typer.Option(help="Name of the variant. Default: its file type and -like.")] = None,
+    path: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF file; any file of a split set.")],
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: standard output.")] = None,
+    label: Annotated[str | None, typer.Option(help="Label of the variant. Default: its file type and -like.")] = None,
 ) -> None:
     """Write the recipe of a GGUF: its file type and every tensor that differs, for `--recipe`. Reads the header only.
 

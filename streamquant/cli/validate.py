@@ -36,7 +36,7 @@ def validate_command(
     context: Context = 512,
     chunks: Chunks = None,
     weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Do not quantize activations where the runtime would.")
+        bool, typer.Option("--weights-only", help="Do not quantize activations, even where the runtime would.")
     ] = False,
     max_mean_kld: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats per token.")] = None,
     max_kld_99_9: Annotated[float | None, typer.Option("--max-kld-99-9", help="Gate: its 99.9th percentile.")] = None,
@@ -45,21 +45,23 @@ def validate_command(
     max_errors: Annotated[int, typer.Option(help="Gate: problems of severity error in a variant.")] = 0,
     max_token_mismatches: Annotated[int | None, typer.Option(help="Gate: texts tokenized differently.")] = None,
     max_chat_mismatches: Annotated[int | None, typer.Option(help="Gate: chats rendered differently.")] = None,
-    skip: Annotated[str, typer.Option(help=f"Sections to leave out, by comma: {', '.join(SKIPPABLE)}.")] = "",
-    noise: Annotated[str, typer.Option(help="Noise floors of the original, by comma: dtype, batch.")] = "batch",
+    skip: Annotated[str, typer.Option(help=f"Sections to skip, separated by commas: {', '.join(SKIPPABLE)}.")] = "",
+    noise: Annotated[
+        str, typer.Option(help="Noise floors of the original to measure, separated by commas: dtype, batch.")
+    ] = "batch",
     cache: Annotated[
         Path | None, typer.Option(help="Folder for the original's hidden states. Default: in the user's cache.")
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no hidden states.")] = False,
     scratch: Scratch = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.json of the texts, where ORIGINAL has none (a GGUF).")
+        Path | None, typer.Option(help="tokenizer.json for the texts, if ORIGINAL has none (a GGUF).")
     ] = None,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Longest greedy answer.")] = ANSWER_TOKENS,
 ) -> None:
-    """Is each variant still the model? Perplexity, divergence, tokens, chat, engines and answers, as a report.
+    """Compare variants with their original: perplexity, divergence, tokens, chat, engines and answers, as a report.
 
-    Exit code 3 names every gate that failed. Stopped? The original's hidden states are kept from the first run.
+    If a gate fails, the command names it and exits with code 3. A repeated run reuses the original's hidden states.
 
     Example: `streamquant validate Hermes-4-14B Hermes-4-14B-Q4_K_M.gguf --text wiki.test.raw --out report`
     """
@@ -83,7 +85,7 @@ def validate_command(
         answer_tokens=answer_tokens,
         command=("streamquant", *sys.argv[1:]),
     )
-    with console_listener("the same command does it again, with what is in the cache") as listener:
+    with console_listener("run the same command again; it uses what is in the cache") as listener:
         report = streamquant.validate(original, variants, options, out=out, listener=listener)
     print_result(report_view(report))
     print_line(f"report: {out / 'report.html'}")
@@ -95,13 +97,13 @@ def validate_command(
 
 
 def chat_check_command(original: Original, variants: Variants, as_json: AsJson = False) -> None:
-    """Tokens and chat templates of variants against the original's, in the engines themselves. Reads no weight.
+    """Compare tokens and chat templates of variants with the original's, in the engines. No weight is read.
 
-    Exit code 3 if one differs. Example: `streamquant chat-check Hermes-4-14B variants/*-GGUF/*.gguf`
+    The exit code is 3 if one differs. Example: `streamquant chat-check Hermes-4-14B variants/*-GGUF/*.gguf`
     """
     from streamquant.validate.report.console import chat_json, chat_view
 
-    with console_listener("the same command does it again, with what is in the cache") as listener:
+    with console_listener("run the same command again; it uses what is in the cache") as listener:
         found = streamquant.chat_check(original, variants, listener=listener)
     print_result(chat_json(found) if as_json else chat_view(found))
     if found.errors:

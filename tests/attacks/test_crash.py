@@ -429,7 +429,7 @@ def test_signal_stops_the_real_command(number: int, whole: Reference, tmp_path: 
         process.send_signal(number)
         ran = finish(process)
         assert ran.code == 130, ran
-        assert ran.err == "interrupted; the same command goes on where it stopped\n"
+        assert ran.err == "interrupted; run the same command again to continue\n"
         assert_nothing_looks_done(out, whole)
         assert run(*command).done().resumed >= 3
     assert checksums(out) == whole.sums

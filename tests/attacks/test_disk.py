@@ -45,7 +45,7 @@ def test_disk_full_while_writing(
     command = ("convert", pristine, *TO, "--out", tmp_path, "--jobs", 2)
     with untouched(pristine):
         ran = zygote.run(*command, set=SMALL_CHUNKS, full_after=nbytes)
-    ran.refused(1, "the disk is full", str(tmp_path), "No space left", "free some space", "goes on where it stopped")
+    ran.refused(1, "the disk is full", str(tmp_path), "No space left", "free some space", "continues where it stopped")
     assert not finished_files(tmp_path) or checksums(tmp_path).items() >= {
         (str(path.relative_to(tmp_path)), sums[str(path.relative_to(tmp_path))]) for path in finished_files(tmp_path)
     }

@@ -449,7 +449,7 @@ def test_signal_while_a_shard_trickles(number: int, whole: Reference, zygote: Zy
     process.kill(number)
     ran = process.wait()
     assert ran.code == 130
-    assert ran.err == "interrupted; the same command goes on where it stopped\n"
+    assert ran.err == "interrupted; run the same command again to continue\n"
     assert time.monotonic() - begin < 10
     hub.faults.clear()
     command.look()
