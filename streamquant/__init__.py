@@ -28,9 +28,9 @@ What each command of the command line does is a function here, with the same nam
     write_pages       the pages of a report
 
 A model is a folder, or ORG/NAME[@REVISION] on the Hub. Options go in as one record, and results come out as records;
-help(streamquant.ConversionOptions) describes the fields of one. A function prints nothing, and changes neither signal
-handlers nor the environment nor any other state of the process: a Listener hears of progress, waits and notes. Every
-foreseeable fault is a StreamquantError, with the exit code of the command line as its attribute `exit_code`.
+help(streamquant.ConversionOptions) describes the fields of one. A function prints nothing, and leaves signal
+handlers, the environment and logging as they are: a Listener hears of progress, waits and notes. Every foreseeable
+fault is a StreamquantError, with the exit code of the command line as its attribute `exit_code`.
 
 `streamquant.convert` and `streamquant.validate` are functions and packages at the same time: `import
 streamquant.convert.options` works as well. Only what is documented in docs/api.md is stable between versions.
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from streamquant.convert.recipes.imatrix import ImportanceMatrix as ImportanceMatrix
     from streamquant.convert.recipes.imatrix import read_imatrix as read_imatrix
     from streamquant.convert.recipes.overrides import Overrides as Overrides
-    from streamquant.convert.recipes.recipe_extract import Extracted as Extracted
+    from streamquant.convert.recipes.recipe_extract import ExtractedRecipe as ExtractedRecipe
     from streamquant.convert.recipes.recipe_file import RecipeFile as RecipeFile
     from streamquant.files.listener import SILENT as SILENT
     from streamquant.files.listener import Listener as Listener
@@ -107,7 +107,7 @@ _NAMES = {
     "convert.plan.records": ("Plan",),
     "convert.recipes.imatrix": ("ImportanceMatrix", "read_imatrix"),
     "convert.recipes.overrides": ("Overrides",),
-    "convert.recipes.recipe_extract": ("Extracted",),
+    "convert.recipes.recipe_extract": ("ExtractedRecipe",),
     "convert.recipes.recipe_file": ("RecipeFile",),
     "files.listener": ("Listener", "SILENT"),
     "model.forward": ("Setting", "default_setting"),

@@ -16,6 +16,7 @@ from streamquant.convert.options import ConversionOptions
 from streamquant.convert.recipes.overrides import NO_OVERRIDES
 from streamquant.convert.recipes.recipe import Recipe
 from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
+from streamquant.files.sizes import human_bytes
 from streamquant.quant.format import Importance, Part
 from streamquant.quant.formats import FORMATS
 from streamquant.quant.widen import SOURCE_DTYPES
@@ -115,7 +116,7 @@ class Chunk:
     last: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What will be written, and where. Nothing has been read but headers, config and tokenizer."""
 
@@ -126,6 +127,11 @@ class Plan:
     variants: tuple[VariantPlan, ...]
     matrices: tuple[Matrix, ...]
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """In few words: every tensor would be megabytes of text in a notebook."""
+        variants = ", ".join(variant.recipe.spec for variant in self.variants)
+        return f"<Plan of {self.name}: {variants}; {len(self.files)} files, {human_bytes(self.nbytes)}>"
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:

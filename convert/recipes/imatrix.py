@@ -13,7 +13,7 @@ precision; ones for an expert that saw no rows; legacy values / calls.
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -97,7 +97,7 @@ class ImportanceMatrix:
     datasets: tuple[str, ...]
     chunk_count: int
     """Chunks of text it was computed on; 0 if the file does not say."""
-    entries: Mapping[str, Importance]
+    entries: Mapping[str, Importance] = field(repr=False)
     """GGUF tensor name -> float32[matrices * columns], finite and not negative."""
     include_weights: tuple[str, ...] = ()
     exclude_weights: tuple[str, ...] = ()
@@ -176,12 +176,13 @@ def _cut(text: str) -> str:
     return text.encode()[:KEY_BYTES].decode(errors="ignore")
 
 
-def read_imatrix(path: Path) -> ImportanceMatrix:
+def read_imatrix(path: str | Path) -> ImportanceMatrix:
     """Read a GGUF or legacy file, told apart by its first bytes.
 
     Raises StreamquantError if it cannot be read, is larger than MAX_BYTES, truncated, or not what llama-imatrix writes,
     and for values that are negative or not finite.
     """
+    path = Path(path)
     where = str(path)
     try:
         if not path.is_file():  # reading a pipe would wait for ever

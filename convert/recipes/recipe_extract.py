@@ -33,14 +33,14 @@ from streamquant.quant.formats import FORMATS
 
 
 @dataclass(frozen=True, slots=True)
-class Extracted:
+class ExtractedRecipe:
     """A recipe, and what a user should know of it."""
 
     recipe: RecipeFile
     notes: tuple[str, ...]
 
 
-def extract_recipe(path: Path, label: str | None = None) -> Extracted:
+def extract_recipe(path: Path, label: str | None = None) -> ExtractedRecipe:
     """The recipe of a GGUF file of any publisher; of a split set, whichever of its files is named.
 
     Reads headers only. `label` defaults to the file type and "-like". Raises StreamquantError for a file that is
@@ -75,7 +75,7 @@ def extract_recipe(path: Path, label: str | None = None) -> Extracted:
         notes.append("made with an importance matrix: --imatrix is not part of a recipe")
     name = str(metadata.get("general.name") or path.stem)
     recipe = RecipeFile(label or f"{best.base}-like", best.base, overrides, f"the mix of {name}"[:200])
-    return Extracted(recipe, tuple(notes))
+    return ExtractedRecipe(recipe, tuple(notes))
 
 
 def _read_set(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:

@@ -14,7 +14,7 @@ from streamquant.convert.plan.records import Plan
 from streamquant.convert.recipes import catalogue
 from streamquant.convert.recipes.catalogue import CatalogueFamily, CatalogueVariant
 from streamquant.convert.recipes.recipe import Recipe, parse_variants
-from streamquant.convert.recipes.recipe_extract import Extracted, extract_recipe
+from streamquant.convert.recipes.recipe_extract import ExtractedRecipe, extract_recipe
 from streamquant.convert.recipes.recipe_file import RecipeFile, read_recipe
 from streamquant.convert.run.device import choose_device, with_notes
 from streamquant.files.listener import SILENT, Listener
@@ -114,7 +114,7 @@ def convert(
     return conversion.convert(plan_of(model, to, options, out), out, run, listener)
 
 
-def recipe(path: str | Path, label: str | None = None) -> Extracted:
+def recipe(path: str | Path, label: str | None = None) -> ExtractedRecipe:
     """Extract the recipe of a GGUF file of any publisher, for use as a variant. Reads the header only.
 
     Args:

@@ -11,8 +11,8 @@ from streamquant.model.variants.open import open_variant
 from streamquant.validate import validation
 from streamquant.validate.logits.hidden_states import prune_cache
 from streamquant.validate.options import ValidationOptions
+from streamquant.validate.report import render
 from streamquant.validate.report.data import ChatCheck, Report, check_report_folder, write_report
-from streamquant.validate.report.render import write_pages
 
 
 def validate(
@@ -46,7 +46,7 @@ def validate(
     if folder is not None:
         listener.started("report", 1)
         write_report(report, folder)
-        write_pages(report, folder)
+        render.write_pages(report, folder)
     if options.cache is not None:
         prune_cache(options.cache)
     return report

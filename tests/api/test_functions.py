@@ -54,6 +54,7 @@ def test_formats() -> None:
 def test_plan(model: Path, tmp_path: Path) -> None:
     found = streamquant.plan(model, TO)
     assert isinstance(found, Plan)
+    assert repr(found).startswith("<Plan of Tiny: fp8-dynamic, gguf:Q8_0, gguf:Q4_0; 4 files, ")
     assert [variant.recipe.spec for variant in found.variants] == ["fp8-dynamic", "gguf:Q8_0", "gguf:Q4_0"]
     assert streamquant.plan(str(model), "gguf:Q8_0").fingerprint == streamquant.plan(model, ["gguf:Q8_0"]).fingerprint
     assert streamquant.disk_use(found).peak == found.nbytes
@@ -131,6 +132,7 @@ def test_validate(model: Path, variants: Path, text: Path, tmp_path: Path, liste
     assert (tmp_path / "report" / "report.html").is_file()
     again = streamquant.read_report(tmp_path / "report")
     assert again.gate_results == report.gate_results
+    assert "mean KL" in again._repr_html_()
     assert streamquant.write_pages(again, tmp_path / "pages")
     assert streamquant.validate(model, files[:1], options_of(text)).gate_results  # nothing is written
 

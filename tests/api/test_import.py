@@ -42,6 +42,21 @@ def test_the_import_is_light() -> None:
     assert not set(HEAVY) & set(imported)
 
 
+def test_the_command_line_starts_without_what_only_some_commands_need() -> None:
+    """`streamquant plan --help` has to come at once."""
+    imported = json.loads(in_python("import json, sys, streamquant.cli.app; print(json.dumps(list(sys.modules)))"))
+    assert "streamquant.cli.app" in imported
+    late = {"torch", "transformers", "huggingface_hub", "pydantic", "matplotlib", "streamquant.api.conversion"}
+    assert not late & set(imported)
+
+
+def test_the_module_is_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "streamquant", "--version"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["streamquant"] == streamquant.__version__
+
+
 def test_every_name_is_there_and_documented() -> None:
     assert len(set(streamquant.__all__)) == len(streamquant.__all__)
     for name in streamquant.__all__:

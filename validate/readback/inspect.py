@@ -1,7 +1,7 @@
 """What is in a file or folder: tensors, types, bytes, metadata. Reads headers only, of GGUF and safetensors."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class StoredFile:
 
     path: Path
     size: int
-    metadata: dict[str, Any]
-    tensors: tuple[StoredTensor, ...]
+    metadata: dict[str, Any] = field(repr=False)
+    tensors: tuple[StoredTensor, ...] = field(repr=False)
 
 
 def inspect_path(path: Path) -> list[StoredFile]:

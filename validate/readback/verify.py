@@ -50,7 +50,7 @@ class VerifiedVariant:
     tensors: int = 0
     nbytes: int = 0
     problems: list[str] = field(default_factory=list)
-    noise: dict[str, Noise] = field(default_factory=dict)
+    noise: dict[str, Noise] = field(default_factory=dict, repr=False)
     """By source tensor; empty without a source."""
 
     @property

@@ -169,11 +169,12 @@ def report_bytes(report: Report) -> bytes:
     return f"{text}\n".encode(errors="replace")
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: str | Path) -> Report:
     """Read report.json, or that of a folder.
 
     Raises UsageError if there is none, StreamquantError if it is of another version or not what its types say.
     """
+    path = Path(path)
     file = path / REPORT if path.is_dir() else path
     if not file.is_file():
         raise UsageError("no report", where=str(file), required="a folder that validate wrote, or its report.json")

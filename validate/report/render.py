@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 PLOTS = "plots"
 
 
-def write_pages(report: "Report", folder: Path) -> list[Path]:
+def write_pages(report: "Report", folder: str | Path) -> list[Path]:
     """Write report.md, report.html and plots/*.svg, *.png; return their paths. Raises StreamquantError if it fails."""
-    files = make_pages(report)
+    files, folder = make_pages(report), Path(folder)
     try:
         (folder / PLOTS).mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
