@@ -37,7 +37,7 @@ class Listener:
         """Something failed for now, and is tried again after so many seconds."""
 
     def stage_finished(self, outcome: object) -> None:
-        """A stage of a release is over (`streamquant.publish.release` tells an Outcome, whose text is its str)."""
+        """A stage of a release is over (`streamquant.publish.release` tells a StageOutcome, whose text is its str)."""
 
     def note(self, text: str) -> None:
         """Something that a person should know, one sentence."""

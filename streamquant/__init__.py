@@ -76,8 +76,8 @@ if TYPE_CHECKING:
     from streamquant.model.forward import Setting as Setting
     from streamquant.model.forward import default_setting as default_setting
     from streamquant.publish.cards.options import CardOptions as CardOptions
-    from streamquant.publish.release.release_run import Outcome as Outcome
     from streamquant.publish.release.release_run import ReleaseOptions as ReleaseOptions
+    from streamquant.publish.release.release_run import StageOutcome as StageOutcome
     from streamquant.publish.upload.options import EarlyPush as EarlyPush
     from streamquant.publish.upload.options import PushOptions as PushOptions
     from streamquant.publish.upload.push import Pushed as Pushed
@@ -112,7 +112,7 @@ _NAMES = {
     "files.listener": ("Listener", "SILENT"),
     "model.forward": ("Setting", "default_setting"),
     "publish.cards.options": ("CardOptions",),
-    "publish.release.release_run": ("Outcome", "ReleaseOptions"),
+    "publish.release.release_run": ("StageOutcome", "ReleaseOptions"),
     "publish.upload.options": ("EarlyPush", "PushOptions"),
     "publish.upload.push": ("Pushed",),
     "quant.errors": ("GateFailedError", "StreamquantError", "UsageError"),

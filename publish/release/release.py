@@ -7,7 +7,7 @@ Variants that a changed input makes obsolete are replaced, but only those that t
 
 from streamquant.files.listener import SILENT, Listener
 from streamquant.publish.release.release_file import ReleaseFile, StageName
-from streamquant.publish.release.release_run import Outcome, ReleaseOptions, ReleaseRun, gates_failed
+from streamquant.publish.release.release_run import ReleaseOptions, ReleaseRun, StageOutcome, gates_failed
 from streamquant.publish.release.release_state import ReleaseState, locked
 from streamquant.publish.release.stages.card import CardStage
 from streamquant.publish.release.stages.convert import ConvertStage
@@ -28,13 +28,13 @@ def run_release(
     file: ReleaseFile,
     options: ReleaseOptions = ReleaseOptions(),
     listener: Listener = SILENT,
-) -> list[Outcome]:
+) -> list[StageOutcome]:
     """Run the stages of a release in their order; what is done is skipped. `listener` hears of each outcome at once.
 
     Raises UsageError, StreamquantError, and GateFailedError before anything is pushed.
     """
     chosen = options.stages_of(file)
-    outcomes: list[Outcome] = []
+    outcomes: list[StageOutcome] = []
     with locked(file.path):
         state = ReleaseState(file.out / f".{file.path.stem}.release.json")
         run = ReleaseRun(file, state, options, listener)

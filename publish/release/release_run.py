@@ -26,7 +26,7 @@ PACKAGES = ("streamquant", "numpy", "tokenizers", "torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StageOutcome:
     """What became of a stage, in words."""
 
     stage: StageName

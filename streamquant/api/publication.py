@@ -6,12 +6,13 @@ from streamquant.api.conversion import Variants, plan_of
 from streamquant.api.models import Model
 from streamquant.convert.conversion import Conversion
 from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.run.device import choose_device
 from streamquant.files.listener import SILENT, Listener
 from streamquant.publish.cards.card import write_cards
 from streamquant.publish.cards.options import CardOptions
 from streamquant.publish.release.release import run_release
 from streamquant.publish.release.release_file import read_release
-from streamquant.publish.release.release_run import Outcome, ReleaseOptions
+from streamquant.publish.release.release_run import ReleaseOptions, StageOutcome
 from streamquant.publish.upload import push as upload
 from streamquant.publish.upload import streaming
 from streamquant.publish.upload.options import EarlyPush, PushOptions
@@ -72,11 +73,14 @@ def convert_and_push(
     holds it. Raises what `convert` and `push` raise; a repeated call goes on where this one stopped, and sends nothing
     twice.
     """
-    out = Path(out)
+    run, out = run or RunOptions(), Path(out)
+    choose_device(run.device)  # refuses before the Hub is asked
     return streaming.convert_and_push(plan_of(model, to, options, out), out, push, run, listener)
 
 
-def run(release: str | Path, options: ReleaseOptions | None = None, *, listener: Listener = SILENT) -> list[Outcome]:
+def run(
+    release: str | Path, options: ReleaseOptions | None = None, *, listener: Listener = SILENT
+) -> list[StageOutcome]:
     """Run a release file: importance matrix, variants, validation, cards, push. What is done already is skipped.
 
     Args:

@@ -32,4 +32,4 @@ def test_every_function_has_an_example() -> None:
 
     text = "".join(block.text for block in blocks(PAGE) if block.language == "python")
     missing = [name for name in streamquant.__all__ if name[0].islower() and f"streamquant.{name}(" not in text]
-    assert missing == ["default_setting"]
+    assert missing == []

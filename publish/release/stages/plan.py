@@ -10,7 +10,7 @@ from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.convert.source.snapshot import check_cache, client_cache, missing_bytes
 from streamquant.files.folders import nearest_folder
 from streamquant.files.sizes import human_bytes
-from streamquant.publish.release.release_run import Outcome
+from streamquant.publish.release.release_run import StageOutcome
 from streamquant.publish.release.stages.imatrix import imatrix_for_planning
 from streamquant.publish.release.stages.stage import Stage
 from streamquant.quant.errors import StreamquantError
@@ -21,7 +21,7 @@ class PlanStage(Stage):
 
     name = "plan"
 
-    def perform(self) -> Outcome:
+    def perform(self) -> StageOutcome:
         """Plan, and check; nothing is written."""
         plan, out = self.release.plan(imatrix_for_planning(self.release)), self.file.out
         check_output_folder(plan.checkpoint, out, [variant.folder for variant in plan.variants])
@@ -38,7 +38,7 @@ class PlanStage(Stage):
         room = self._room_for_source(plan)
         disk = human_bytes(plan.nbytes + room) + (f" ({human_bytes(room)} of it for the source)" if room else "")
         text = f"{sizes}; disk {disk}; memory about {memory}"
-        return Outcome(self.name, "done", text)
+        return StageOutcome(self.name, "done", text)
 
     def _room_for_source(self, plan: Plan) -> int:
         """Bytes of a source of the Hub that lie on the disk: some shards, or all where a stage reads it as a whole."""

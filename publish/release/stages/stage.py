@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from streamquant.publish.release.release_file import StageName
-from streamquant.publish.release.release_run import Outcome, ReleaseRun
+from streamquant.publish.release.release_run import ReleaseRun, StageOutcome
 from streamquant.publish.release.release_state import StageState, key_of
 
 
@@ -19,7 +19,7 @@ class Stage(ABC):
         self.release, self.file, self.listener = release, release.file, release.listener
 
     @abstractmethod
-    def perform(self) -> Outcome:
+    def perform(self) -> StageOutcome:
         """Do what is to be done, and say what became of it. Raises StreamquantError."""
 
 
@@ -36,20 +36,20 @@ class SkippableStage(Stage):
         """The hash of the inputs."""
         return key_of(self.inputs())
 
-    def perform(self) -> Outcome:
+    def perform(self) -> StageOutcome:
         """Skip the stage, or run it; in a dry run tell what it would do."""
         options = self.release.options
         if options.dry_run and self.release.pending:
-            return Outcome(self.name, "would run", self.describe())
+            return StageOutcome(self.name, "would run", self.describe())
         if not options.forced and (reason := self.skip_reason()) is not None:
-            return Outcome(self.name, "skipped", reason)
+            return StageOutcome(self.name, "skipped", reason)
         if options.dry_run:
-            return Outcome(self.name, "would run", self.describe())
+            return StageOutcome(self.name, "would run", self.describe())
         self.prepare()
         self.release.state.begin(self.name, self.key)
         text, outputs = self.run()
         self.release.state.finish(self.name, self.key, outputs)
-        return Outcome(self.name, "done", text)
+        return StageOutcome(self.name, "done", text)
 
     @abstractmethod
     def inputs(self) -> object:
