@@ -28,6 +28,13 @@ LARGEST_FOLDER = 14
 LARGE_FOLDERS = {
     "quant/kernels": "one file for each algorithm and machine: siblings of one kind",
 }
+MOST_PARAMETERS = 6
+"""Of a function; self and those that are given by keyword count."""
+MANY_PARAMETERS = {
+    "streamquant/api/publication.py convert_and_push": "the arguments of convert and of push",
+    "streamquant/api/validation.py imatrix": "the options of the command; all but three are given by keyword",
+}
+"""Not the commands of streamquant/cli, whose parameters are their options, nor quant/kernels, which take arrays."""
 FOREIGN_TEXT = {
     "hub/errors.py": "huggingface_hub, hf_xet and servers tell some faults by their text alone",
 }
@@ -141,6 +148,30 @@ def test_a_folder_holds_few_files() -> None:
     counts = Counter(str(Path(source.path).parent) for source in sources() if not source.path.endswith("__init__.py"))
     large = {folder: count for folder, count in counts.items() if count > LARGEST_FOLDER}
     assert set(large) == set(LARGE_FOLDERS), large
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many a function has."""
+    found = function.args
+    return len(found.posonlyargs) + len(found.args) + len(found.kwonlyargs)
+
+
+def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function of streamquant/cli is a command, which typer calls."""
+    return function.name.endswith("_command")
+
+
+def test_no_function_has_many_parameters() -> None:
+    many = {
+        f"{source.path} {node.name}": parameters(node)
+        for source in sources()
+        if not source.path.startswith("quant/kernels/")
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and parameters(node) > MOST_PARAMETERS
+        and not (source.path.startswith("streamquant/cli/") and is_command(node))
+    }
+    assert set(many) == set(MANY_PARAMETERS), f"a record is missing: {many}"
 
 
 def is_text(node: ast.expr) -> bool:

@@ -38,12 +38,16 @@ _SUMS, _COUNTS, _MEANS = ".in_sum2", ".counts", ".in_sum"
 _DATASETS, _CHUNK_COUNT, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 
 
+UNNAMED = "unknown"
+"""Stands for the name of a file that a manifest does not name; no importance matrix is called so (it has a suffix)."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImatrixRecord:
     """What a manifest says of an importance matrix, and what `select` and the keys of a repetition need."""
 
     file: str
-    """Name, without its folder."""
+    """Name, without its folder; UNNAMED if the manifest does not say."""
     sha256: str
     datasets: tuple[str, ...]
     entries: int | None
@@ -76,7 +80,7 @@ class ImatrixRecord:
 def parse_imatrix(record: JsonRecord) -> ImatrixRecord:
     """The inverse of `ImatrixRecord.json`. Raises StreamquantError for a value of another kind."""
     return ImatrixRecord(
-        record.text("file"),
+        record.optional_text("file") or UNNAMED,
         record.text("sha256"),
         record.texts("datasets"),
         None if record.take("entries") is None else record.count("entries"),

@@ -97,7 +97,7 @@ class DeviceEncoder:
         before: _Slot | None = None
         for number, first in enumerate(range(chunk.first, chunk.last, step)):
             slot = self._slots()[number % 2]
-            slot.start(plan, matrix, first, min(first + step, chunk.last), source, wanted)
+            slot.start(plan, matrix, range(first, min(first + step, chunk.last)), source, wanted)
             if before is not None:
                 yield from before.finish(scratch)
             before = slot
@@ -162,22 +162,22 @@ class _Slot:
         self._flags: torch.Tensor
         self._encodings: list[_Encoding] = []
 
-    def start(self, plan: Plan, matrix: Matrix, first: int, last: int, source: int, wanted: frozenset[int]) -> None:
-        """Read rows [first, last) and queue everything else. Raises EOFError, StreamquantError as `read_rows` does."""
+    def start(self, plan: Plan, matrix: Matrix, rows: range, source: int, wanted: frozenset[int]) -> None:
+        """Read the rows and queue everything else. Raises EOFError, StreamquantError as `read_rows` does."""
         import torch
 
         self._wait()
-        self._plan, self._matrix, self._first = plan, matrix, first
-        self._raw = blocks.read_rows(matrix, first, last, source, self._host)
+        self._plan, self._matrix, self._first = plan, matrix, rows.start
+        self._raw = blocks.read_rows(matrix, rows.start, rows.stop, source, self._host)
         groups = list(blocks.shared_encodings(matrix, wanted))
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
             raw = torch.from_numpy(self._raw).to(self._device, non_blocking=True)
-            rows = _widen(raw, matrix.source.dtype).view(-1, matrix.n)
+            widened = _widen(raw, matrix.source.dtype).view(-1, matrix.n)
             flags = torch.full((_CELL * (len(groups) + 1),), NO_OVERFLOW, dtype=torch.int32, device=self._device)
-            flags[0] = torch.isfinite(rows).all()
+            flags[0] = torch.isfinite(widened).all()
             self._encodings = []
             for number, (output, outputs) in enumerate(groups):
-                parts = self._encode(number, output, rows, flags[_CELL * (number + 1) :][:1])
+                parts = self._encode(number, output, widened, flags[_CELL * (number + 1) :][:1])
                 self._encodings.append(_Encoding(outputs, parts))
             self._flags = self._to_host("flags", flags)
 

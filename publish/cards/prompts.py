@@ -8,9 +8,9 @@ from typing import Any
 from streamquant.publish.cards.origin import Template
 from streamquant.quant.errors import StreamquantError
 from streamquant.validate.engines.engine import Message, Rendered, TemplateRequest
-from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.engines.process import EngineProcess, TimeLimits
 
-SECONDS = 60.0
+LIMITS = TimeLimits(request=60.0)
 """Time limit for all conversations together."""
 LONGEST = 20_000
 """Characters of a rendered conversation that a card shows."""
@@ -121,9 +121,9 @@ def _render(template: Template, requests: list[TemplateRequest]) -> list[Rendere
     special: Mapping[str, Any] | None = template.special
     try:
         if special is not None:
-            with EngineProcess(template.path, kind="jinja", request_seconds=SECONDS) as engine:
+            with EngineProcess(template.path, kind="jinja", limits=LIMITS) as engine:
                 return engine.render(template.text, requests, special)
-        with EngineProcess(template.path, tokenizer_only=True, request_seconds=SECONDS) as engine:
+        with EngineProcess(template.path, tokenizer_only=True, limits=LIMITS) as engine:
             return engine.apply_template(requests)
     except StreamquantError as error:
         raise StreamquantError(

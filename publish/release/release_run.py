@@ -1,6 +1,6 @@
 """What the stages of a release share: how it is run, the source, the plan, and what is known."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -191,16 +191,3 @@ class ReleaseRun:
             except PackageNotFoundError:
                 continue
         return found
-
-
-def in_steps(listener: Listener) -> Callable[[str, int, int], None]:
-    """A listener as a function of a task, its steps done, and its steps in all."""
-    known: dict[str, int] = {}
-
-    def step(task: str, done: int, total: int) -> None:
-        if task not in known:
-            listener.started(task, total)
-        listener.advanced(task, done - known.get(task, 0))
-        known[task] = done
-
-    return step

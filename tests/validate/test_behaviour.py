@@ -7,7 +7,7 @@ import pytest
 
 from streamquant.quant.errors import StreamquantError
 from streamquant.validate.engines.engine import EngineFacts, Generation, Rendered, TemplateRequest, TopLogprobs
-from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.engines.process import EngineProcess, LoadOptions
 from streamquant.validate.text.behaviour import PROMPTS, compare_behaviour, judge_answer
 from streamquant.validate.text.chat_suite import WEATHER
 from tests.peers import requires_llama_cpp
@@ -105,8 +105,8 @@ def test_smollm2_in_llama_cpp(smollm2_variants: Path) -> None:
     cases = [case for case in PROMPTS if case.name in ("fact", "list")]
     ours, theirs = (next(folder.glob(f"*-{name}.gguf")) for name in ("BF16", "Q8_0"))
     with (
-        EngineProcess(ours, threads=1, context=512) as original,
-        EngineProcess(theirs, threads=1, context=512) as variant,
+        EngineProcess(ours, options=LoadOptions(threads=1, context=512)) as original,
+        EngineProcess(theirs, options=LoadOptions(threads=1, context=512)) as variant,
     ):
         report = compare_behaviour(original, variant, cases, max_tokens=12)
         again = compare_behaviour(variant, variant, cases, max_tokens=12)

@@ -21,7 +21,7 @@ from streamquant.files.gguf_file import read_header, read_raw_metadata
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.engines.agreement import Thresholds, engine_agreement, prompts_from
 from streamquant.validate.engines.engine import EngineFacts, TemplateRequest, TopLogprobs, kind_of
-from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.engines.process import EngineProcess, LoadOptions, TimeLimits
 from streamquant.validate.engines.vocabulary_gguf import write_vocabulary_gguf
 from tests.conftest import Shelf
 from tests.peers import requires_llama_cpp
@@ -40,7 +40,7 @@ class Reference:
 
 
 def reference_of(folder: Path, text: str, lengths: Sequence[int]) -> Reference:
-    with EngineProcess(folder, dtype="float32", threads=2) as engine:
+    with EngineProcess(folder, options=LoadOptions(dtype="float32", threads=2)) as engine:
         (ids,) = engine.tokenize([text], add_special=False, parse_special=False)
         prompts = prompts_from(ids, lengths)
         size = engine.facts.vocabulary
@@ -98,7 +98,7 @@ def test_an_engine_that_dies_or_hangs_is_an_error(hermes_14b: Model, tmp_path: P
     keys = {"tokenizer.chat_template": GGUFValue(endless, GGUFValueType.STRING)}
     broken = with_keys(hermes_14b.gguf, tmp_path / "x.gguf", keys)
     with pytest.raises(StreamquantError, match="did not answer load in time") as caught:
-        EngineProcess(broken, tokenizer_only=True, load_seconds=4)
+        EngineProcess(broken, tokenizer_only=True, limits=TimeLimits(load=4))
     assert "endless loop" in str(caught.value)
     with EngineProcess(hermes_14b.gguf, tokenizer_only=True) as engine:
         pid = engine._child.pid
@@ -113,12 +113,12 @@ def test_an_engine_that_dies_or_hangs_is_an_error(hermes_14b: Model, tmp_path: P
 @pytest.mark.long
 def test_a_template_cannot_take_all_time_or_leave_the_sandbox(hermes_14b: Model) -> None:
     asked = [TemplateRequest(({"role": "user", "content": "x"},))]
-    with EngineProcess(hermes_14b.source, tokenizer_only=True, request_seconds=60) as engine:
+    with EngineProcess(hermes_14b.source, tokenizer_only=True, limits=TimeLimits(request=60)) as engine:
         outside = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
         assert "SecurityError" in (engine.render(outside, asked)[0].error or "")
         huge = "{% set x = namespace(s='a') %}{% for i in range(40) %}{% set x.s = x.s + x.s %}{% endfor %}{{ x.s }}"
         assert "MemoryError" in (engine.render(huge, asked)[0].error or "")
-        engine.request_seconds = 2
+        engine.limits = TimeLimits(request=2)
         loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
         with pytest.raises(StreamquantError, match="did not answer render in time"):
             engine.render(loop, asked)
@@ -202,7 +202,7 @@ def test_logits_that_cannot_belong_to_the_prompts() -> None:
 @requires_llama_cpp
 def test_healthy_files_agree(smollm2_variants: Path, smollm2_reference: Reference) -> None:
     for name, worst in (("BF16", 0.002), ("Q8_0", 0.02)):
-        with EngineProcess(gguf_of(smollm2_variants, name), threads=1, context=256) as engine:
+        with EngineProcess(gguf_of(smollm2_variants, name), options=LoadOptions(threads=1, context=256)) as engine:
             report = engine_agreement(engine, smollm2_reference.prompts, smollm2_reference.logits)
         assert report.problems == ()
         assert abs(report.mean_kld) < worst
@@ -234,7 +234,7 @@ def test_rows_in_the_wrong_order_are_found(
     smollm2_variants: Path, smollm2_reference: Reference, tmp_path: Path
 ) -> None:
     broken = edited(gguf_of(smollm2_variants, "BF16"), tmp_path / "x.gguf", "attn_k.weight", not_permuted)
-    with EngineProcess(broken, threads=1, context=256) as engine:
+    with EngineProcess(broken, options=LoadOptions(threads=1, context=256)) as engine:
         report = engine_agreement(engine, smollm2_reference.prompts, smollm2_reference.logits)
     assert any("row order, rope or scales" in problem for problem in report.problems)
     assert report.mean_kld > 10 * Thresholds().mean_kld
@@ -259,7 +259,7 @@ def test_a_rope_scaling_that_is_left_out_is_found(smollm2: Path, shelf: Shelf, d
     without = edited(good, tmp_path / "x.gguf", "rope_freqs.weight", lambda factors: factors * 0 + 1)
     reports = []
     for path in (good, without):
-        with EngineProcess(path, threads=1, context=512) as engine:
+        with EngineProcess(path, options=LoadOptions(threads=1, context=512)) as engine:
             reports.append(engine_agreement(engine, reference.prompts, reference.logits))
     assert reports[0].problems == ()
     assert reports[1].problems
@@ -269,7 +269,7 @@ def test_a_rope_scaling_that_is_left_out_is_found(smollm2: Path, shelf: Shelf, d
 @pytest.mark.long
 def test_an_fp8_checkpoint_in_transformers(smollm2_variants: Path, smollm2_reference: Reference) -> None:
     folder = next(smollm2_variants.glob("*-FP8-dynamic"))
-    with EngineProcess(folder, threads=1) as engine:
+    with EngineProcess(folder, options=LoadOptions(threads=1)) as engine:
         report = engine_agreement(engine, smollm2_reference.prompts, smollm2_reference.logits)
         (answer,) = engine.generate_greedy([smollm2_reference.prompts[1]], 4)
     assert engine.facts.kind == "transformers"

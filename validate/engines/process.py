@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,10 +29,27 @@ from streamquant.validate.engines.engine import (
 from streamquant.validate.engines.vocabulary_gguf import write_vocabulary_gguf
 from streamquant.validate.engines.worker import ADAPTERS
 
-LOAD_SECONDS = 1800.0
-"""Time limit for loading a model: hundreds of GB from a slow disk."""
-REQUEST_SECONDS = 600.0
-"""Time limit for one request."""
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How an engine loads a model."""
+
+    context: int = 2048
+    """Tokens of the longest prompt and answer."""
+    threads: int | None = None
+    """Threads of the engine; None: its own choice."""
+    dtype: str | None = None
+    """transformers and vLLM: "bfloat16", "float32"; None: as stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimeLimits:
+    """Seconds until an engine that does not answer is given up."""
+
+    load: float = 1800.0
+    """For the model: hundreds of GB from a slow disk."""
+    request: float = 600.0
+    """For one request."""
 
 
 class EngineProcess:
@@ -42,9 +59,6 @@ class EngineProcess:
     kind             the engine; by default that of the file
     tokenizer_only   load tokenizer and chat template alone, in little time and memory whatever the model's size
                      (llama.cpp: a stand-in with the file's own tokenizer keys, see vocabulary_gguf.py)
-    context          tokens of the longest prompt and answer
-    threads          threads of the engine; by default its own choice
-    dtype            transformers and vLLM: 'bfloat16', 'float32'; by default as stored
 
     Raises UsageError if the engine's package is not installed or there is no such file, StreamquantError if the engine
     cannot load it.
@@ -56,14 +70,11 @@ class EngineProcess:
         *,
         kind: Kind | None = None,
         tokenizer_only: bool = False,
-        context: int = 2048,
-        threads: int | None = None,
-        dtype: str | None = None,
-        load_seconds: float = LOAD_SECONDS,
-        request_seconds: float = REQUEST_SECONDS,
+        options: LoadOptions | None = None,
+        limits: TimeLimits | None = None,
     ) -> None:
         self.kind: Kind = kind or kind_of(path)
-        self.path, self.request_seconds = path, request_seconds
+        self.path, self.limits = path, limits or TimeLimits()
         self._resources = contextlib.ExitStack()
         self._errors = self._resources.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
         self._buffer = b""
@@ -77,8 +88,8 @@ class EngineProcess:
                 env=_environment(),
             )
             self._resources.callback(self._end)
-            options = {"tokenizer_only": tokenizer_only, "context": context, "threads": threads, "dtype": dtype}
-            found = self.call("load", load_seconds, path=str(model), **options)
+            loading = {"tokenizer_only": tokenizer_only, **asdict(options or LoadOptions())}
+            found = self.call("load", self.limits.load, path=str(model), **loading)
             self._facts = EngineFacts(**{**found, "model": str(path)})
         except BaseException:
             self.close()
@@ -140,7 +151,7 @@ class EngineProcess:
 
     def call(self, method: str, seconds: float | None = None, /, **arguments: Any) -> Any:
         """One request to the child, and its result. Raises StreamquantError if there is none."""
-        seconds = self.request_seconds if seconds is None else seconds
+        seconds = self.limits.request if seconds is None else seconds
         assert self._child.stdin is not None
         try:
             self._child.stdin.write(json.dumps({"method": method, "arguments": arguments}).encode() + b"\n")

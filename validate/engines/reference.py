@@ -9,7 +9,7 @@ from streamquant.model.variants.open import open_variant
 from streamquant.model.variants.variant import Variant
 from streamquant.quant.errors import StreamquantError
 from streamquant.validate.engines.engine import EngineFacts, Generation, Rendered, TemplateRequest, TopLogprobs
-from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.engines.process import EngineProcess, LoadOptions
 from streamquant.validate.run import Candidate, ValidationRun
 
 FREE_SHARE = 0.9
@@ -95,7 +95,7 @@ class ReferenceEngines:
         if (reason := too_large(variant)) is not None:
             return StreamquantError(f"the original does not fit beside the variant: {reason}")
         try:
-            engine = EngineProcess(path, context=context, threads=usable_cores())
+            engine = EngineProcess(path, options=LoadOptions(context=context, threads=usable_cores()))
         except StreamquantError as error:
             return error
         return CachedEngine(self._stack.enter_context(engine))

@@ -6,10 +6,9 @@ decoded and compared with the weights, which gives the error of the variant (SQN
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,6 @@ def verify(
     Raises UsageError without a manifest or with a missing or another importance matrix, StreamquantError for a broken
     manifest or a source that cannot be read.
     """
-    on_progress = partial(listener.advanced, VERIFYING)
     results = []
     manifests = [(child, _manifest(child)) for child in find_manifests(folder)]
     if source is not None:
@@ -107,10 +105,17 @@ def verify(
         for spec, variant in manifest.variants.items():
             result = VerifiedVariant(child, spec)
             results.append(result)
-            _verify_files(result, variant, on_progress)
-            if source is not None and not result.problems:
-                found = _same_imatrix(variant, imatrix, str(child))
-                _verify_source(result, manifest, variant, (source, found), on_progress)
+            _verify_files(result, variant, listener)
+            if source is None or result.problems:
+                continue
+            if {(file.name, file.size) for file in source.files} != {(f.path, f.size) for f in manifest.source.files}:
+                result.problems.append(
+                    f"made of another source than {source.folder}: names or sizes of its files differ"
+                )
+                continue
+            found = _same_imatrix(variant, imatrix, str(child))
+            plan = make_plan(source, [variant.recipe], replace(variant.options, imatrix=found))
+            _compare(plan, result, listener)
     return results
 
 
@@ -145,7 +150,7 @@ def _same_imatrix(variant: ManifestVariant, imatrix: ImportanceMatrix | None, wh
 # Against the manifest
 
 
-def _verify_files(result: VerifiedVariant, variant: ManifestVariant, on_progress: Callable[[int], None]) -> None:
+def _verify_files(result: VerifiedVariant, variant: ManifestVariant, listener: Listener) -> None:
     for file in variant.files:
         path = result.folder / file.path
         parts = [part for tensor in variant.tensors for part in tensor.parts if part.file == file.path]
@@ -158,20 +163,18 @@ def _verify_files(result: VerifiedVariant, variant: ManifestVariant, on_progress
         if path.stat().st_size != file.size:
             result.problems.append(f"{file.path}: {path.stat().st_size:,} bytes, should be {file.size:,}")
             continue
-        result.problems += _verify_hashes(path, file, parts, on_progress)
+        result.problems += _verify_hashes(path, file, parts, listener)
         result.problems += _verify_header(path, file.path, parts)
 
 
-def _verify_hashes(
-    path: Path, file: ManifestFile, parts: list[ManifestPart], on_progress: Callable[[int], None]
-) -> list[str]:
+def _verify_hashes(path: Path, file: ManifestFile, parts: list[ManifestPart], listener: Listener) -> list[str]:
     found = FileHash(file.size, [], [(part.name, part.offset, part.offset + part.size) for part in parts])
     with path.open("rb") as opened:
         at = 0
         while (step := found.step()) is not None and at < file.size:
             found.hash(opened.fileno(), step[1])
             found.busy = False
-            on_progress(step[1] - at)
+            listener.advanced(VERIFYING, step[1] - at)
             at = step[1]
     hashes = found.tensor_hashes()
     damaged = [part.name for part in parts if hashes[part.name] != part.xxh3_128]
@@ -202,19 +205,9 @@ def _verify_header(path: Path, name: str, parts: list[ManifestPart]) -> list[str
 # Against the source
 
 
-def _verify_source(
-    result: VerifiedVariant,
-    manifest: Manifest,
-    variant: ManifestVariant,
-    made_of: tuple[Checkpoint, ImportanceMatrix | None],
-    on_progress: Callable[[int], None],
-) -> None:
-    source, imatrix = made_of
-    expected = {(file.path, file.size) for file in manifest.source.files}
-    if {(file.name, file.size) for file in source.files} != expected:
-        result.problems.append(f"made of another source than {source.folder}: names or sizes of its files differ")
-        return
-    plan = make_plan(source, [variant.recipe], replace(variant.options, imatrix=imatrix))
+def _compare(plan: Plan, result: VerifiedVariant, listener: Listener) -> None:
+    """Make the plan's one variant again, block by block, and compare it with the files of the result's folder."""
+    checkpoint = plan.checkpoint
     with ExitStack() as stack:
         outputs = []
         for file in plan.files:
@@ -222,8 +215,8 @@ def _verify_source(
             path = result.folder / file.path.removeprefix(f"{plan.variants[0].folder}/")
             if path.stat().st_size != file.size:  # then all addresses are others
                 result.problems.append(
-                    f"{file.path}: {path.stat().st_size:,} bytes, of {source.folder} it would be {file.size:,}: the "
-                    f"header is another (model card, tokenizer, config, or the folder's name, which is the model's)"
+                    f"{file.path}: {path.stat().st_size:,} bytes, of {checkpoint.folder} it would be {file.size:,}: "
+                    f"the header is another (model card, tokenizer, config, or the folder's name, which is the model's)"
                 )
                 return
             opened = stack.enter_context(path.open("rb"))
@@ -232,48 +225,51 @@ def _verify_source(
                 if os.pread(opened.fileno(), len(data), offset) != data:
                     result.problems.append(f"{file.path}: header or generated tensor at byte {offset} differs")
         sources = {
-            file.name: stack.enter_context((source.folder / file.name).open("rb")).fileno() for file in source.files
+            file.name: stack.enter_context((checkpoint.folder / file.name).open("rb")).fileno()
+            for file in checkpoint.files
         }
-        scratch, compared = Scratch(), Scratch()
+        comparison = _Comparison(plan, result, listener, sources, outputs)
         for chunk in plan.chunks:
-            _verify_chunk(plan, chunk, sources, outputs, result, scratch, compared, on_progress)
+            comparison.compare(chunk)
 
 
-def _verify_chunk(
-    plan: Plan,
-    chunk: Chunk,
-    sources: dict[str, int],
-    outputs: list[int],
-    result: VerifiedVariant,
-    scratch: Scratch,
-    compared: Scratch,
-    on_progress: Callable[[int], None],
-) -> None:
-    """Encode a chunk again, compare it with the file, and add up the error of what the file holds."""
-    matrix = plan.matrices[chunk.matrix]
-    source = sources[matrix.source.file]
-    step = matrix.rows_within(BLOCK_WEIGHTS)
-    noise = result.noise.setdefault(matrix.source.name, Noise())
-    first = chunk.first
-    for pieces in encode_chunk(plan, chunk, source, frozenset(range(len(matrix.outputs))), scratch):
-        last = min(first + step, chunk.last)
-        stored = [_read_piece(piece, outputs, compared) for piece in pieces]
-        for piece, found in zip(pieces, stored, strict=True):
-            if not np.array_equal(piece.data, found):
-                name = matrix.outputs[piece.output].name
-                result.problems.append(
-                    f"{plan.files[piece.file].path}: tensor {name}, rows from {first}: not what the source gives"
-                )
-            on_progress(found.size)
-        rows = widen_rows(matrix, first, read_rows(matrix, first, last, source, scratch), scratch)
-        noise.add(rows, _decode(matrix, pieces, stored))
-        first = last
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """What is compared, and the open files of both sides."""
 
+    plan: Plan
+    result: VerifiedVariant
+    listener: Listener
+    sources: Mapping[str, int]
+    """Name of a source file -> descriptor."""
+    outputs: Sequence[int]
+    """A descriptor for each file of the plan."""
+    encoding: Scratch = field(default_factory=Scratch)
+    reading: Scratch = field(default_factory=Scratch)
 
-def _read_piece(piece: Piece, outputs: list[int], compared: Scratch) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    buffer = compared.take(f"part {piece.part}", piece.data.size)
-    read_into(outputs[piece.file], buffer, piece.offset)
-    return buffer
+    def compare(self, chunk: Chunk) -> None:
+        """Encode a chunk again, compare it with the file, and add up the error of what the file holds."""
+        matrix = self.plan.matrices[chunk.matrix]
+        source = self.sources[matrix.source.file]
+        step = matrix.rows_within(BLOCK_WEIGHTS)
+        noise = self.result.noise.setdefault(matrix.source.name, Noise())
+        first = chunk.first
+        for pieces in encode_chunk(self.plan, chunk, source, frozenset(range(len(matrix.outputs))), self.encoding):
+            last = min(first + step, chunk.last)
+            stored = [self._stored(piece) for piece in pieces]
+            for piece, found in zip(pieces, stored, strict=True):
+                if not np.array_equal(piece.data, found):
+                    file, name = self.plan.files[piece.file].path, matrix.outputs[piece.output].name
+                    self.result.problems.append(f"{file}: tensor {name}, rows from {first}: not what the source gives")
+                self.listener.advanced(VERIFYING, found.size)
+            raw = read_rows(matrix, first, last, source, self.encoding)
+            noise.add(widen_rows(matrix, first, raw, self.encoding), _decode(matrix, pieces, stored))
+            first = last
+
+    def _stored(self, piece: Piece) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        buffer = self.reading.take(f"part {piece.part}", piece.data.size)
+        read_into(self.outputs[piece.file], buffer, piece.offset)
+        return buffer
 
 
 def _decode(
