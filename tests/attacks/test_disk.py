@@ -56,7 +56,7 @@ def test_disk_full_while_writing(
 
 
 # The n-th call of a function fails: opening, sizing, journal, syncing, renaming, manifests, cleaning up.
-SOURCE = 3  # the third file that is opened; before it come the lock and the journal
+SOURCE = 2  # the second file that is opened, after the lock; the journal and the outputs come behind all sources
 CALLS = [
     *(("mkdir", n) for n in (1, 2)),
     *(("open", n) for n in (1, 2, 3, 4, 5, 6)),
