@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.smollm2_checkpoint import write_smollm2
+from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.files.sizes import human_bytes
 from streamquant.quant.errors import GateFailedError
 
@@ -73,8 +74,8 @@ def main() -> int:
 
 def path_of(result: dict[str, object]) -> Path:
     """The folder of an FP8 variant, the file of a GGUF."""
-    folder, spec = Path(str(result["folder"])), str(result["variant"])
-    return folder / f"{NAME}-{spec.partition(':')[2]}.gguf" if spec.startswith("gguf:") else folder
+    folder, (recipe,) = Path(str(result["folder"])), parse_variants([str(result["variant"])])
+    return folder if recipe.container.is_checkpoint else folder / f"{NAME}-{recipe.label}.gguf"
 
 
 def show(results: list[dict[str, object]]) -> int:

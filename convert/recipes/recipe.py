@@ -69,6 +69,10 @@ class Recipe:
     """The description without the size."""
     runtimes: tuple[str, ...] = GGUF_RUNTIMES
     """The programs that run its files."""
+    remark: str = ""
+    """What the table of a card says of it, without a claim of quality."""
+    details: str = ""
+    """How it is quantized, in the sentences of a card, for safetensors."""
 
     @property
     def needs_importance(self) -> bool:
@@ -157,19 +161,19 @@ def _file_type(base: str) -> LlamaFileType:
     return LlamaFileType[f"MOSTLY_{base}" if base != "F32" else "ALL_F32"]
 
 
-def _gguf(name: str, about: str, bits: str = "", runtimes: tuple[str, ...] = GGUF_RUNTIMES) -> Recipe:
+def _gguf(name: str, about: str, bits: str = "", runtimes: tuple[str, ...] = GGUF_RUNTIMES, remark: str = "") -> Recipe:
     """A file type of llama-quantize; `bits` per weight as its users know them."""
     description = f"{bits} bits, {about}" if bits else about
     choose = _gguf_choice(name, NO_OVERRIDES)
-    return Recipe(f"{GGUF.prefix}{name}", GGUF, name, description, choose, None, name, None, about, runtimes)
+    return Recipe(f"{GGUF.prefix}{name}", GGUF, name, description, choose, None, name, None, about, runtimes, remark)
 
 
 def _large_ends(name: str, base: str) -> Recipe:
     """The community's form of a file type, with larger embeddings and output."""
     ends = Overrides(output_tensor_type="Q8_0", token_embedding_type="Q8_0")
-    choose = _gguf_choice(base, ends, "embeddings and output at Q8_0")
-    about = f"{base} with embeddings and output at Q8_0"
-    return Recipe(f"{GGUF.prefix}{name}", GGUF, name, about, choose, base=base, about=about)
+    remark = "embeddings and output at Q8_0"
+    about, choose = f"{base} with {remark}", _gguf_choice(base, ends, remark)
+    return Recipe(f"{GGUF.prefix}{name}", GGUF, name, about, choose, base=base, about=about, remark=remark)
 
 
 def recipe_of(file: RecipeFile) -> Recipe:
@@ -201,7 +205,7 @@ def recipe_of(file: RecipeFile) -> Recipe:
     return Recipe(f"{GGUF.prefix}{label}", GGUF, label, description, choose, base=base, file=file)
 
 
-def _fp8(name: str, formats: Mapping[str, Format], scheme: str, about: str) -> Recipe:
+def _fp8(name: str, formats: Mapping[str, Format], scheme: str, about: str, details: str) -> Recipe:
     return Recipe(
         name,
         SAFETENSORS,
@@ -211,6 +215,7 @@ def _fp8(name: str, formats: Mapping[str, Format], scheme: str, about: str) -> R
         scheme=scheme,
         about=about,
         runtimes=FP8_RUNTIMES,
+        details=details,
     )
 
 
@@ -223,11 +228,27 @@ ALIASES = {
 RECIPES: dict[str, Recipe] = {
     recipe.spec: recipe
     for recipe in (
-        _fp8("fp8-dynamic", fp8.CHANNEL, "FP8_DYNAMIC", "E4M3, a scale per output channel; activations per token"),
-        _fp8("fp8-block", fp8.BLOCK, "FP8_BLOCK", "E4M3, a scale per 128x128 block; activations per group of 128"),
-        _gguf("F32", "32-bit float"),
-        _gguf("F16", "16-bit float"),
-        _gguf("BF16", "bfloat16, lossless from BF16"),
+        _fp8(
+            "fp8-dynamic",
+            fp8.CHANNEL,
+            "FP8_DYNAMIC",
+            "E4M3, a scale per output channel; activations per token",
+            "Weights of linear layers are FP8 E4M3 with one scale for each output channel; activations are quantized "
+            "to FP8 at run time, with one scale for each token. Embeddings, norms and the output layer stay as in the "
+            "original. No calibration data was needed.",
+        ),
+        _fp8(
+            "fp8-block",
+            fp8.BLOCK,
+            "FP8_BLOCK",
+            "E4M3, a scale per 128x128 block; activations per group of 128",
+            "Weights of linear layers are FP8 E4M3 with one scale for each block of 128 x 128; activations are "
+            "quantized to FP8 at run time, in groups of 128. Embeddings, norms and the output layer stay as in the "
+            "original. No calibration data was needed.",
+        ),
+        _gguf("F32", "32-bit float", remark="not quantized"),
+        _gguf("F16", "16-bit float", remark="not quantized"),
+        _gguf("BF16", "bfloat16, lossless from BF16", remark="not quantized"),
         _gguf("Q8_0", "practically lossless", "8.5"),
         _large_ends("Q6_K_L", "Q6_K"),
         _gguf("Q6_K", "very high quality", "6.6"),
@@ -237,21 +258,21 @@ RECIPES: dict[str, Recipe] = {
         _large_ends("Q4_K_L", "Q4_K_M"),
         _gguf("Q4_K_M", "good quality, what most people run", "4.8"),
         _gguf("Q4_K_S", "slightly lower quality", "4.6"),
-        _gguf("IQ4_NL", "non-linear, fast on CPUs", "4.5"),
-        _gguf("IQ4_XS", "non-linear, smaller than Q4_K_S at about its quality", "4.3"),
+        _gguf("IQ4_NL", "non-linear, fast on CPUs", "4.5", remark="non-linear 4 bits"),
+        _gguf("IQ4_XS", "non-linear, smaller than Q4_K_S at about its quality", "4.3", remark="non-linear 4 bits"),
         _large_ends("Q3_K_XL", "Q3_K_L"),
         _gguf("Q3_K_L", "lower quality", "4.3"),
         _gguf("Q3_K_M", "low quality", "3.9"),
         _gguf("Q3_K_S", "low quality", "3.5"),
         _gguf("Q2_K", "very low quality", "3.0"),
         _gguf("Q2_K_S", "very low quality; needs an importance matrix", "2.8"),
-        _gguf("Q5_1", "legacy", "6.0"),
-        _gguf("Q5_0", "legacy", "5.5"),
-        _gguf("Q4_1", "legacy", "5.0"),
-        _gguf("Q4_0", "legacy, fast on CPUs", "4.5"),
-        _gguf("MXFP4_MOE", "experts at MXFP4, the rest at Q8_0", runtimes=("llama.cpp",)),
-        _gguf("TQ2_0", "for ternary models", "2.1", ("llama.cpp",)),
-        _gguf("TQ1_0", "for ternary models", "1.7", ("llama.cpp",)),
+        _gguf("Q5_1", "legacy", "6.0", remark="legacy type"),
+        _gguf("Q5_0", "legacy", "5.5", remark="legacy type"),
+        _gguf("Q4_1", "legacy", "5.0", remark="legacy type"),
+        _gguf("Q4_0", "legacy, fast on CPUs", "4.5", remark="legacy type"),
+        _gguf("MXFP4_MOE", "experts at MXFP4, the rest at Q8_0", runtimes=("llama.cpp",), remark="experts at MXFP4"),
+        _gguf("TQ2_0", "for ternary models", "2.1", ("llama.cpp",), remark="for ternary models"),
+        _gguf("TQ1_0", "for ternary models", "1.7", ("llama.cpp",), remark="for ternary models"),
     )
 }
 """Every variant that can be asked for, by its spelling on the command line."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class FolderVariant(Variant):
     """A folder of safetensors: plain floats, or what a quantization_config explains."""
 
+    is_folder = True
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.path = checkpoint.folder

@@ -56,6 +56,8 @@ class Variant(ABC):
     """
 
     kind: Kind
+    is_folder: bool = False
+    """Whether it is a checkpoint folder, with tokenizer and config as transformers reads them; a GGUF has its own."""
     path: Path
     files: tuple[Path, ...]
     config: Mapping[str, Any]

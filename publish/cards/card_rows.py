@@ -1,7 +1,6 @@
 """The table of variants in a card, and which variant it advises."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,15 +14,6 @@ from streamquant.validate.report.text import Markdown, code
 from streamquant.validate.report.view import REMARKS, Row, View, cell
 
 NOT_MEASURED = "not measured"
-_NOTES = (
-    (r"F32|F16|BF16", "not quantized"),
-    (r"Q\d_K_(L|XL)", "embeddings and output at Q8_0"),
-    (r"Q[45]_[01]", "legacy type"),
-    (r"IQ4_.*", "non-linear 4 bits"),
-    (r"MXFP4_MOE", "experts at MXFP4"),
-    (r"TQ\d_0", "for ternary models"),
-)
-"""What a label says without a claim of quality; Q3_K_L is a mix of llama-quantize and no larger ends (see _note)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +105,9 @@ def _sentence(parts: Sequence[str]) -> str:
 
 
 def _note(variant: PublishedVariant) -> str:
-    if variant.made.recipe.file is not None:
-        return variant.made.description
-    if variant.label == "Q3_K_L":
-        return ""
-    return next((note for shape, note in _NOTES if re.fullmatch(shape, variant.label)), "")
+    """What the variant is, without a claim of quality: its recipe file's own words, or the record's."""
+    made = variant.made
+    return made.recipe.remark if made.recipe.file is None else made.description
 
 
 def _divergence(variant: PublishedVariant) -> Divergence | None:

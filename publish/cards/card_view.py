@@ -23,18 +23,6 @@ from streamquant.validate.report.text import MISSING, code, estimate, number
 from streamquant.validate.report.view import View, cell, engine_name, make_view, short, wrong_chats
 
 MARKS = {"pass": "✅", "warn": "⚠️", "fail": "❌", "none": "⚪"}
-FP8 = {
-    "fp8-dynamic": (
-        "Weights of linear layers are FP8 E4M3 with one scale for each output channel; activations are quantized to "
-        "FP8 at run time, with one scale for each token. Embeddings, norms and the output layer stay as in the "
-        "original. No calibration data was needed."
-    ),
-    "fp8-block": (
-        "Weights of linear layers are FP8 E4M3 with one scale for each block of 128 x 128; activations are quantized "
-        "to FP8 at run time, in groups of 128. Embeddings, norms and the output layer stay as in the original. No "
-        "calibration data was needed."
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +147,6 @@ def _formats(variant: PublishedVariant) -> str:
 HELPERS: Mapping[str, Callable[..., object] | object] = {
     "MARKS": MARKS,
     "MISSING": MISSING,
-    "FP8": FP8,
     "cell": cell,
     "checksums": checksums,
     "commands": commands,

@@ -85,7 +85,7 @@ class ReferenceEngines:
         plain = [
             other.file
             for other in self._run.candidates
-            if other.variant is not None and other.variant.kind == "gguf" and other is not candidate
+            if other.variant is not None and not other.variant.is_folder and other is not candidate
             and {tensor.stored_as for tensor in other.variant.tensors.values()} <= {"BF16", "F16", "F32"}
         ]  # fmt: skip
         return plain[0] if plain and candidate.file.suffix == ".gguf" else self._run.original.path

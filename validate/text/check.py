@@ -26,7 +26,7 @@ def check_tokenizers(run: ValidationRun, texts: dict[str, list[str]]) -> None:
     wanted = run.options.sections("tokens", "chat", "lints")
     if not wanted:
         return
-    if run.original.kind == "gguf":
+    if not run.original.is_folder:
         for section in wanted:
             run.skip(section, "the original is a GGUF file: a checkpoint folder has the tokenizer to compare with")
         return

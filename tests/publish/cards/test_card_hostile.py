@@ -19,6 +19,7 @@ from streamquant.publish.cards.origin import Template
 from streamquant.publish.cards.prompts import prompt_format
 from streamquant.publish.results import CARD
 from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.engines.process import TimeLimits
 from streamquant.validate.report.data import Report, write_report
 from tests.publish.cards.contents import (
     HOSTILE,
@@ -204,7 +205,7 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
 
 
 def test_a_template_that_does_not_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "SECONDS", 2.0)
+    monkeypatch.setattr(prompts, "LIMITS", TimeLimits(request=2.0))
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(StreamquantError, match="the chat template cannot be shown") as caught:
         render(endless, tmp_path)
