@@ -56,8 +56,12 @@ class ConsoleListener(Listener):
             self._on_plan(cast("Plan", plan))
 
     def started(self, task: str, total: int | None, unit: Unit = "steps") -> None:
-        """Draw the bar of a task, or give it another size."""
-        self._progress.update(self._task(task, unit), total=total)
+        """Draw the bar of a task, or give it another size; one that is full begins again."""
+        number = self._task(task, unit)
+        if self._progress.tasks[number].finished:
+            self._progress.reset(number, total=total)
+        else:
+            self._progress.update(number, total=total)
 
     def advanced(self, task: str, amount: int = 1) -> None:
         """Move the bar of a task; bytes, if it never started."""
