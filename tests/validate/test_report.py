@@ -199,7 +199,7 @@ def test_the_verdict_names_what_failed(report: Report) -> None:
     assert view.verdict.status == "fail"
     assert "Not fit to publish" in view.verdict.headline
     assert view.verdict.sentences[0] == "A gate is not passed by Q4_K_M."
-    assert "Closest to the original is BF16" in " ".join(view.verdict.sentences)
+    assert "BF16 is closest to the original" in " ".join(view.verdict.sentences)
     skipped = {section for section, _, _ in view.not_run}
     assert skipped == {"tokens", "chat templates", "known faults of chat templates", "greedy answers",
                        "the engine that the file is made for"}  # fmt: skip

@@ -98,15 +98,15 @@ def make_plots(report: "Report", names: Sequence[str]) -> list[Plot]:
             height=tall,
         ),
         _plot(
-            "layers", "Where in the depth the error enters",
-            "Relative error of the hidden state after each layer; -1 is the embeddings. A step is a layer that adds "
-            "more than its share.",
+            "layers", "Error by layer",
+            "Relative error of the hidden state after each layer; -1 is the embeddings. A step marks a layer that "
+            "adds more than its share.",
             "Relative error of the hidden state by layer.",
             lambda axes: _draw_layers(axes, report, variants),
             height=tall,
         ),
         _plot(
-            "delta-p", "Change of the probability of the right token",
+            "delta-p", "Change in the probability of the right token",
             "Percentiles over tokens: thick 25 to 75, medium 5 to 95, thin 1 to 99, the dot is the mean. Left of zero "
             "the variant is less sure.",
             "Percentiles of the change of the probability of the token that follows; the numbers are in the table.",

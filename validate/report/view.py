@@ -172,8 +172,8 @@ def _verdict(report: "Report", rows: Sequence[Row], wrong: Sequence[GateResult])
         ordered = sorted(measured, key=_kld)
         best, worst = ordered[0], ordered[-1]
         sentences.append(
-            f"Closest to the original is {best.name} (mean KLD {best.kld[0]} nats per token), furthest {worst.name}"
-            f" ({worst.kld[0]})."
+            f"{best.name} is closest to the original (mean KLD {best.kld[0]} nats per token), {worst.name} is furthest"
+            f" from it ({worst.kld[0]})."
         )
     elif measured:
         sentences.append(f"Mean KLD {measured[0].kld[0]} nats per token: {measured[0].remark}.")
@@ -181,7 +181,7 @@ def _verdict(report: "Report", rows: Sequence[Row], wrong: Sequence[GateResult])
     if warnings:
         sentences.append("1 warning." if warnings == 1 else f"{warnings} warnings.")
     if missing := sorted({note.section for note in report.not_run}, key=list(SECTIONS).index):
-        sentences.append(f"Not checked, or not for all: {_list([SECTIONS[section] for section in missing])}.")
+        sentences.append(f"Not checked, or not for every variant: {_list([SECTIONS[section] for section in missing])}.")
     status: Status = "fail" if bad or not measured else "warn" if warnings else "pass"
     return Verdict(status, headline, tuple(sentences))
 
