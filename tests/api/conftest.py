@@ -47,7 +47,7 @@ def process_state() -> dict[str, object]:
     return {
         "signals": {number: signal.getsignal(number) for number in signals},
         "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
-        "garbage": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()),
+        "garbage": (gc.isenabled(), gc.get_threshold()),
         "logging": [(logger.name, logger.level, logger.disabled, handlers_of(logger)) for logger in loggers],
         "folder": os.getcwd(),  # noqa: PTH109
         "umask": _umask(),
@@ -74,8 +74,9 @@ def libraries() -> None:
 @pytest.fixture(autouse=True)
 def silent(libraries: None, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """No test of this folder may print, or leave the process otherwise than it was."""
-    before = process_state()
+    before, frozen = process_state(), gc.get_freeze_count()
     capfd.readouterr()
     yield
+    assert gc.get_freeze_count() <= frozen, "frozen objects may go, but none are added"
     assert capfd.readouterr() == ("", "")
     assert process_state() == before
