@@ -7,10 +7,11 @@ folder is ever written. A checkpoint of the Hub is the same thing: convert/sourc
 import hashlib
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from streamquant.convert.architectures.names import model_name, renaming_note
 from streamquant.files.safetensors_file import SafetensorsTensor, read_header
 from streamquant.files.strict_json import read_json_object
 from streamquant.quant.errors import StreamquantError, UsageError
@@ -38,6 +39,7 @@ class SourceTensor:
     """A tensor of the checkpoint: bytes [start, stop) of `file`, little endian, row-major."""
 
     name: str
+    """In the state dict of its class: the file may call it otherwise (convert/architectures/names.py)."""
     dtype: str
     shape: tuple[int, ...]
     file: str
@@ -93,6 +95,8 @@ class Checkpoint:
     """Files that belong to the model and hold no weights, relative to the folder."""
     ignored_files: tuple[str, ...]
     """Files in the folder that are not part of the checkpoint or hold weights in another form."""
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+    """What a user should know about the reading."""
 
     @property
     def name(self) -> str:
@@ -157,7 +161,7 @@ def open_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) ->
         stored[name] = entries.values()
     tensors = collect_tensors(stored, weight_map, str(folder), dtypes)
     side, ignored = _other_files(folder, {*names, INDEX, CONFIG})
-    return Checkpoint(folder, config, tuple(files), tensors, side, ignored)
+    return Checkpoint(folder, config, tuple(files), tensors, side, ignored, notes=reading_notes(stored))
 
 
 def collect_tensors(
@@ -179,7 +183,29 @@ def collect_tensors(
         _compare_with_index(weight_map, tensors, where)
     if not tensors:
         raise StreamquantError("checkpoint without tensors", where=where)
-    return tensors
+    return _by_model_name(tensors, where)
+
+
+def reading_notes(stored: Mapping[str, Collection[SafetensorsTensor]]) -> tuple[str, ...]:
+    """What a user should know about the names in the shards."""
+    note = renaming_note(tensor.name for entries in stored.values() for tensor in entries)
+    return () if note is None else (note,)
+
+
+def _by_model_name(tensors: Mapping[str, SourceTensor], where: str) -> dict[str, SourceTensor]:
+    """The tensors under the names of their class. Raises StreamquantError where two would have one."""
+    renamed: dict[str, SourceTensor] = {}
+    for stored, tensor in tensors.items():
+        name = model_name(stored)
+        if name in renamed:
+            raise StreamquantError(
+                "two tensors are the same tensor of the model",
+                where=f"{where}/{tensor.file}, tensor {stored!r}",
+                found=f"{name!r} is in {renamed[name].file} too",
+                hint="keep one of them: the names differ by what a wrapper added",
+            )
+        renamed[name] = tensor if name == stored else replace(tensor, name=name)
+    return renamed
 
 
 def stat_shard(path: Path) -> os.stat_result:

@@ -21,6 +21,7 @@ from streamquant.convert.source.checkpoint import (
     may_be_side_file,
     read_config,
     read_weight_map,
+    reading_notes,
 )
 from streamquant.files.folders import cache_folder
 from streamquant.files.listener import SILENT
@@ -85,7 +86,8 @@ def open_hub_checkpoint(repo: HubRepo) -> HubCheckpoint:
         stored[name] = list(parse_header(data, file.size, f"{repo}/{name}")[0].values())
         files.append(SourceFile(name, file.size, 0, hashlib.sha256(data).hexdigest(), file.etag))
     tensors = collect_tensors(stored, weight_map, str(repo))
-    return HubCheckpoint(folder, config, tuple(files), tensors, side, ignored, repo)
+    notes = reading_notes(stored)
+    return HubCheckpoint(folder, config, tuple(files), tensors, side, ignored, repo, notes=notes)
 
 
 def fetch_side_files(checkpoint: HubCheckpoint) -> None:
