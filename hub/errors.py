@@ -1,7 +1,8 @@
 """What the Hub's client raises, as messages for the user; and when to ask again.
 
     explain(error, repo, what)     any exception of huggingface_hub, httpx or hf_xet -> StreamquantError
-    with_retries(call, what=...)   again after time-outs, resets, 5xx, 429 and damaged bodies; nothing else
+    with_retries(call, what=...)   again after time-outs, resets, 5xx, 429, damaged bodies, and a few times after a
+                                   storage refused a signed address; nothing else
 
 No message holds a token: whatever the client or the server says is scrubbed.
 """
@@ -18,6 +19,7 @@ from typing import TypeVar
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
+    BadRequestError,
     DisabledRepoError,
     EntryNotFoundError,
     FileMetadataError,
@@ -47,6 +49,12 @@ LONGEST_WAIT = 60.0
 LONGEST_RETRY_AFTER = 900.0
 """Seconds: a server that asks for more patience than this is not waited for."""
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+REFUSALS = 4
+"""Times that a storage may refuse a signed address: each attempt asks the Hub for a new one."""
+REFUSED_STATUS = frozenset({400, 401, 403, 410})
+"""What storages answer to a signed address that has expired: CloudFront and S3 403, Google's 400, Azure's 401."""
+_PLAIN = (HfHubHTTPError, BadRequestError)
+"""The client's errors that say no more than the status."""
 _SHOWN = 400
 _LOGIN = "run `hf auth login`, or set HF_TOKEN"
 _SECRETS = (
@@ -94,6 +102,35 @@ def _response(error: BaseException) -> httpx.Response | None:
         if isinstance(cause, HfHubHTTPError | httpx.HTTPStatusError):
             return cause.response
     return None
+
+
+def _is_of_hub(url: httpx.URL) -> bool:
+    """Whether an address is one of the Hub itself, not of a storage or CDN that it refers to."""
+    try:
+        hub = httpx.URL(constants.ENDPOINT)
+    except httpx.InvalidURL:
+        return True
+    return (url.host, url.port) == (hub.host, hub.port) or url.host in getattr(constants, "HF_URL_HOSTS", ())
+
+
+def refused_by_storage(error: BaseException) -> bool:
+    """Whether another host than the Hub refused an address that the Hub had signed: it may have expired.
+
+    A mirror may lead to the Hub itself: what that refuses has an error code or a class of its own.
+    """
+    response = _response(error)
+    if response is not None:
+        plain = all(type(cause) in _PLAIN for cause in causes(error) if isinstance(cause, HfHubHTTPError))
+        coded = "x-error-code" in response.headers
+        return plain and not coded and response.status_code in REFUSED_STATUS and not _is_of_hub(response.request.url)
+    # hf_xet tells of its storage in words alone
+    return any(type(cause) is RuntimeError and re.search(r"\b40[13]\b", str(cause)) for cause in causes(error))
+
+
+def _writes(response: httpx.Response) -> bool:
+    """Whether a request was to change something at the Hub. A redirect may have made a GET of it."""
+    first = response.history[0] if response.history else response
+    return first.request.method not in ("GET", "HEAD")
 
 
 def is_transient(error: BaseException) -> bool:
@@ -161,17 +198,19 @@ def with_retries(call: Callable[[], T], what: str, how: Retrying | None = None) 
 
     The wait is FIRST_WAIT * 2^k seconds, at most LONGEST_WAIT, times 0.5 to 1.5 by chance, so that many clients do not
     come back at once; never less than the server's Retry-After. `what` is what is being done, in words. Only transient
-    errors (`is_transient`) and the statuses `how.also` are tried again; the last error is raised as it came, for
-    `explain`.
+    errors (`is_transient`), the statuses `how.also` and, REFUSALS times, refusals of a storage are tried again; the
+    last error is raised as it came, for `explain`.
     """
-    how = how or Retrying()
+    how, refusals = how or Retrying(), 0
     for attempt in range(ATTEMPTS):
         try:
             return call()
         except Exception as error:
             asked = retry_after(error)
             last = attempt == ATTEMPTS - 1 or (how.stop is not None and how.stop.is_set())
-            again = is_transient(error) or status_of(error) in how.also
+            refusals += refused_by_storage(error)
+            expired = refused_by_storage(error) and refusals < REFUSALS
+            again = is_transient(error) or status_of(error) in how.also or expired
             if last or not again or (asked or 0) > LONGEST_RETRY_AFTER:
                 raise
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.5)
@@ -274,6 +313,8 @@ def _explain_answer(error: BaseException, response: httpx.Response, repo: str, w
         )
     if issubclass(kind, RemoteEntryNotFoundError):
         return StreamquantError("no such file in the repository", where=where, found=says)
+    if refused_by_storage(error):
+        return _refused_by_storage(response, says, where)
     if status == 401 and with_token and "invalid" in message:
         return StreamquantError(
             "the token was refused",
@@ -283,7 +324,54 @@ def _explain_answer(error: BaseException, response: httpx.Response, repo: str, w
         )
     if issubclass(kind, RepositoryNotFoundError) or (status in (401, 404) and not with_token):
         return _not_found(where, says, with_token)
-    return _explain_status(status, message, says, where)
+    if _writes(response) and (status == 402 or (status in (403, 413) and re.search(r"quota|storage|limit", message))):
+        return StreamquantError(
+            "the account's storage on the Hub is used up",
+            where=where,
+            found=says,
+            hint="free some space or ask the Hub for more, then run the same command again",
+        )
+    if status == 403:
+        return _forbidden(response, says, where)
+    return _explain_status(response, says, where)
+
+
+def _refused_by_storage(response: httpx.Response, says: str, where: str) -> StreamquantError:
+    """A signed address was refused, also when it was new."""
+    host = scrub(response.request.url.host)
+    found = f"{says}, {REFUSALS} times, each with a new address"
+    hint = (
+        f"check that a firewall or proxy lets {host} through, and this machine's clock; "
+        "then run the same command again: it continues where it stopped"
+    )
+    if _writes(response):
+        return StreamquantError(
+            "the upload was refused by the Hub's storage", where=f"{where}, to {host}", found=found, hint=hint
+        )
+    return StreamquantError(
+        "the download was refused by the Hub's storage", where=f"{where}, from {host}", found=found, hint=hint
+    )
+
+
+def _forbidden(response: httpx.Response, says: str, where: str) -> StreamquantError:
+    """403 of the Hub itself."""
+    if _writes(response):
+        return StreamquantError(
+            "the token may not do this",
+            where=where,
+            found=says,
+            required="a token with write access to this namespace",
+            hint="make a token of the kind `write` (or a fine-grained one for this namespace) and " + _LOGIN,
+        )
+    with_token = "authorization" in response.request.headers
+    return StreamquantError(
+        "the Hub does not let this be read",
+        where=where,
+        found=says,
+        hint="make a token of the kind `read` (or a fine-grained one that may read this repository) and " + _LOGIN
+        if with_token
+        else f"{_LOGIN}; a firewall or proxy between here and the Hub may answer so, too",
+    )
 
 
 def _not_found(where: str, says: str, with_token: bool) -> StreamquantError:
@@ -294,25 +382,11 @@ def _not_found(where: str, says: str, with_token: bool) -> StreamquantError:
     return StreamquantError("repository not found, or private", where=where, found=says, hint=hint)
 
 
-def _explain_status(status: int, message: str, says: str, where: str) -> StreamquantError:
+def _explain_status(response: httpx.Response, says: str, where: str) -> StreamquantError:
     """An answer that only its status tells about."""
-    if status == 402 or (status in (403, 413) and re.search(r"quota|storage|limit", message)):
-        return StreamquantError(
-            "the account's storage on the Hub is used up",
-            where=where,
-            found=says,
-            hint="free some space or ask the Hub for more, then run the same command again",
-        )
+    status = response.status_code
     if status == 401:
         return StreamquantError("the token was refused", where=where, found=says, hint=_LOGIN)
-    if status == 403:
-        return StreamquantError(
-            "the token may not do this",
-            where=where,
-            found=says,
-            required="a token with write access to this namespace",
-            hint="make a token of the kind `write` (or a fine-grained one for this namespace) and " + _LOGIN,
-        )
     if status == 404:
         return StreamquantError("not found on the Hub", where=where, found=says)
     if status in (409, 412):

@@ -276,6 +276,8 @@ FAULTS = {
     "trickle": Fault(**CONTENT, trickle=150_000, times=1),
     "another host": Fault(**CONTENT, redirect="stranger", times=2),
     "expired address": Fault(**CONTENT, delay=0.2, status=504, times=2),
+    "403 of the CDN": Fault(**CONTENT, status=403, times=2, message="Request has expired"),
+    "400 of the CDN": Fault(**CONTENT, status=400, times=3, message="ExpiredToken"),
     "moved": move_main(REPO, {"config.json": "{}"}, path="*/resolve/*00002-of*", skip=1),
 }
 
@@ -322,6 +324,42 @@ def test_all_faults_at_once(whole: Reference, hub: Hub, tmp_path: Path, monkeypa
     assert ran.code == 0, ran.err
     assert sum(fault.fired for fault in armed) > 8
     assert_same(tmp_path / "out", whole.out)
+
+
+def test_a_header_whose_address_expired(
+    pristine_sharded: Path, small: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planning reads headers and small files by signed addresses as well."""
+    use(hub, tmp_path / "home", monkeypatch)
+    hub.add_repo(REPO, pristine_sharded)
+    fault = hub.arm(Fault(host="cdn", status=403, times=3))
+    ran = convert_here(tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert fault.fired == 3
+    assert_same(tmp_path / "out", small)
+
+
+@pytest.mark.parametrize("token", [None, READ_TOKEN])
+def test_a_cdn_that_refuses_for_ever(
+    token: str | None, pristine_sharded: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt asks the Hub for a new address; then the message is about the download, whoever asks."""
+    use(hub, tmp_path / "home", monkeypatch, token=token)
+    hub.add_repo(REPO, pristine_sharded)
+    fault = hub.arm(
+        Fault(**{**CONTENT, "skip": 1}, status=403, times=None, message="Storage limit: request has expired")
+    )
+    ran = convert_here(tmp_path / "out", "--spool-gib", gib_of(pristine_sharded, 1))
+    assert ran.code == 1
+    assert "error: the download was refused by the Hub's storage" in ran.err
+    assert "fetching model-00002-of-00003.safetensors), from 127.0.0.2" in ran.err
+    assert "403 Forbidden" in ran.err
+    assert "firewall" in ran.err
+    assert "token" not in ran.err
+    assert "Signature" not in ran.err
+    assert fault.fired == 4
+    asked = [request for request in hub.select(host="hub", path="*/resolve/*/model-00002*") if request.method == "HEAD"]
+    assert len(asked) >= 4, "each attempt asks for a new address"
 
 
 def test_slow_server_asks_for_patience(

@@ -7,6 +7,7 @@ from email.utils import formatdate
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -31,12 +32,16 @@ URL = "https://hub.invalid/api/models/ORG/NAME"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
-def answered(status: int, *, token: bool = True, body: str = "", **headers: str) -> HfHubHTTPError:
-    """The client's exception for an answer of the Hub."""
-    request = httpx.Request("GET", URL, headers={"Authorization": f"Bearer {TOKEN}"} if token else {})
+def answered(
+    status: int, *, token: bool = True, body: str = "", asked: tuple[str, str] = ("GET", URL), **headers: str
+) -> HfHubHTTPError:
+    """The client's exception for an answer of the Hub, or of a storage that it refers to."""
+    method, url = asked
+    request = httpx.Request(method, url, headers={"Authorization": f"Bearer {TOKEN}"} if token else {})
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     response = httpx.Response(status, request=request, headers=names, text=body)
     with pytest.raises(HfHubHTTPError) as raised:
@@ -61,6 +66,9 @@ def used_closed() -> Exception:
     return raised.value
 
 
+POST = ("POST", URL)
+CDN = ("GET", "https://cdn.invalid/x?Signature=SECRET")
+PUT = ("PUT", "https://storage.invalid/x?Signature=SECRET")
 CONNECT = httpx.ConnectError("[Errno 111] Connection refused")
 CERTIFICATE = httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
 
@@ -76,9 +84,24 @@ EXPLAINED: dict[str, tuple[Exception, str]] = {
     ),
     "404 revision": (answered(404, x_error_code="RevisionNotFound"), "no such revision"),
     "404 file": (answered(404, x_error_code="EntryNotFound"), "no such file in the repository"),
-    "403 read only": (answered(403, body='{"error": "you must use a write token"}'), "the token may not do this"),
-    "403 quota": (answered(403, body='{"error": "Private storage quota exceeded"}'), "the account's storage"),
-    "402": (answered(402), "the account's storage"),
+    "403 read only": (
+        answered(403, body='{"error": "you must use a write token"}', asked=POST), "the token may not do this"
+    ),
+    "403 while reading": (answered(403), "the Hub does not let this be read"),
+    "403 while reading, without token": (answered(403, token=False), "the Hub does not let this be read"),
+    "403 quota": (
+        answered(403, body='{"error": "Private storage quota exceeded"}', asked=POST), "the account's storage"
+    ),
+    "403 of a reader's limit": (answered(403, body='{"error": "limit"}'), "the Hub does not let this be read"),
+    "402": (answered(402, asked=POST), "the account's storage"),
+    "402 while reading": (answered(402), "the Hub refused the request"),
+    "413": (answered(413, body='{"error": "limit"}', asked=POST), "the account's storage"),
+    "413 while reading": (answered(413, body='{"error": "limit"}'), "the Hub refused the request"),
+    "403 of a CDN": (answered(403, token=False, asked=CDN), "the download was refused by the Hub's storage"),
+    "401 of a storage": (answered(401, token=False, asked=CDN), "the download was refused by the Hub's storage"),
+    "403 of a storage": (
+        answered(403, token=False, body="storage limit", asked=PUT), "the upload was refused by the Hub's storage"
+    ),
     "409": (answered(409), "somebody else changed the repository"),
     "412": (answered(412), "somebody else changed the repository"),
     "429": (answered(429), "the Hub limits how often it is asked"),
@@ -108,6 +131,33 @@ def test_what_the_user_reads(name: str) -> None:
     assert TOKEN not in str(told)
     if name != "protocol":
         assert "ORG/NAME (reading config.json)" in str(told)
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_readers_are_not_told_of_write_tokens_and_storage(name: str) -> None:
+    error, _ = EXPLAINED[name]
+    told = str(explain(error, "ORG/NAME", "reading config.json"))
+    response = error.response if isinstance(error, HfHubHTTPError) else None
+    if response is None or response.request.method == "GET":
+        assert "write" not in told
+        assert "storage on the Hub is used up" not in told
+
+
+def test_what_a_storage_refuses_has_a_new_address_a_few_times() -> None:
+    calls = []
+
+    def call() -> None:
+        calls.append(1)
+        raise answered(403, token=False, asked=CDN)
+
+    with pytest.raises(HfHubHTTPError):
+        with_retries(call, "reading")
+    assert len(calls) == errors.REFUSALS
+
+
+def test_what_the_hub_itself_refuses_is_not_tried_again() -> None:
+    for error in (answered(403), answered(403, x_error_code="GatedRepo", asked=CDN), answered(404, asked=CDN)):
+        assert not errors.refused_by_storage(error)
 
 
 def test_a_name_that_cannot_be_one_is_a_wrong_command() -> None:
@@ -235,7 +285,7 @@ def test_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_not_what_stays() -> None:
-    flaky = Flaky(answered(403))
+    flaky = Flaky(answered(403, asked=POST))
     with pytest.raises(StreamquantError, match="the token may not do this"):
         ask(flaky, repo="ORG/NAME", what="writing")
     assert flaky.calls == 1
