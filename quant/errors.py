@@ -12,9 +12,16 @@ The library raises them; only the command line turns them into exit codes.
 
 from typing import ClassVar
 
+from streamquant.quant.printable import visible_lines
+
+LONGEST = 2000
+"""Characters of one part of a message: a stranger's file can fill it with megabytes."""
+
 
 class StreamquantError(Exception):
     """A foreseeable fault, told in five parts, which are attributes of the same names.
+
+    The message is safe to print: what would not be seen is escaped, lines of a part are indented, long parts are cut.
 
     >>> print(StreamquantError("wrong dtype", where="model.safetensors, tensor 'a'", found="I64", required="BF16",
     ...                        hint="convert it first"))
@@ -38,8 +45,16 @@ class StreamquantError(Exception):
     ) -> None:
         self.what, self.where, self.found, self.required, self.hint = what, where, found, required, hint
         parts = [("where", where), ("found", found), ("required", required), ("to do", hint)]
-        lines = [f"  {label + ':':<9} {value}" for label, value in parts if value is not None]
-        super().__init__("\n".join([what, *lines]))
+        lines = [f"  {label + ':':<9} {_shown(value)}" for label, value in parts if value is not None]
+        super().__init__("\n".join([_shown(what), *lines]))
+
+
+def _shown(part: object) -> str:
+    """A part as the message has it. Its further lines stand below its first, so that none passes for another part."""
+    text = str(part)
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}... ({len(text) - LONGEST:,} more characters)"
+    return visible_lines(text).replace("\n", "\n" + " " * 12)
 
 
 class UsageError(StreamquantError):

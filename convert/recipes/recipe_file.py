@@ -24,6 +24,7 @@ import yaml
 from streamquant.convert.recipes.overrides import Overrides, parse_overrides
 from streamquant.files.strict_yaml import read_yaml
 from streamquant.quant.errors import UsageError
+from streamquant.quant.printable import visible_lines
 
 KEYS = (
     *("label", "base", "note", "tensor-type", "output-tensor-type", "token-embedding-type"),
@@ -48,7 +49,10 @@ class RecipeFile:
 
     def yaml(self) -> str:
         """The text of the file."""
-        return yaml.safe_dump(self.record(), sort_keys=False, allow_unicode=True, width=110)
+        text = yaml.safe_dump(self.record(), sort_keys=False, allow_unicode=True, width=110)
+        if visible_lines(text) == text:
+            return text
+        return yaml.safe_dump(self.record(), sort_keys=False, allow_unicode=False, width=110)  # with escapes
 
 
 def read_recipe(path: Path) -> RecipeFile:

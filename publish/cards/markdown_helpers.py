@@ -9,7 +9,8 @@ from huggingface_hub import constants
 
 from streamquant.convert.manifest import ManifestFile
 from streamquant.publish.cards.prompts import PromptFormat
-from streamquant.validate.report.text import Markdown, code, markdown, visible
+from streamquant.quant.printable import visible
+from streamquant.validate.report.text import Markdown, code, markdown
 
 HUB = constants.HUGGINGFACE_CO_URL_HOME.rstrip("/")
 """For links of a card, whatever HF_ENDPOINT says where it is made."""

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from streamquant.cli import convert, formats, imatrix, publish, readback, validate
-from streamquant.cli.console import error_console, print_result
+from streamquant.cli.console import guarded_streams, print_result, say
 from streamquant.quant.errors import StreamquantError
 
 app = typer.Typer(
@@ -62,13 +62,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     gc.freeze()  # what was imported stays, and a vocabulary of 400,000 strings is no garbage either:
     gc.set_threshold(200_000, 20, 100)  # walking them again and again costs a tenth of a second
-    try:
-        app()
-    except StreamquantError as error:
-        error_console.print(f"error: {error}", markup=False, highlight=False)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.exit(1)
+    with guarded_streams():
+        try:
+            app()
+        except StreamquantError as error:
+            say(f"error: {error}")
+            sys.exit(error.exit_code)
+        except BrokenPipeError:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

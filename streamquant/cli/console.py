@@ -1,35 +1,142 @@
-"""What a person reads on the terminal: tables and JSON on standard output, notes and progress on standard error."""
+"""The one printer: tables and JSON on standard output; errors, notes and progress on standard error.
 
+What is printed holds strangers' names, keys and values, which can hold escape sequences (OSC 52 writes the clipboard,
+CSI 2J clears the screen), markup of rich, and marks that turn text around. Here every character that is not seen
+becomes an escape, and no text is markup. Nothing else prints: tests/attacks/test_terminal.py sees to it.
+"""
+
+import contextlib
+import io
 import json
 import sys
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import IO, Any, TextIO, cast
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from streamquant.quant.printable import visible_json, visible_lines
 
 WIDE = 160
 """Columns of tables that go into a file or a pipe."""
 INTERRUPTED = 130
 """The exit code after Ctrl-C or SIGTERM."""
-out_console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
-error_console = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else WIDE)
+
+
+class Printer(Console):
+    """rich's console for text of strangers. Colours and the movements of a progress bar are its own."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        width = None if stream.isatty() else WIDE
+        super().__init__(stderr=stderr, soft_wrap=True, markup=False, emoji=False, width=width)
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream itself, also where libraries that write to it meet the guard."""
+        found = super().file
+        return found.stream if isinstance(found, _Guard) else found
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text of a string, as it is measured and printed."""
+        return super().render_str(visible_lines(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Everything that is printed passes here, the cells of tables too."""
+        if isinstance(renderable, Text):
+            renderable = _visible_text(renderable)  # before its lines are laid out
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else visible_lines(segment.text)
+            yield segment if text == segment.text else Segment(text, segment.style)
+
+
+def _visible_text(text: Text) -> Text:
+    """A text with characters that are not seen as escapes; its styles stay, if a little to the left."""
+    plain = visible_lines(text.plain)
+    if plain != text.plain:
+        text = text.copy()
+        text.plain = plain
+    return text
+
+
+class _Guard(io.TextIOBase):
+    """Standard error for libraries: their warnings, logs and tracebacks quote strangers' text, and are printed here."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self._line = stream, ""
+
+    def write(self, text: str) -> int:
+        """Print every line that is complete."""
+        whole, newline, self._line = (self._line + text).rpartition("\n")
+        if newline:
+            say(whole)
+        return len(text)
+
+    def flush(self) -> None:
+        """Print what there is of a line."""
+        line, self._line = self._line, ""
+        if line:
+            error_console.print(line, end="", highlight=False)
+
+    def fileno(self) -> int:
+        """That of the stream."""
+        return self.stream.fileno()
+
+    def isatty(self) -> bool:
+        """False: a library that draws would draw with escape sequences."""
+        return False
+
+
+out_console = Printer(stderr=False)
+error_console = Printer(stderr=True)
+
+
+@contextlib.contextmanager
+def guarded_streams() -> Iterator[None]:
+    """Inside, sys.stderr is guarded, and what a stream's encoding lacks is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    before = sys.stderr
+    sys.stderr = cast("TextIO", _Guard(before))
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = before
 
 
 def print_result(value: Any) -> None:
     """Print a dict or a list as JSON, anything else as rich renders it."""
     if isinstance(value, dict | list):
-        sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+        out_console.file.write(visible_json(json.dumps(value, indent=1, ensure_ascii=False, default=str)) + "\n")
     else:
         out_console.print(value)
 
 
 def print_line(text: object) -> None:
-    """Print a line as it is to standard output."""
-    out_console.print(str(text), markup=False, highlight=False)
+    """Print a line to standard output."""
+    out_console.print(str(text), highlight=False)
+
+
+def print_text(text: str) -> None:
+    """Print lines, which end with LF, to standard output."""
+    out_console.file.write(visible_lines(text))
 
 
 def say(text: object) -> None:
-    """Print a line as it is to standard error."""
-    error_console.print(str(text), markup=False, highlight=False)
+    """Print a line to standard error."""
+    error_console.print(str(text), highlight=False)
+
+
+def say_view(view: RenderableType) -> None:
+    """Print what rich renders to standard error."""
+    error_console.print(view)
 
 
 def say_note(text: str) -> None:

@@ -8,7 +8,7 @@ import typer
 
 import streamquant
 from streamquant.cli.arguments import AsJson, Device, Jobs, Model, RecipeFiles, SpoolGib, Tensors, To
-from streamquant.cli.console import error_console, out_console, print_result
+from streamquant.cli.console import print_line, print_result, say_view
 from streamquant.cli.conversion_options import NOTHING, CommandLine, takes_conversion_options
 from streamquant.cli.progress import console_listener
 from streamquant.cli.publish import say_pushed
@@ -110,7 +110,7 @@ def convert_command(
         from streamquant.convert.run.device import choose_device, with_notes
 
         disk = streamquant.disk_use(plan, run, delete_after_upload=delete_after_upload)
-        error_console.print(plan_view(with_notes(plan, choose_device(run.device)), run.jobs, disk))
+        say_view(plan_view(with_notes(plan, choose_device(run.device)), run.jobs, disk))
 
     with console_listener(on_plan=show) as listener:
         pushed: tuple[Pushed, ...] = ()
@@ -121,9 +121,9 @@ def convert_command(
     for variant in done.plan.variants:
         state = "was done already" if variant.recipe.spec in done.already_done else "done"
         size = human_bytes(done.plan.variant_bytes(variant))
-        out_console.print(f"{variant.recipe.spec}: {state}, {size} in {out / variant.folder}", highlight=False)
+        print_line(f"{variant.recipe.spec}: {state}, {size} in {out / variant.folder}")
     if done.resumed_chunks:
-        out_console.print(f"resumed: {done.resumed_chunks} of {len(done.plan.chunks)} chunks were written before")
+        print_line(f"resumed: {done.resumed_chunks} of {len(done.plan.chunks)} chunks were written before")
     say_pushed(pushed)
 
 

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from streamquant.cli.console import INTERRUPTED, error_console, print_line, say_note, say_waiting
+from streamquant.cli.console import INTERRUPTED, error_console, print_line, say, say_note, say_waiting
 from streamquant.files.listener import Listener, Unit
 
 if TYPE_CHECKING:
@@ -91,12 +91,17 @@ def console_listener(
     hint: str = "run the same command again to continue", on_plan: "Callable[[Plan], None]" = lambda _plan: None
 ) -> Iterator[ConsoleListener]:
     """The listener of a command. Ctrl-C inside ends the command with exit code 130 and `hint`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), _AmountColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), _AmountColumn(), TimeRemainingColumn())
     try:
         with Progress(
-            *columns, console=error_console, disable=not error_console.is_terminal, transient=True
+            *columns,
+            console=error_console,
+            disable=not error_console.is_terminal,
+            transient=True,
+            redirect_stdout=False,  # what libraries write passes the guard of console.py
+            redirect_stderr=False,
         ) as progress:
             yield ConsoleListener(progress, on_plan)
     except KeyboardInterrupt:
-        error_console.print(f"interrupted; {hint}", markup=False)
+        say(f"interrupted; {hint}")
         raise typer.Exit(INTERRUPTED) from None

@@ -1,6 +1,5 @@
 """`inspect`, `verify` and `recipe`: what is in a file."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,7 @@ import typer
 
 import streamquant
 from streamquant.cli.arguments import AsJson, Tensors
-from streamquant.cli.console import print_result, say_note
+from streamquant.cli.console import print_result, print_text, say_note
 from streamquant.cli.progress import console_listener
 from streamquant.quant.errors import UsageError
 
@@ -75,7 +74,7 @@ def recipe_command(
     for note in found.notes:
         say_note(note)
     if out is None:
-        sys.stdout.write(text)
+        print_text(text)
     else:
         try:
             write_atomically(out, text.encode())

@@ -7,8 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from streamquant.files.records import to_json
+from streamquant.quant.printable import visible
 from streamquant.validate.report.data import ChatCheck, Report, VariantReport
-from streamquant.validate.report.text import MISSING, visible
+from streamquant.validate.report.text import MISSING
 from streamquant.validate.report.view import cell, grouped, make_view, wrong_chats
 from streamquant.validate.sections import SECTIONS
 

@@ -13,11 +13,11 @@ from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import explain, write_atomically
 from streamquant.model.problem import Problem
 from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.quant.printable import visible
 from streamquant.validate.engines.agreement import EngineAgreement
 from streamquant.validate.gates import GateResult, Gates, failed
 from streamquant.validate.logits.comparison import Comparison, VariantResult
 from streamquant.validate.readback.measured_files import MeasuredFile
-from streamquant.validate.report.text import visible
 from streamquant.validate.sections import Section
 from streamquant.validate.text.behaviour import BehaviourReport
 from streamquant.validate.text.chat import ChatReport

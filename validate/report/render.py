@@ -8,8 +8,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from streamquant.files.writing import explain, write_atomically
+from streamquant.quant.printable import visible
 from streamquant.validate.report.plots import Plot, make_plots
-from streamquant.validate.report.text import code, markdown, visible
+from streamquant.validate.report.text import code, markdown
 from streamquant.validate.report.view import HELPERS, make_view
 
 if TYPE_CHECKING:

@@ -2,12 +2,12 @@
 
 import math
 import re
-import unicodedata
 
 from streamquant.files.sizes import human_bytes
+from streamquant.quant.printable import visible
 from streamquant.validate.logits.divergence import Estimate
 
-__all__ = ["code", "error_digits", "estimate", "human_bytes", "markdown", "number", "percent", "visible"]
+__all__ = ["code", "error_digits", "estimate", "human_bytes", "markdown", "number", "percent"]
 
 MISSING = "–"
 
@@ -66,19 +66,6 @@ def percent(value: float | None, digits: int = 3) -> str:
 
 
 # Strangers' text
-
-
-def visible(text: object) -> str:
-    """Control, format and unassigned characters as escapes, so that nothing hides or turns around other text.
-
-    >>> visible("a\\u202eb\\x1b[31m\\n"), visible("né 字 😀")
-    ('a\\\\u202eb\\\\x1b[31m\\\\n', 'né 字 😀')
-    """
-    return "".join(_escape(letter) if unicodedata.category(letter)[0] == "C" else letter for letter in str(text))
-
-
-def _escape(letter: str) -> str:
-    return letter.encode("unicode_escape").decode()
 
 
 _SPECIAL = re.compile(r"[\\`*_\[\]|~#!$&<>@]|://|(?<=www)\.")
