@@ -28,6 +28,7 @@ from streamquant.convert.source.checkpoint import CONFIG, INDEX, Checkpoint
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint, fetch_side_files
 from streamquant.convert.source.open import pin, unpin
 from streamquant.convert.source.shards import LocalShards
+from streamquant.convert.source.side_files import read_side_file
 from streamquant.convert.source.spool import Spool, spool_limit
 from streamquant.files.folders import nearest_folder
 from streamquant.files.listener import SILENT, Listener
@@ -241,10 +242,8 @@ def _write_checkpoint_files(plan: Plan, variant: VariantPlan, out: Path, configs
     folder, source = out / variant.folder, plan.checkpoint.folder
     bos_token = bos_text(_tokenizer_config(plan)) if plan.options.guard_template else None
     for name in plan.checkpoint.side_files:
-        if name == MANIFEST:  # the source's own, of whatever it was made from
-            continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        content = (source / name).read_bytes()
+        content = read_side_file(source, name)
         if plan.options.guard_template:
             content = guard_side_file(name, content, bos_token)
         write_atomically(folder / name, content)

@@ -10,6 +10,7 @@ pre-tokenizer and special tokens, whose texts are about as long as real ones (`s
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,7 @@ def write_shape(shape: Shape, folder: Path, data: Path) -> Path:
             case bytes():
                 path.write_bytes(content)
             case _:
-                path.symlink_to(content)
+                shutil.copyfile(content, path)
     return folder
 
 

@@ -19,7 +19,8 @@ from streamquant.convert.recipes.container import GGUF, SAFETENSORS, Container
 from streamquant.convert.recipes.mix import UNQUANTIZED
 from streamquant.convert.recipes.overrides import Overrides
 from streamquant.convert.recipes.recipe import Recipe
-from streamquant.convert.source.checkpoint import Checkpoint
+from streamquant.convert.source.checkpoint import CONFIG, Checkpoint
+from streamquant.convert.source.side_files import check_own
 from streamquant.quant.errors import UsageError
 from streamquant.quant.formats import FORMATS
 
@@ -35,6 +36,7 @@ def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: Conver
     options = options or ConversionOptions()
     if options.name is not None and (not options.name or options.name.startswith(".") or "/" in options.name):
         raise UsageError("name not allowed", found=repr(options.name), required="a plain file name")
+    check_own(checkpoint.folder, (CONFIG, *checkpoint.side_files))
     model = describe(checkpoint.config)
     model.match({name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     draft = Draft(checkpoint, model, options, PlannedImportance(options.imatrix, model))

@@ -6,12 +6,13 @@ folder is ever written. A checkpoint of the Hub is the same thing: convert/sourc
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from streamquant.convert.architectures.names import model_name, renaming_note
+from streamquant.convert.source.side_files import SIDE_FOLDERS, is_side_file
 from streamquant.files.safetensors_file import SafetensorsTensor, read_header
 from streamquant.files.strict_json import read_json_object
 from streamquant.quant.errors import StreamquantError, UsageError
@@ -21,17 +22,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
-WEIGHT_SUFFIXES = frozenset(
-    (
-        *(".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml"),
-        *(".h5", ".msgpack", ".onnx", ".npz", ".npy", ".tflite", ".mlmodel"),
-    )
-)
 MAX_CONFIG = 8 * 1024 * 1024
 """Bytes of config.json: a thousand times the usual; small values take a hundred times their text in memory."""
-MAX_SIDE_FILE = 128 * 1024 * 1024
-"""Larger files without a known suffix hold weights, whatever they are called."""
-SIDE_FOLDERS = ("additional_chat_templates",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,20 +317,16 @@ def _other_files(folder: Path, known: set[str]) -> tuple[tuple[str, ...], tuple[
         if path.name in known or path.name.startswith("."):
             continue
         if path.is_dir():
-            if path.name in SIDE_FOLDERS:
-                side += [f"{path.name}/{child.name}" for child in sorted(path.iterdir()) if _is_side_file(child)]
-            else:
-                ignored.append(f"{path.name}/")
+            found = _side_files_in(folder, sorted(path.iterdir())) if SIDE_FOLDERS.fullmatch(path.name) else []
+            side += found
+            ignored += [] if found else [f"{path.name}/"]
         else:
-            (side if _is_side_file(path) else ignored).append(path.name)
+            found = _side_files_in(folder, [path])
+            side += found
+            ignored += [] if found else [path.name]
     return tuple(side), tuple(ignored)
 
 
-def _is_side_file(path: Path) -> bool:
-    return path.is_file() and may_be_side_file(path.name, path.stat().st_size)
-
-
-def may_be_side_file(name: str, size: int) -> bool:
-    """Whether a file of this name and size belongs to a model and holds no weights."""
-    holds_weights = Path(name).suffix.lower() in WEIGHT_SUFFIXES or name.endswith(".index.json")
-    return not holds_weights and size <= MAX_SIDE_FILE
+def _side_files_in(folder: Path, paths: Iterable[Path]) -> list[str]:
+    names = [(path, path.relative_to(folder).as_posix()) for path in paths]
+    return [name for path, name in names if path.is_file() and is_side_file(name, path.stat().st_size)]

@@ -13,21 +13,20 @@ from streamquant.convert.source.checkpoint import (
     CONFIG,
     INDEX,
     MAX_CONFIG,
-    SIDE_FOLDERS,
     SINGLE_FILE,
     Checkpoint,
     SourceFile,
     collect_tensors,
-    may_be_side_file,
     read_config,
     read_weight_map,
     reading_notes,
 )
+from streamquant.convert.source.side_files import is_side_file
 from streamquant.files.folders import cache_folder
 from streamquant.files.listener import SILENT
 from streamquant.files.safetensors_file import SafetensorsTensor, header_length, parse_header
 from streamquant.files.strict_json import MAX_BYTES
-from streamquant.hub.repo import HubFile, HubRepo
+from streamquant.hub.repo import HubRepo
 from streamquant.quant.errors import StreamquantError
 
 FIRST_BYTES = 8 * 1024
@@ -184,15 +183,8 @@ def _other_files(repo: HubRepo) -> tuple[tuple[str, ...], tuple[str, ...]]:
         top, _, rest = name.partition("/")
         if name in (CONFIG, INDEX) or top.startswith(".") or name.endswith(".safetensors"):
             continue
-        if _is_side_file(file, top, rest):
+        if is_side_file(name, file.size):
             side.append(name)
         else:
             ignored.add(f"{top}/" if rest else name)
-    return tuple(side), tuple(sorted(ignored))
-
-
-def _is_side_file(file: HubFile, top: str, rest: str) -> bool:
-    plain = top not in ("", ".", "..") and file.path.isprintable() and "\\" not in file.path
-    if rest:
-        plain = plain and top in SIDE_FOLDERS and "/" not in rest and rest not in ("", ".", "..")
-    return plain and may_be_side_file(rest or top, file.size)
+    return tuple(side), tuple(sorted(ignored - {f"{name.partition('/')[0]}/" for name in side if "/" in name}))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from streamquant.convert.source.checkpoint import CONFIG, INDEX, Checkpoint
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint, model_folder
+from streamquant.convert.source.side_files import SNAPSHOTS
 from streamquant.files.folders import nearest_folder
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.sizes import human_bytes
@@ -81,7 +82,7 @@ def _names(checkpoint: HubCheckpoint) -> list[str]:
 
 
 def _linked(repo: HubRepo, names: Sequence[str]) -> Path:
-    folder = model_folder(repo, "snapshots")
+    folder = model_folder(repo, SNAPSHOTS)
     try:
         for file in names:
             cached, link = repo.cached(file), folder / file

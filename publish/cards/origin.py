@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamquant.convert.manifest import MANIFEST, read_manifest
+from streamquant.convert.source.side_files import is_own
 from streamquant.files.gguf_file import read_header
 from streamquant.files.strict_json import read_json_object
 from streamquant.publish.cards.base_card import BaseCard, base_card, read_base_card
@@ -74,9 +75,9 @@ def find_origin(folder: VariantFolder, source: Path | None) -> Origin:
 def base_card_of(folder: Path) -> Path | None:
     """The original's card in a folder: kept under another name, or in place."""
     kept, card = folder / BASE_CARD, folder / CARD
-    if kept.is_file():
+    if kept.is_file() and is_own(folder, kept):
         return kept
-    return card if card.is_file() and not is_ours(card) else None
+    return card if card.is_file() and is_own(folder, card) and not is_ours(card) else None
 
 
 def card_before(folder: Path) -> BaseCard:

@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from streamquant.convert.manifest import MANIFEST, ManifestFile
 from streamquant.convert.run.journal import WORK_FOLDER
 from streamquant.convert.run.output_files import PARTIAL
-from streamquant.convert.source.checkpoint import CONFIG, INDEX, SIDE_FOLDERS, may_be_side_file
+from streamquant.convert.source.checkpoint import CONFIG, INDEX
+from streamquant.convert.source.side_files import is_side_file
 from streamquant.files.hashing import READ_BYTES
 from streamquant.hub.outgoing import Outgoing
 from streamquant.publish.cards.origin import BASE_CARD
@@ -174,11 +175,8 @@ def _report_is_public(folder: Path) -> bool:
 
 
 def _is_side_file(path: Path, name: str) -> bool:
-    """Whether a file belongs to a checkpoint, by the rule that convert takes it over (convert/source/checkpoint.py)."""
-    if name in (CONFIG, INDEX):
-        return True
-    folder, _, base = name.rpartition("/")
-    return folder in ("", *SIDE_FOLDERS) and may_be_side_file(base, path.stat().st_size)
+    """Whether a file belongs to a checkpoint, by the rule that convert takes it over (convert/source/side_files.py)."""
+    return name in (CONFIG, INDEX) or is_side_file(name, path.stat().st_size)
 
 
 def _matrix(sha256: str, path: Path) -> Outgoing:

@@ -123,13 +123,13 @@ def test_revisions(model: Path, hub: Hub) -> None:
     repo = hub.add_repo(REPO, model)
     first = commit_of(repo).oid
     repo.tags["v1"] = repo.branches["branch"] = first
-    second = repo.add_commit({"note.txt": b"2"}, revision="branch").oid
-    third = repo.add_commit(files(model, note__txt=b"3"), revision="refs/pr/1").oid
-    fourth = repo.add_commit({"note.txt": b"4"}).oid
+    second = repo.add_commit({"NOTICE.txt": b"2"}, revision="branch").oid
+    third = repo.add_commit(files(model, NOTICE__txt=b"3"), revision="refs/pr/1").oid
+    fourth = repo.add_commit({"NOTICE.txt": b"4"}).oid
     expected = {"main": fourth, "v1": first, "branch": second, "refs/pr/1": third, first: first}
     assert {name: open_repo(REPO, name).commit for name in expected} == expected
-    assert "note.txt" in open_source(f"{REPO}@branch").side_files
-    assert "note.txt" not in open_source(f"{REPO}@v1").side_files
+    assert "NOTICE.txt" in open_source(f"{REPO}@branch").side_files
+    assert "NOTICE.txt" not in open_source(f"{REPO}@v1").side_files
 
 
 def test_everything_is_read_at_the_one_commit(model: Path, hub: Hub) -> None:
