@@ -17,6 +17,7 @@ from typing import Any
 
 from streamquant.convert.options import ConversionOptions, parse_options
 from streamquant.convert.plan.records import OutputTensor, Plan, VariantPlan
+from streamquant.convert.recipes.block_runtimes import BlockRuntimes, parse_block_runtimes
 from streamquant.convert.recipes.imatrix import ImatrixRecord, parse_imatrix
 from streamquant.convert.recipes.recipe import Recipe, parse_variants, recipe_of
 from streamquant.convert.recipes.recipe_file import parse_recipe
@@ -122,6 +123,8 @@ class ManifestVariant:
     dropped: tuple[str, ...]
     """Source tensors that the variant does not hold."""
     tensors: tuple[ManifestTensor, ...]
+    blocks: BlockRuntimes | None = None
+    """Which programs run it, where its weights have a scale for each block; earlier manifests do not say."""
 
     @property
     def nbytes(self) -> int:
@@ -143,6 +146,7 @@ class ManifestVariant:
             "options": self.options.record() | {"imatrix": imatrix},
             "versions": dict(self.versions),
             "bits_per_weight": self.bits_per_weight,
+            **({"runtimes": self.blocks.json()} if self.blocks is not None else {}),
             "files": [asdict(file) for file in self.files],
             "generated": list(self.generated),
             "dropped": list(self.dropped),
@@ -259,6 +263,7 @@ def _parse_variant(spec: str, record: JsonRecord) -> ManifestVariant:
         generated=record.texts("generated"),
         dropped=record.texts("dropped"),
         tensors=tuple(_parse_tensor(tensor) for tensor in record.objects("tensors")),
+        blocks=None if record.take("runtimes") is None else parse_block_runtimes(record.object("runtimes")),
     )
 
 
@@ -392,6 +397,7 @@ def _variant(plan: Plan, variant: VariantPlan, written: Written) -> ManifestVari
         generated=variant.generated,
         dropped=variant.dropped,
         tensors=tuple(_tensor(plan, variant, tensor, written) for tensor in variant.tensors),
+        blocks=variant.blocks,
     )
 
 

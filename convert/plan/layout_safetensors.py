@@ -2,6 +2,7 @@
 
 from streamquant.convert.plan.layout import Entry, Layout, split
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
+from streamquant.convert.recipes.block_runtimes import BlockRuntimes, block_runtimes
 from streamquant.convert.recipes.mix import Choice
 from streamquant.convert.recipes.recipe import Recipe
 from streamquant.files import safetensors_file
@@ -18,19 +19,17 @@ class SafetensorsLayout(Layout):
         tensors: list[OutputTensor] = []
         for path, group in self._shards(recipe):
             tensors += self._place(f"{folder}/{path}", group)
-        self._note_ragged_blocks(recipe, tensors)
-        return VariantPlan(recipe, folder, tuple(range(first, len(self.draft.files))), tuple(tensors), (), ())
+        blocks = self._block_runtimes(tensors)
+        if blocks is not None:
+            self.draft.notes.append(blocks.note(recipe.spec))
+        paths = tuple(range(first, len(self.draft.files)))
+        return VariantPlan(recipe, folder, paths, tuple(tensors), (), (), blocks=blocks)
 
-    def _note_ragged_blocks(self, recipe: Recipe, tensors: list[OutputTensor]) -> None:
-        """Say so where a runtime cannot group the activations: compressed-tensors refuses, vLLM pads or refuses."""
+    def _block_runtimes(self, tensors: list[OutputTensor]) -> BlockRuntimes | None:
+        """Which programs run the variant, where tensors have a scale for each block; None where none has."""
         source = self.draft.checkpoint.tensors
-        ragged = [t for t in tensors if FORMATS[t.format].pads_rows and source[t.source].row_length % 128]
-        if ragged:
-            width = source[ragged[0].source].row_length
-            self.draft.notes.append(
-                f"{recipe.spec}: rows of {len(ragged)} tensors are not a multiple of 128 ({width}); the weights are"
-                " stored as defined, but transformers cannot quantize activations in groups of 128 there"
-            )
+        blocks = {t.source: source[t.source].shape for t in tensors if FORMATS[t.format].pads_rows}
+        return block_runtimes(self.draft.model, blocks) if blocks else None
 
     def _shards(self, recipe: Recipe) -> list[tuple[str, list[Entry]]]:
         """(file name, tensors) of each shard: those of the source, or filled up to --max-shard-size."""

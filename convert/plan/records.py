@@ -13,6 +13,7 @@ from functools import cached_property
 
 from streamquant.convert.architectures import ModelDescription
 from streamquant.convert.options import ConversionOptions
+from streamquant.convert.recipes.block_runtimes import BlockRuntimes
 from streamquant.convert.recipes.overrides import NO_OVERRIDES
 from streamquant.convert.recipes.recipe import Recipe
 from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
@@ -84,6 +85,8 @@ class VariantPlan:
     """Source tensors that this variant does not hold."""
     uses_imatrix: bool = False
     """Whether the importance matrix had a say in it: its keys are in the file, its record in the manifest."""
+    blocks: BlockRuntimes | None = None
+    """Which programs run it, where its weights have a scale for each block."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ def _variant_json(plan: Plan, variant: VariantPlan) -> dict[str, Any]:
         "description": variant.recipe.description,
         "bytes": plan.variant_bytes(variant),
         "bits_per_weight": plan.bits_per_weight(variant),
+        **({"runtimes": variant.blocks.json()} if variant.blocks is not None else {}),
         "files": [
             {
                 "path": plan.files[index].path,
@@ -88,7 +89,8 @@ def plan_view(plan: Plan, jobs: int, disk: Disk | None = None, *, tensors: bool 
     parts: list[RenderableType] = [title, _variants_table(plan), _formats_table(plan)]
     if tensors:
         parts += [_tensors_table(variant) for variant in plan.variants]
-    parts += [Text(f"note: {note}") for note in plan.notes]
+    refused = {v.blocks.note(v.recipe.spec) for v in plan.variants if v.blocks is not None and v.blocks.is_refused}
+    parts += [Text(f"{'warning' if note in refused else 'note'}: {note}") for note in plan.notes]
     memory = human_bytes(plan.memory_bytes(jobs))
     disk = disk or Disk(plan.nbytes)
     parts.append(Text(f"disk needed: {disk}; memory: about {memory} with {jobs} jobs"))

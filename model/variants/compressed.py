@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamquant.convert.architectures import TensorKind, TensorRule
+from streamquant.convert.recipes.block_runtimes import block_runtimes
 from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
 from streamquant.model.activations import E4M3_MULTIPLE, through_e4m3
 from streamquant.model.problem import Problem
@@ -52,6 +53,27 @@ class CompressedVariant(FolderVariant):
             self._add(rule)
         stored = {t.name for module in self._modules.values() for t in module.stored.values()}
         self._note_unexplained(stored | set(self.tensors))
+        self._note_blocks()
+
+    def _note_blocks(self) -> None:
+        """Warn where scales for blocks keep the servers from loading the folder."""
+        shapes: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
+        for name, module in self._modules.items():
+            if module.scheme.weights.strategy == "block":
+                rows, columns = module.scheme.weights.block_structure
+                shapes.setdefault((rows, columns), {})[name] = self.tensors[name].shape
+        for block, weights in shapes.items():
+            runtimes = block_runtimes(self.description, weights, block)
+            if runtimes.is_refused:
+                self.problems.append(
+                    Problem(
+                        "block-shapes",
+                        "warning",
+                        "vLLM and SGLang refuse weights with scales for blocks of these shapes",
+                        found=runtimes.refusal,
+                        required=f"blocks of {block[0]} x {block[1]} within each matrix, or a scale for each channel",
+                    )
+                )
 
     def _read_quantization(self, settings: object) -> Any:
         where = f"{self.path / 'config.json'}, quantization_config"

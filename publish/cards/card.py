@@ -89,7 +89,8 @@ def front_matter(
 ) -> dict[str, Any]:
     """The metadata that the Hub reads; a key without a value is left out."""
     base = options.base_model
-    own = [*_TAGS[folder.container], "quantized", "streamquant"]
+    refused = any(variant.made.blocks is not None and variant.made.blocks.is_refused for variant in folder.variants)
+    own = [tag for tag in _TAGS[folder.container] if not (refused and tag == "vllm")] + ["quantized", "streamquant"]
     own += ["imatrix"] if any(variant.made.imatrix for variant in folder.variants) else []
     own += ["conversational"] if prompts is not None and prompts.prompts else []
     theirs = [tag for tag in card.tags if not _NOT_OURS.search(tag)]

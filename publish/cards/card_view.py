@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from streamquant.convert.recipes.block_runtimes import BlockRuntimes
 from streamquant.files.sizes import human_bytes
 from streamquant.publish.cards import commands
 from streamquant.publish.cards.card_rows import CardRow, Choice, choices_among, make_row, pick_for_examples
@@ -55,6 +56,10 @@ class CardView:
     versions: tuple[tuple[str, str], ...]
     formats: tuple[tuple[str, str], ...]
     """(label, formats with their number of tensors)"""
+    runtimes: tuple[str, ...]
+    """The programs that run the files."""
+    blocks: BlockRuntimes | None
+    """More of them, where weights have a scale for each block."""
 
 
 def make_card_view(folder: VariantFolder, repo: str | None, public: PublicReport | None) -> CardView:
@@ -63,6 +68,7 @@ def make_card_view(folder: VariantFolder, repo: str | None, public: PublicReport
     rows = tuple(make_row(variant, folder, view) for variant in folder.variants)
     measured = [row for row in rows if row.variant.measurement is not None]
     first = measured[0].variant.measurement if measured else None
+    blocks = next((variant.made.blocks for variant in folder.variants if variant.made.blocks is not None), None)
     return CardView(
         title=folder.path.resolve().name if repo is None else repo.partition("/")[2],
         repo=repo,
@@ -81,6 +87,8 @@ def make_card_view(folder: VariantFolder, repo: str | None, public: PublicReport
         guarded=tuple(variant.label for variant in folder.variants if variant.made.options.guard_template),
         versions=_versions(folder.variants),
         formats=tuple((row.variant.label, _formats(row.variant)) for row in rows),
+        runtimes=folder.variants[0].made.recipe.runtimes if blocks is None else blocks.names,
+        blocks=blocks,
     )
 
 
