@@ -1,14 +1,15 @@
 """The tokenizer and the chat templates of a checkpoint as GGUF metadata, equal to what llama.cpp's converter writes."""
 
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import gguf
 
 from streamquant.convert.architectures import VocabularyRules
-from streamquant.convert.metadata.pretokenizer import BYTES, choose_pre, definition_of, group_of
+from streamquant.convert.metadata.pretokenizer import BYTES, choose_pre, definition_of
+from streamquant.convert.metadata.vocabulary_defaults import write_missing
 from streamquant.convert.metadata.vocabulary_files import TokenizerFiles, content_of, read_files
 from streamquant.convert.metadata.vocabulary_special import write_fill_in_the_middle, write_special
 from streamquant.convert.metadata.vocabulary_spm import (
@@ -34,6 +35,17 @@ DEVIATIONS: dict[str, str] = {
     "tokenizer.ggml.add_space_prefix": "byte-fallback tokenizer.json that puts no space before text, and no"
     " add_prefix_space in tokenizer_config.json: the converter writes nothing, so that llama.cpp adds one; here"
     " false.",
+    "tokenizer.ggml.bos_token_id": "no BOS known to the converter, where llama.cpp's default is another token than the"
+    " checkpoint's: id 11 of a byte-level vocabulary, 1 of SentencePiece. Where special_tokens_map.json and"
+    " tokenizer_config.json name different tokens, transformers takes the first and the converter the second.",
+    "tokenizer.ggml.eos_token_id": "the same. The converter reads neither a list of ids nor generation_config.json,"
+    " which transformers prefers to config.json.",
+    "tokenizer.ggml.unknown_token_id": "the same, SentencePiece only; llama.cpp's default is id 0.",
+    "tokenizer.ggml.eot_token_id": "an answer ends at a token at which llama.cpp would not stop by itself.",
+    "tokenizer.ggml.eom_token_id": "the same, for a second such token.",
+    "tokenizer.ggml.add_bos_token": "missing, and llama.cpp would add BOS where the checkpoint's tokenizer adds none.",
+    "tokenizer.ggml.add_eos_token": "true in tokenizer_config.json, and no file names an EOS: the converter writes"
+    " true, and llama.cpp would add id 11; here false.",
     "tokenizer.chat_template": "chat_template null in tokenizer_config.json, or no such file: the converter ignores"
     " chat_template.jinja; here it is written.",
     "tokenizer.chat_templates": "the names are sorted; the converter's order is a Python set's, new in every run.",
@@ -89,8 +101,8 @@ def read_vocabulary(
         writer.kv_data[0].pop(gguf.Keys.Tokenizer.ADD_BOS, None)
         writer.add_add_bos_token(False)
     _check_texts(writer, files)
+    notes += write_missing(writer, files, {} if pieces is None else pieces.own)
     metadata = {key: value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")}
-    notes += _notes_on_bos(files, metadata)
     return Vocabulary(metadata, tuple(dict.fromkeys(notes)))
 
 
@@ -229,14 +241,3 @@ def _check_texts(writer: Any, files: TokenizerFiles) -> None:
                 found=f"{text!r}: ids {owner[text]} and {number}",
             )
         owner[text] = number
-
-
-def _notes_on_bos(files: TokenizerFiles, metadata: Mapping[str, GGUFValue]) -> Iterable[str]:
-    """Tell where llama.cpp adds BOS of itself and tokenizer.json does not."""
-    if gguf.Keys.Tokenizer.ADD_BOS in metadata or gguf.Keys.Tokenizer.BOS_ID not in metadata or files.backend is None:
-        return
-    bos = metadata[gguf.Keys.Tokenizer.BOS_ID].value
-    group = group_of(metadata[gguf.Keys.Tokenizer.PRE].value)
-    adds = metadata[gguf.Keys.Tokenizer.MODEL].value == "llama" or (group is not None and group.adds_bos)
-    if adds and files.backend.encode("a").ids[:1] != [bos]:
-        yield f"llama.cpp adds BOS ({bos}) before every text, tokenizer.json by itself does not"

@@ -23,6 +23,8 @@ class TokenizerFiles:
     backend     the same, loaded by the library tokenizers, with the tokens that transformers would add; None likewise
     config      tokenizer_config.json; {} if there is none
     model       config.json; {} if there is none
+    generation  generation_config.json; {} if there is none
+    special     text by kind (bos, eos ...) of the special tokens that the tokenizer has in transformers
     named       tokens that tokenizer_config.json names as special (bos_token, additional_special_tokens ...)
     notes       what a user should know about the reading
     """
@@ -32,6 +34,8 @@ class TokenizerFiles:
     backend: Tokenizer | None
     config: dict[str, Any]
     model: dict[str, Any]
+    generation: dict[str, Any]
+    special: dict[str, str]
     named: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -50,25 +54,29 @@ def require(value: object, kinds: type | tuple[type, ...], where: str) -> None:
 
 
 def read_files(folder: pathlib.Path, *, vocab_size: int) -> TokenizerFiles:
-    """Read and check tokenizer.json, tokenizer_config.json, special_tokens_map.json and config.json of a folder.
+    """Read and check the files of a folder that say something of its tokenizer: tokenizer.json, tokenizer_config.json,
+    special_tokens_map.json, config.json and generation_config.json.
 
     vocab_size  rows of the embedding; every id must be below it
 
     Raises StreamquantError on broken JSON, wrong types, ids out of range, or files that contradict each other.
     """
     config, model = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json")
     _check_config(config, folder / "tokenizer_config.json")
     _check_special_ids(model, vocab_size, folder / "config.json")
-    named = tuple(
-        dict.fromkeys(_named(config) if config.get("added_tokens_decoder") else _named_with_map(config, folder))
-    )
+    checked_ids(generation.get("eos_token_id"), f"{folder / 'generation_config.json'}, eos_token_id")
+    older = {} if config.get("added_tokens_decoder") else read_json(folder / "special_tokens_map.json")
+    _check_config(older, folder / "special_tokens_map.json")
+    named = tuple(dict.fromkeys([*_named(config), *_named(older)]))
+    special = _special_texts(config) | _special_texts(older)
     tokenizer = read_json(folder / "tokenizer.json") or None
     if tokenizer is None:
-        return TokenizerFiles(folder, None, None, config, model, named, ())
+        return TokenizerFiles(folder, None, None, config, model, generation, special, named, ())
     backend = _load(folder / "tokenizer.json", tokenizer)
     notes = _add_tokens(backend, config, named, folder)
     _check_ids(backend, vocab_size, folder)
-    return TokenizerFiles(folder, tokenizer, backend, config, model, named, notes)
+    return TokenizerFiles(folder, tokenizer, backend, config, model, generation, special, named, notes)
 
 
 def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -102,10 +110,7 @@ def _check_special_ids(model: Mapping[str, Any], vocab_size: int, path: pathlib.
     for part in (model, text):
         for kind in (*SPECIAL_TYPES, "eot", "eom", "prefix", "suffix", "middle"):
             key = f"{kind}_token_id"
-            value = part.get(key)
-            require(value, (int, list, type(None)), f"{path}, {key}")
-            for number in value if isinstance(value, list) else [0 if value is None else value]:
-                require(number, int, f"{path}, {key}")
+            for number in checked_ids(part.get(key), f"{path}, {key}"):
                 if not 0 <= number < vocab_size:
                     raise StreamquantError(
                         "special token id out of range",
@@ -114,6 +119,15 @@ def _check_special_ids(model: Mapping[str, Any], vocab_size: int, path: pathlib.
                         required=f"0 to {vocab_size - 1}, the rows of the embedding",
                         hint="set it to null if the model has no such token",
                     )
+
+
+def checked_ids(value: object, where: str) -> list[int]:
+    """Return token ids as config.json spells them: one, a list, or null. Raises StreamquantError for anything else."""
+    require(value, (int, list, type(None)), where)
+    numbers: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    for number in numbers:
+        require(number, int, where)
+    return numbers
 
 
 def content_of(token: object) -> str | None:
@@ -130,12 +144,10 @@ def _named(config: Mapping[str, Any]) -> Iterator[str]:
     yield from (text for text in map(content_of, values) if text is not None)
 
 
-def _named_with_map(config: Mapping[str, Any], folder: pathlib.Path) -> Iterator[str]:
-    # transformers reads the older special_tokens_map.json only where added_tokens_decoder is missing.
-    yield from _named(config)
-    older = read_json(folder / "special_tokens_map.json")
-    _check_config(older, folder / "special_tokens_map.json")
-    yield from _named(older)
+def _special_texts(config: Mapping[str, Any]) -> dict[str, str]:
+    # transformers reads the older special_tokens_map.json only where added_tokens_decoder is missing; it wins then.
+    found = {kind: content_of(config.get(f"{kind}_token")) for kind in SPECIAL_TYPES}
+    return {kind: text for kind, text in found.items() if text is not None}
 
 
 def _load(path: pathlib.Path, tokenizer: Mapping[str, Any]) -> Tokenizer:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 
-from streamquant.convert.metadata.vocabulary_files import TokenizerFiles, check_text, read_json, require
+from streamquant.convert.metadata.vocabulary_files import TokenizerFiles, check_text, content_of, read_json, require
 from streamquant.quant.errors import StreamquantError
 
 _MAX_TEMPLATE = 4 * 1024 * 1024  # bytes; the longest published templates have 30 kB
@@ -62,6 +62,7 @@ def write_special(writer: Any, files: TokenizerFiles, *, merges: bool) -> Iterab
     with _gguf_warnings() as warned:
         special = _special(files, merges=merges)
         fixed = _follow_template(special, files)
+        notes = (*notes, *_follow_map(special, files))
         special.chat_template = template
         if merges and not special.merges:
             raise StreamquantError("tokenizer.json has no merges", where=str(files.folder / "tokenizer.json"))
@@ -88,6 +89,21 @@ def _follow_template(special: Any, files: TokenizerFiles) -> bool:
     if not isinstance(files.config.get("add_bos_token"), bool) and (not bos or not cls):
         special.add_special_token["bos"] = True
     return True
+
+
+def _follow_map(special: Any, files: TokenizerFiles) -> Iterator[str]:
+    """Take the special tokens from special_tokens_map.json where transformers does and the converter does not."""
+    ids = (
+        {} if files.backend is None else {kind: files.backend.token_to_id(text) for kind, text in files.special.items()}
+    )
+    for kind, text in files.special.items():
+        other, number = content_of(files.config.get(f"{kind}_token")), ids.get(kind)
+        if other not in (None, text) and number is not None:
+            special.special_token_ids[kind] = number
+            yield (
+                f"{kind}_token is {text!r} in special_tokens_map.json and {other!r} in tokenizer_config.json:"
+                " transformers takes the first, and so does this file"
+            )
 
 
 def _leading_token(files: TokenizerFiles) -> str | None:

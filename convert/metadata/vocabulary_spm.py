@@ -8,6 +8,7 @@ tokens score the lower the later their first rule comes, which is how SentencePi
 import json
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gguf import TokenType
@@ -24,12 +25,15 @@ _CONTROL_ENDS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 
 
 class Pieces(NamedTuple):
-    """Token texts, scores (higher merges earlier) and gguf token types, one each per id; notes for the plan."""
+    """Token texts, scores (higher merges earlier) and gguf token types, one each per id; notes for the plan; ids of the
+    special tokens (by kind: bos, eos, unk) that the file itself names.
+    """
 
     tokens: list[str]
     scores: list[float]
     types: list[int]
     notes: tuple[str, ...]
+    own: Mapping[str, int] = MappingProxyType({})
 
 
 def looks_special(text: str) -> bool:
@@ -71,7 +75,8 @@ def pieces_from_model(files: TokenizerFiles, vocab_size: int) -> Pieces | None:
     _overlay(pieces, files)
     unused = sum(text == f"[PAD{i}]" for i, text in enumerate(pieces.tokens))
     notes = (f"vocabulary of {count} pieces from tokenizer.model (SentencePiece)", *_padding_note(unused))
-    return pieces._replace(notes=notes)
+    own = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id()}
+    return pieces._replace(notes=notes, own={kind: number for kind, number in own.items() if number >= 0})
 
 
 def _load(path: Any, *, fallback: bool) -> Any:

@@ -31,6 +31,7 @@ from tests import gguf_peer, synthetic
 from tests.conftest import Shelf, write_small_tokenizer
 from tests.gguf_peer import Job, OutType, read_gguf
 from tests.oracle import ggml_encode
+from tests.tokenizer_folders import edit
 
 pytestmark = pytest.mark.xdist_group("gguf-parity")
 
@@ -133,6 +134,8 @@ class Pairs:
         else:
             del settings["tokenizer"]
             tokenizer = write_small_tokenizer(folder.parent / "tokenizer")
+            # Else llama.cpp adds BOS and Hugging Face does not, where the converter's file differs from ours.
+            edit(tokenizer / "tokenizer_config.json", lambda config: config.update(add_bos_token=True))
         synthetic.write_checkpoint(folder, tokenizer=tokenizer, **settings)
 
     def fixture(self, name: str) -> Path:

@@ -1,21 +1,19 @@
 """The vocabulary of a GGUF against llama.cpp's converter (keys, types, values) and llama.cpp's tokenizer (ids)."""
 
-import json
 import logging
 import pathlib
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
 from examples.smollm2_tokenizer import write_smollm2_tokenizer
-from streamquant.convert.architectures import ARCHITECTURES
 from streamquant.convert.metadata import pretokenizer, vocabulary
-from streamquant.convert.metadata.vocabulary import DEVIATIONS, Vocabulary, read_vocabulary
+from streamquant.convert.metadata.vocabulary import DEVIATIONS, Vocabulary
 from streamquant.convert.metadata.vocabulary_spm import merge_scores
 from streamquant.quant.errors import StreamquantError, UsageError
 from tests.peers import (
@@ -32,191 +30,27 @@ from tests.peers import (
     write_tiny_gguf,
 )
 from tests.smollm2 import find_gguf
+from tests.tokenizer_folders import (
+    Case,
+    byte_fallback,
+    byte_level,
+    edit,
+    gpt2_like,
+    llama3_like,
+    qwen2_like,
+    seed_like,
+    sentencepiece_model,
+    smaug_like,
+    tekken_like,
+    write_case,
+    write_config,
+)
 
-TEXT = """Once there was a fox who could count: 1 22 333 4444. "Don't," said the owl, "we'Ve ALL'd enough!"
-    The fox's answer, in tabs\tand  double  spaces: naïve café, Äpfel, 東京, Москва, 🦊🦊 and 3.14159...
-He'll go; she'd stay. HTTPServer parses camelCase and SNAKE_CASE, x = y[0] + {z};\r\n\r\n\n  The end, the end, the end.
-"""
 TORTURE = [
     *("", " ", "  ", "\n", "\n\n", "\t\n ", "a", "Hello world", " Hello  world ", "don't WE'VE 'tis", "1234567 89"),
     *("naïve café Äpfel", "東京 Москва", "🦊🦙 ‍🌫️", "x=y[0];\r\n\r\n", "The end, the end...", "camelCase SNAKE"),
     pretokenizer.CHECK_TEXT,
 ]
-CONFIG = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 1,
-    "intermediate_size": 64,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e4,
-    "head_dim": 16,
-}
-CLASSES = {
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-    "seed_oss": ("SeedOssForCausalLM", "seed_oss"),
-}
-
-
-class Case(NamedTuple):
-    """A checkpoint folder without weights."""
-
-    folder: pathlib.Path
-    arch: str
-    vocab_size: int
-    pre: str | None = None
-
-    def read(self, **options: Any) -> Vocabulary:
-        rules = ARCHITECTURES[CLASSES[self.arch][0]].llama_cpp.vocabulary
-        return read_vocabulary(self.folder, rules, **{"vocab_size": self.vocab_size, **options})
-
-
-def write_config(folder: pathlib.Path, arch: str, vocab_size: int, **more: Any) -> None:
-    name, kind = CLASSES[arch]
-    config = {"architectures": [name], "model_type": kind, "vocab_size": vocab_size, **CONFIG, **more}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def byte_level(regex: str | None, *, ignore_merges: bool = False, special: tuple[str, ...] = ()) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on TEXT; regex None means GPT-2's, which is built into ByteLevel."""
-    backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)
-    from tokenizers import Regex
-
-    split = [] if regex is None else [pre_tokenizers.Split(Regex(regex), "isolated")]
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, letters])
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, min_frequency=1
-    )
-    backend.train_from_iterator([TEXT], trainer)
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    return backend
-
-
-def lead_with(backend: Tokenizer, text: str) -> None:
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{text} $A", pair=f"{text} $A {text} $B", special_tokens=[(text, backend.token_to_id(text))]
-    )
-
-
-def write_case(
-    folder: pathlib.Path, backend: Tokenizer, arch: str, *, pre: str | None, spare: int = 5, **config: Any
-) -> Case:
-    folder.mkdir(parents=True)
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend", **config}))
-    case = Case(folder, arch, backend.get_vocab_size() + spare, pre)
-    write_config(folder, arch, case.vocab_size)
-    return case
-
-
-def llama3_like(folder: pathlib.Path) -> Case:
-    backend = byte_level(pretokenizer._LLAMA3, ignore_merges=True, special=("<|begin_of_text|>", "<|eot_id|>"))
-    backend.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("▁▁tab", normalized=True)])
-    backend.add_tokens([AddedToken("Ġcall", normalized=False)])
-    lead_with(backend, "<|begin_of_text|>")
-    return write_case(
-        folder,
-        backend,
-        "llama",
-        pre="llama-bpe",
-        bos_token="<|begin_of_text|>",
-        eos_token={"content": "<|eot_id|>", "__type": "AddedToken"},
-        chat_template=[
-            {"name": "default", "template": "{{ messages }}"},
-            {"name": "tool use!", "template": "{{ tools }}"},
-            {"name": "rag", "template": "{{ documents }}"},
-        ],
-    )
-
-
-def qwen2_like(folder: pathlib.Path) -> Case:
-    backend = byte_level(pretokenizer._QWEN2, special=("<|endoftext|>", "<|im_end|>"))
-    backend.normalizer = normalizers.NFC()
-    case = write_case(
-        folder, backend, "qwen2", pre="qwen2", eos_token="<|im_end|>", add_bos_token=False, unk_token="<|new|>"
-    )
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    (folder / "additional_chat_templates").mkdir()
-    for name in ("tool_use", "rag"):
-        (folder / "additional_chat_templates" / f"{name}.jinja").write_text("{{ " + name + " }}")
-    return case
-
-
-def seed_like(folder: pathlib.Path) -> Case:
-    backend = byte_level(pretokenizer._SEED.replace(r"\r\n", "\r\n"), special=("<seed:bos>", "<seed:eos>"))
-    case = write_case(folder, backend, "seed_oss", pre="seed-coder", bos_token="<seed:bos>", eos_token="<seed:eos>")
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    return case
-
-
-def tekken_like(folder: pathlib.Path) -> Case:
-    # No bos_token in the configuration: it is known from the post_processor alone.
-    backend = byte_level(pretokenizer._TEKKEN, ignore_merges=True, special=("<s>", "</s>"))
-    lead_with(backend, "<s>")
-    return write_case(folder, backend, "llama", pre="tekken", eos_token="</s>", add_prefix_space=False)
-
-
-def gpt2_like(folder: pathlib.Path) -> Case:
-    backend = byte_level(None, special=("<|endoftext|>",))
-    case = write_case(folder, backend, "qwen3", pre="gpt-2", spare=0, bos_token="<|endoftext|>")
-    write_config(folder, "qwen3", case.vocab_size, eos_token_id=[400, 1], pad_token_id=400)
-    return case
-
-
-def smaug_like(folder: pathlib.Path) -> Case:
-    """Llama 3's regex without ignore_merges; the second BOS of the configuration is not the one that leads."""
-    backend = byte_level(pretokenizer._LLAMA3, special=("<s>", "<t>"))
-    lead_with(backend, "<t>")
-    return write_case(folder, backend, "llama", pre="smaug-bpe", bos_token="<s>", add_eos_token=True)
-
-
-def sentencepiece_model(folder: pathlib.Path) -> Case:
-    """A SentencePiece model with the vocabulary size of CodeLlama, which has ids of its own."""
-    spm = pytest.importorskip("sentencepiece")
-    folder.mkdir(parents=True)
-    (folder / "text").write_text(TEXT)
-    spm.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=350,
-        model_type="bpe",
-        byte_fallback=True,
-        minloglevel=2,
-    )
-    added = {"400": {"content": "<|call|>"}, "401": {"content": "▁▁▁"}, "2": {"content": "</s>", "special": True}}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": True, "added_tokens_decoder": added}))
-    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 402}))
-    write_config(folder, "llama", 32016, bos_token_id=1, eos_token_id=2)
-    return Case(folder, "llama", 32016)
-
-
-def byte_fallback(folder: pathlib.Path, **config: Any) -> Case:
-    """stories260K's vocabulary with three tokens more: special, plain, and named by the configuration alone."""
-    source = json.loads((DATA / "models" / "stories260K-bf16" / "tokenizer.json").read_text())
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    source["added_tokens"] += [
-        {"id": 512, "content": "<|end|>", "special": True, **flags},
-        {"id": 513, "content": "<think>", "special": False, **flags},
-        {"id": 514, "content": "<named>", "special": False, **flags},
-    ]
-    folder.mkdir(parents=True)
-    (folder / "tokenizer.json").write_text(json.dumps(source))
-    named = {
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "extra_special_tokens": ["<|end|>", "<named>"],
-    }
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "TokenizersBackend", **named, **config})
-    )
-    write_config(folder, "llama", 515, bos_token_id=1, eos_token_id=2)
-    return Case(folder, "llama", 515)
 
 
 def linked(folder: pathlib.Path, source: pathlib.Path, arch: str, vocab_size: int) -> Case:
@@ -290,11 +124,18 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
 @pytest.mark.parametrize("name", [*SYNTHETIC, *REAL, "smollm2"])
 def test_equals_the_reference_converter(shelf: Shelf, name: str) -> None:
     reference, ours = shelf.reference(name), spelled(shelf.ours(name).metadata)
-    deviating = {"stories260K": {"tokenizer.ggml.scores"}, "byte-fallback": {"tokenizer.ggml.scores"}}.get(name, set())
-    assert reference.keys() == ours.keys()
+    deviating = {
+        "stories260K": {"tokenizer.ggml.scores"},
+        "byte-fallback": {"tokenizer.ggml.scores"},
+        "gpt2": {"tokenizer.ggml.eos_token_id"},  # a list in config.json
+        "smaug": {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.add_eos_token"},  # named nowhere, and added
+    }.get(name, set())
+    added = ours.keys() - reference.keys()
+    assert reference.keys() - ours.keys() == set()
+    assert added <= deviating
     if "tokenizer.chat_templates" in reference:
         reference["tokenizer.chat_templates"][1].sort()
-    assert [key for key in reference if reference[key] != ours[key]] == sorted(deviating)
+    assert {key for key in reference if reference[key] != ours[key]} == deviating - added
     assert deviating <= DEVIATIONS.keys()
     assert [kind for kind, _ in reference.values()] == [ours[key][0] for key in reference]
 
@@ -432,7 +273,6 @@ def test_byte_fallback_deviations(tmp_path: pathlib.Path) -> None:
     assert metadata["tokenizer.ggml.tokens"].value[514:516] == ["<named>", "[PAD515]"]
     assert metadata["tokenizer.ggml.token_type"].value[512:516] == [3, 4, 4, 5]
     assert metadata["tokenizer.ggml.add_space_prefix"].value is False
-    assert set(DEVIATIONS) - set(metadata) == {"tokenizer.chat_template", "tokenizer.chat_templates"}
 
 
 @requires_llama_cpp
@@ -475,12 +315,6 @@ def test_null_template_falls_back_to_the_file(tmp_path: pathlib.Path) -> None:
 def test_template_names_are_sorted(shelf: Shelf) -> None:
     assert shelf.ours("llama3").metadata["tokenizer.chat_templates"].value == ["rag", "tool_use_"]
     assert shelf.ours("qwen2").metadata["tokenizer.chat_templates"].value == ["rag", "tool_use"]
-
-
-def test_bos_that_only_llama_cpp_adds_is_told(tmp_path: pathlib.Path) -> None:
-    backend = byte_level(pretokenizer._LLAMA3, ignore_merges=True, special=("<s>",))
-    case = write_case(tmp_path / "x", backend, "llama", pre=None, bos_token="<s>")
-    assert any(note.startswith("llama.cpp adds BOS") for note in case.read().notes)
 
 
 def test_vocabulary_of_small_granite_adds_no_bos(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -528,12 +362,6 @@ def test_import_is_light() -> None:
 
 
 # --- hostile tokenizers ---------------------------------------------------------------------------------------------
-
-
-def edit(path: pathlib.Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 Damage = Callable[[pathlib.Path], object]

@@ -8,6 +8,7 @@ from streamquant.validate.engines.process import EngineProcess
 from streamquant.validate.run import Candidate, ValidationRun, one_line
 from streamquant.validate.sections import Section
 from streamquant.validate.text.chat import compare_chat, folder_templates
+from streamquant.validate.text.special_tokens import check_special_tokens
 from streamquant.validate.text.template_lints import Lint, lint_checkpoint, lint_gguf
 from streamquant.validate.text.tokens import check_token_types, compare_tokens
 
@@ -74,6 +75,7 @@ def _check_tokenizer(
                 candidate.tokens = compare_tokens(source, engine, special, texts)
                 candidate.problems += [Problem("tokens", "error", what) for what in candidate.tokens.problems]
                 candidate.problems += _token_types(candidate, special)
+                candidate.problems += _special_tokens(candidate, engine, source, special)
         if "chat" in wanted:
             with run.section("chat", candidate):
                 candidate.chat = compare_chat(source, engine)
@@ -94,6 +96,16 @@ def _token_types(candidate: Candidate, special: list[tuple[int, str, bool]]) -> 
         return []
     shown = "; ".join(found[:NAMED]) + (f"; and {len(found) - NAMED} more" if len(found) > NAMED else "")
     return [Problem("token-types", "error", "added tokens of another text or type than the original's", found=shown)]
+
+
+def _special_tokens(
+    candidate: Candidate, engine: EngineProcess, source: EngineProcess, special: list[tuple[int, str, bool]]
+) -> list[Problem]:
+    """What a GGUF makes llama.cpp take for BOS, EOS and the end of an answer."""
+    if engine.facts.kind != "llama.cpp":
+        return []
+    found = check_special_tokens(candidate.file, engine.facts, source.path, source.facts, special)
+    return [Problem("special-tokens", "error", what) for what in found]
 
 
 def _lint_problem(lint: Lint) -> Problem:

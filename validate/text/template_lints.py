@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from gguf import TokenType
 
+from streamquant.convert.metadata.vocabulary_defaults import engine_tokens, stop_ids
 from streamquant.files.gguf_file import read_header
 from streamquant.files.strict_json import read_json_object
 from streamquant.validate.engines.engine import Rendered, TemplateRequest
@@ -31,13 +32,6 @@ _GGUF_SAMPLING = {
     "top_p": "general.sampling.top_p",
     "top_k": "general.sampling.top_k",
 }
-# Tokens at which llama.cpp stops by their text, whatever eos_token_id says (src/llama-vocab.cpp, load).
-_LLAMA_CPP_STOPS = frozenset(
-    (
-        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>", "<|eom_id|>"),
-        *("<end_of_turn>", "<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>", "</s>"),
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +89,6 @@ def lint_checkpoint(engine: EngineProcess) -> list[Lint]:
     templates = folder_templates(folder)
     beside, inside = stored_templates(folder)
     generation = _json(folder / "generation_config.json")
-    eos = generation.get("eos_token_id", _json(folder / "config.json").get("eos_token_id"))
     special = {"bos_token": engine.facts.bos, "eos_token": engine.facts.eos}
     subject = _Subject(
         where=folder,
@@ -105,7 +98,7 @@ def lint_checkpoint(engine: EngineProcess) -> list[Lint]:
         special={name: text for name, text in special.items() if text is not None},
         added={text: (number, flag) for number, text, flag in engine.special_tokens()},
         adds_bos=engine.facts.adds_bos,
-        stops=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+        stops=frozenset(stop_ids(_json(folder / "config.json"), generation, folder)),
         sampling=frozenset(name for name in _SAMPLING if generation.get(name) is not None),
         render=_renderer(engine, templates.get("default")),
     )
@@ -122,10 +115,8 @@ def lint_gguf(path: Path, engine: EngineProcess) -> list[Lint]:
     types: list[int] = metadata.get("tokenizer.ggml.token_type", [])
     kinds = {int(TokenType.CONTROL): True, int(TokenType.USER_DEFINED): False}
     added = {tokens[at]: (at, kinds[kind]) for at, kind in enumerate(types[: len(tokens)]) if kind in kinds}
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom")}
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     texts = {f"{name}_token": text for name in ("bos", "eos") if (text := _token(ids[name], tokens)) is not None}
-    stops = {number for name, number in ids.items() if name != "bos" and number is not None}
-    stops |= {number for text, (number, _) in added.items() if text in _LLAMA_CPP_STOPS}
     template = metadata.get("tokenizer.chat_template")
     subject = _Subject(
         where=path,
@@ -135,7 +126,7 @@ def lint_gguf(path: Path, engine: EngineProcess) -> list[Lint]:
         special=texts,
         added=added,
         adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
-        stops=frozenset(stops),
+        stops=engine_tokens(metadata).stops,
         sampling=frozenset(name for name, key in _GGUF_SAMPLING.items() if key in metadata),
         render=_renderer(engine, template if isinstance(template, str) else None),
     )
