@@ -48,6 +48,11 @@ LONGEST_WAIT = 60.0
 """Seconds that a wait is never longer than, unless the server names a time."""
 LONGEST_RETRY_AFTER = 900.0
 """Seconds: a server that asks for more patience than this is not waited for."""
+LONGEST_LIMIT = 7200.0
+"""The same where a limit on how often something is done is waited out: the Hub counts commits by the hour."""
+LIMIT_WAIT = 60.0
+"""Seconds of the first wait for such a limit that names no time; each next wait is twice as long, up to
+LONGEST_RETRY_AFTER."""
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 REFUSALS = 4
 """Times that a storage may refuse a signed address: each attempt asks the Hub for a new one."""
@@ -191,6 +196,8 @@ class Retrying:
     """Ends a wait when it is set; then nothing is tried again."""
     also: frozenset[int] = frozenset()
     """Statuses that are tried again beside the transient errors."""
+    patient: bool = False
+    """Wait out a limit (429) of an hour: others work meanwhile."""
 
 
 def with_retries(call: Callable[[], T], what: str, how: Retrying | None = None) -> T:
@@ -211,9 +218,12 @@ def with_retries(call: Callable[[], T], what: str, how: Retrying | None = None) 
             refusals += refused_by_storage(error)
             expired = refused_by_storage(error) and refusals < REFUSALS
             again = is_transient(error) or status_of(error) in how.also or expired
-            if last or not again or (asked or 0) > LONGEST_RETRY_AFTER:
+            if last or not again or (asked or 0) > (LONGEST_LIMIT if how.patient else LONGEST_RETRY_AFTER):
                 raise
-            wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.5)
+            first, longest = FIRST_WAIT, LONGEST_WAIT
+            if how.patient and asked is None and status_of(error) == 429:
+                first, longest = LIMIT_WAIT, LONGEST_RETRY_AFTER
+            wait = min(longest, first * 2**attempt) * random.uniform(0.5, 1.5)
             seconds = max(asked or 0.0, wait)
             how.listener.waiting(f"{what}: {_short(error)}", seconds)
             if how.stop is None:

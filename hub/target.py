@@ -2,6 +2,7 @@
 
     Target.open()            the repository and the branch exist
     Target.holds()           path -> size and hashes of what is there
+    Target.upload(file)      the content of a file, which no commit names yet
     Target.send(files, ...)  one commit, unless all of it is there; safe to repeat after whatever went wrong
 
 Uploads are huggingface_hub's own: `preupload_lfs_files`, then `create_commit`, by xet where the Hub offers it. What is
@@ -23,7 +24,7 @@ from huggingface_hub.utils._headers import build_hf_headers
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.worker import Stopped
 from streamquant.hub.client import check_name
-from streamquant.hub.errors import Retrying, ask, scrub
+from streamquant.hub.errors import Retrying, ask, scrub, status_of
 from streamquant.hub.outgoing import Addition, Held, Meter, Outgoing
 from streamquant.hub.repo import MAIN
 from streamquant.quant.errors import StreamquantError
@@ -34,6 +35,8 @@ THREADS = 4
 """Files of a commit that are uploaded at once, where xet does not do it by itself."""
 CONFLICT = frozenset({409, 412})
 """Statuses of a commit that came at the same time as another one: it is made again on top of that."""
+NOT_MADE = CONFLICT | {429}
+"""Statuses of a commit that certainly was not made: what was uploaded for it needs no second look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Target:
         self._listener = listener
         self._commits = threading.Lock()
         self._meters: dict[str, Meter] = {}
+        self._uploaded: dict[str, Addition] = {}
         self._pull: int | None = None
 
     def __str__(self) -> str:
@@ -187,54 +191,80 @@ class Target:
 
     def look_up(self, paths: Sequence[str]) -> dict[str, Held]:
         """The same of some files alone."""
-        return self._ask(
-            "checking what arrived", lambda: _held(self.api.get_paths_info(self.repo, list(paths), revision=self._head))
+        return ask(
+            lambda: _held(self.api.get_paths_info(self.repo, list(paths), revision=self._head)),
+            repo=str(self),
+            what="checking what arrived",
+            how=Retrying(self._listener, self.stop, patient=True),
         )
 
     # Sending
+
+    def upload(self, file: Outgoing) -> None:
+        """Upload the content of a file for a later `send`. Not for a pull request that is still to be made.
+
+        Raises StreamquantError; Stopped soon after `stop` is set.
+        """
+        self._sending([file], lambda: self._upload(file))
 
     def send(self, files: Sequence[Outgoing], message: str) -> str:
         """Upload files and make one commit of them; returns the commit, or the head if nothing was new.
 
         Raises StreamquantError; Stopped soon after `stop` is set. Whatever arrived counts for the next call.
         """
-        for file in files:
-            self._meters.setdefault(file.path, Meter(file.size, self._listener, self.stop))
-        what = "uploading " + (files[0].path if len(files) == 1 else f"{len(files)} files")
-        try:
-            oid = ask(
-                lambda: self._send(files, message),
-                repo=str(self),
-                what=what,
-                how=Retrying(self._listener, self.stop, CONFLICT),
-            )
-        except StreamquantError:
-            if self.stop.is_set():
-                raise Stopped from None
-            raise
+        oid = self._sending(files, lambda: self._send(files, message))
         for file in files:
             self._meters.pop(file.path).complete()
         return oid
 
+    def _sending(self, files: Sequence[Outgoing], call: Callable[[], T]) -> T:
+        for file in files:
+            self._meters.setdefault(file.path, Meter(file.size, self._listener, self.stop))
+        what = "uploading " + (files[0].path if len(files) == 1 else f"{len(files)} files")
+        how = Retrying(self._listener, self.stop, CONFLICT, patient=True)
+        try:
+            return ask(call, repo=str(self), what=what, how=how)
+        except StreamquantError:
+            if self.stop.is_set():
+                raise Stopped from None
+            raise
+
+    def _upload(self, file: Outgoing) -> None:
+        addition = Addition.of(file, self._meters[file.path])
+        self.api.preupload_lfs_files(self.repo, [addition], revision=self._head, free_memory=False)
+        self._uploaded[file.path] = addition
+
+    def _addition(self, file: Outgoing) -> Addition:
+        """The operation of a file: that of its upload, or a new one."""
+        if file.path in self._uploaded:
+            return self._uploaded.pop(file.path)
+        return Addition.of(file, self._meters[file.path])
+
     def _send(self, files: Sequence[Outgoing], message: str) -> str:
-        """One attempt. Everything is looked up anew: an earlier one may have got further than its answer told."""
+        """One attempt. Everything but what was just uploaded is looked up anew: an earlier attempt may have got further
+        than its answer told."""
         if self.pull_title is not None and self._pull is None:
             self._find_pull()
         makes_pull = self.pull_title is not None and self._pull is None
-        additions = [Addition.of(file, self._meters[file.path]) for file in files]
+        additions = [self._addition(file) for file in files]
         self.api.preupload_lfs_files(
             self.repo, additions, revision=self._head, create_pr=makes_pull, num_threads=THREADS, free_memory=False
         )
         if self.stop.is_set():
             raise Stopped
-        with self._commits:
-            made = self.api.create_commit(
-                self.repo,
-                additions,
-                commit_message=(makes_pull and self.pull_title) or message,
-                revision=self._head,
-                create_pr=makes_pull,
-            )
+        try:
+            with self._commits:
+                made = self.api.create_commit(
+                    self.repo,
+                    additions,
+                    commit_message=(makes_pull and self.pull_title) or message,
+                    revision=self._head,
+                    create_pr=makes_pull,
+                )
+        except Exception as error:
+            if status_of(error) in NOT_MADE:
+                self._uploaded |= {addition.path_in_repo: addition for addition in additions}
+            raise
         if makes_pull:
             self._pull = made.pr_num
         return str(made.oid)

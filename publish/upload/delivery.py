@@ -5,7 +5,12 @@
 
 What is at its destination is decided by the Hub's own list, by SHA-256: a process that is killed at any moment is
 repeated, and a file that arrived is neither made nor sent again. A local file is deleted only after the Hub has named
-its hash. OUT/.streamquant/uploads.jsonl records what was sent where, for people and for a later look.
+its hash.
+
+A file is uploaded as soon as it is finished; commits join files, since the Hub allows about 128 of them an hour. One is
+made every COMMIT_SECONDS, and earlier when it would free half of the room that files may wait in. A limit is waited out
+while the conversion goes on. Contents that were uploaded and not committed are not sent again by the next run.
+OUT/.streamquant/uploads.jsonl records what was sent where, for people and for a later look.
 """
 
 import contextlib
@@ -29,7 +34,7 @@ from streamquant.hub.background import STOP_SECONDS, abort_xet
 from streamquant.hub.client import connect
 from streamquant.hub.outgoing import Held, Outgoing
 from streamquant.hub.target import Destination, Target
-from streamquant.publish.upload.limits import check_plan
+from streamquant.publish.upload.limits import FILES_IN_COMMIT, check_plan
 from streamquant.publish.upload.options import ROOM, EarlyPush
 from streamquant.publish.upload.push import check_arrived
 from streamquant.publish.upload.selection import name_repositories
@@ -37,6 +42,8 @@ from streamquant.quant.errors import StreamquantError
 
 UPLOADERS = 2
 """Files that are sent at once."""
+COMMIT_SECONDS = 300.0
+"""The longest that an uploaded file waits for the commit that names it."""
 UPLOADS = "uploads.jsonl"
 
 
@@ -46,6 +53,30 @@ class _Waiting:
     file: Path
     size: int
     sha256: str
+
+    @property
+    def folder(self) -> str:
+        """The folder of the plan, which has a repository."""
+        return self.path.partition("/")[0]
+
+    @property
+    def outgoing(self) -> Outgoing:
+        """The file as it is sent."""
+        return Outgoing(self.path.partition("/")[2], self.file, self.size, self.sha256)
+
+
+@dataclass(slots=True)
+class _Uploaded:
+    """Files of a folder that no commit names yet."""
+
+    since: float
+    """time.monotonic() of the first."""
+    files: list[_Waiting]
+
+    @property
+    def nbytes(self) -> int:
+        """Their bytes."""
+        return sum(file.size for file in self.files)
 
 
 class HubDelivery:
@@ -71,7 +102,10 @@ class HubDelivery:
         self._record = UploadRecord(out)
         self._state = threading.Condition()
         self._queue: deque[_Waiting] = deque()
+        self._uploading = 0
+        self._uploaded: dict[str, _Uploaded] = {}
         self._waiting = 0
+        self._finishing = False
         self._error: BaseException | None = None
         self._threads: list[Worker] = []
         self._held: dict[str, dict[str, Held]] = {}
@@ -114,6 +148,8 @@ class HubDelivery:
     def finish(self) -> None:
         """Wait until everything is at the Hub. Raises StreamquantError if an upload failed, Stopped after `stop`."""
         with self._state:
+            self._finishing = True
+            self._state.notify_all()
             while self._waiting > 0:
                 self._raise()
                 self._state.wait(0.2)
@@ -161,46 +197,106 @@ class HubDelivery:
 
     def _start(self) -> None:
         if not self._threads:
-            for number in range(UPLOADERS):
-                thread = Worker(self._work, f"upload-{number}")
-                self._threads.append(thread)
+            self._threads = [Worker(self._upload_all, f"upload-{number}") for number in range(UPLOADERS)]
+            self._threads.append(Worker(self._commit_all, "upload-commits"))
+            for thread in self._threads:
                 thread.start()
+
+    def _ended(self) -> bool:
+        return self._stop.is_set() or self._error is not None
+
+    def _fail(self, error: BaseException) -> None:
+        """Hand an error to those who wait, whatever it is."""
+        with self._state:
+            self._error = self._error or error
+            self._state.notify_all()
 
     def _next(self) -> _Waiting | None:
         with self._state:
-            while not self._queue and not self._stop.is_set() and self._error is None:
+            while not self._queue and not self._ended():
                 self._state.wait()
-            return None if self._stop.is_set() or self._error is not None else self._queue.popleft()
+            if self._ended():
+                return None
+            self._uploading += 1
+            return self._queue.popleft()
 
-    def _work(self) -> None:
+    def _upload_all(self) -> None:
         try:
             while (item := self._next()) is not None:
-                self._deliver(item)
+                there = self.has(item.path, item.size, item.sha256)
+                if there:
+                    self._arrived([item])
+                else:
+                    self._targets[item.folder].upload(item.outgoing)
                 with self._state:
-                    self._waiting -= item.size
+                    self._uploading -= 1
+                    if not there:
+                        now = time.monotonic()
+                        self._uploaded.setdefault(item.folder, _Uploaded(now, [])).files.append(item)
                     self._state.notify_all()
-        except BaseException as error:  # handed to those who wait, whatever it is
-            with self._state:
-                self._error = self._error or error
-                self._state.notify_all()
+        except BaseException as error:
+            self._fail(error)
 
-    def _deliver(self, item: _Waiting) -> None:
-        """One file to the Hub, looked for there, recorded and, if wanted, deleted here."""
-        target, name = self._place(item.path)
-        if not self.has(item.path, item.size, item.sha256):
-            file = Outgoing(name, item.file, item.size, item.sha256)
-            commit = target.send([file], f"Upload {name} with streamquant")
-            check_arrived(target, [file])
+    def _commit_all(self) -> None:
+        try:
+            while (batch := self._next_batch()) is not None:
+                self._commit(batch)
+        except BaseException as error:
+            self._fail(error)
+
+    def _next_batch(self) -> list[_Waiting] | None:
+        """Files of one folder that are committed now, when it is time; None to stop."""
+        with self._state:
+            while not self._ended():
+                folder = self._due()
+                if folder is not None:
+                    uploaded = self._uploaded.pop(folder)
+                    batch, rest = uploaded.files[:FILES_IN_COMMIT], uploaded.files[FILES_IN_COMMIT:]
+                    if rest:
+                        self._uploaded[folder] = _Uploaded(uploaded.since, rest)
+                    return batch
+                self._state.wait(0.2)
+            return None
+
+    def _due(self) -> str | None:
+        """The folder that a commit is made of now, if there is one; the caller holds the lock."""
+        if not self._uploaded:
+            return None
+        oldest, first = min(self._uploaded.items(), key=lambda entry: entry[1].since)
+        largest, _ = max(self._uploaded.items(), key=lambda entry: entry[1].nbytes)
+        if time.monotonic() - first.since >= COMMIT_SECONDS:
+            return oldest
+        if not self._queue and not self._uploading and (self._finishing or self._waiting > self.room):
+            return oldest
+        if 2 * sum(uploaded.nbytes for uploaded in self._uploaded.values()) >= self.room:
+            return largest
+        return next((name for name, found in self._uploaded.items() if len(found.files) >= FILES_IN_COMMIT), None)
+
+    def _commit(self, batch: list[_Waiting]) -> None:
+        """Uploaded files of one folder as a commit, looked for there and recorded."""
+        target, files = self._targets[batch[0].folder], [item.outgoing for item in batch]
+        others = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        commit = target.send(files, f"Upload {files[0].path}{others} with streamquant")
+        check_arrived(target, files)
+        for item, file in zip(batch, files, strict=True):
             with self._listing:
-                self._held[target.repo][name] = Held(item.size, item.sha256, "")
+                self._held[target.repo][file.path] = Held(item.size, item.sha256, "")
             self._record.add(target.repo, commit, item.path, item.size, item.sha256)
-        if self.delete:
-            try:
-                item.file.unlink(missing_ok=True)
-            except OSError as error:
-                raise StreamquantError(
-                    "cannot delete a file that was uploaded", where=str(item.file), found=error.strerror
-                ) from error
+        self._arrived(batch)
+
+    def _arrived(self, batch: list[_Waiting]) -> None:
+        """The Hub has named these files: delete them here, if wanted, and count them no more."""
+        for item in batch:
+            if self.delete:
+                try:
+                    item.file.unlink(missing_ok=True)
+                except OSError as error:
+                    raise StreamquantError(
+                        "cannot delete a file that was uploaded", where=str(item.file), found=error.strerror
+                    ) from error
+        with self._state:
+            self._waiting -= sum(item.size for item in batch)
+            self._state.notify_all()
 
 
 class UploadRecord:

@@ -146,4 +146,4 @@ def say_note(text: str) -> None:
 
 def say_waiting(what: str, seconds: float) -> None:
     """Print what is tried again, and when, to standard error."""
-    say(f"{what}; again in {seconds:.0f} s")
+    say(f"{what}; again in {f'{seconds:.0f} s' if seconds < 180 else f'{seconds / 60:.0f} min'}")

@@ -310,6 +310,22 @@ def test_but_not_for_hours() -> None:
         with_retries(flaky, what="reading")
 
 
+@pytest.mark.parametrize("headers", [{"Retry_After": "3600"}, {}])
+def test_a_limit_of_an_hour_is_waited_out_where_others_work_meanwhile(
+    headers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that names no time: the Hub counts commits by the hour."""
+    waits: list[float] = []
+    monkeypatch.setattr("streamquant.hub.errors.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("streamquant.hub.errors.random.uniform", lambda _low, _high: 1.0)
+    how = Retrying(Hears(waiting=lambda _message, seconds: waits.append(seconds)), patient=True)
+    failures = [answered(429, asked=POST, **headers)] * (1 if headers else errors.ATTEMPTS - 1)
+    assert with_retries(Flaky(*failures), "uploading", how) == 7
+    assert sum(waits) >= 3600
+    with pytest.raises(HfHubHTTPError):
+        with_retries(Flaky(answered(429, asked=POST, Retry_After="86400")), "uploading", how)
+
+
 @pytest.mark.parametrize(
     ("headers", "expected"),
     [

@@ -35,9 +35,9 @@ from streamquant.publish.upload.options import ROOM, EarlyPush, PushOptions
 from streamquant.publish.upload.push import push
 from streamquant.quant.errors import StreamquantError, UsageError
 from tests.conftest import TINY_PRE
-from tests.hub import WRITE_TOKEN, Fault, Hub, lost_commit
+from tests.hub import WRITE_TOKEN, Fault, Hub, Request, lost_commit
 from tests.hub.process import HubProcess
-from tests.publish.hub_client import without_own_commit
+from tests.publish.hub_client import Heard, without_own_commit
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -145,6 +145,115 @@ def test_a_torn_line_is_dropped(tmp_path: Path) -> None:
     assert [json.loads(line)["path"] for line in record.path.read_text().splitlines()] == ["A/x", "A/y"]
 
 
+# Commits
+
+
+def commits_of(hub: Hub) -> list[Request]:
+    return hub.select(method="POST", path="*/commit/*")
+
+
+@pytest.mark.parametrize("delete", [False, True])
+def test_finished_files_share_commits(hub: Hub, tiny: Path, whole: Path, tmp_path: Path, delete: bool) -> None:
+    """The Hub allows 128 commits an hour: one for each repository's weights, and one for what comes last."""
+    out = tmp_path / "out"
+    run(tiny, out, start(tiny, out, delete=delete))
+    assert len(planned(tiny).files) > 10
+    assert len(commits_of(hub)) == 2
+    check_published(hub, out, whole)
+    assert len(commits_of(hub)) == 4
+
+
+def test_half_of_the_room_is_worth_a_commit(hub: Hub, tiny: Path, tmp_path: Path) -> None:
+    out, room = tmp_path / "out", 1_000_000
+    plan = planned(tiny)
+    run(tiny, out, start(tiny, out, room=room))
+    largest = max(file.size for file in plan.files)
+    assert 2 < len(commits_of(hub)) <= 2 + plan.nbytes // (room // 2 - largest)
+    assert len(commits_of(hub)) < len(plan.files)
+    assert weights_of(out) == {}
+
+
+def test_a_file_waits_for_its_commit_no_longer_than_it_may(
+    hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One upload takes long; what is there already is committed and deleted meanwhile."""
+    monkeypatch.setattr(delivery_module, "COMMIT_SECONDS", 0.3)
+    (tmp_path / "Tiny-GGUF").mkdir()
+    delivery = start(tiny, tmp_path)
+    files = [tmp_path / "Tiny-GGUF" / name for name in ("quick.gguf", "slow.gguf")]
+    hub.arm(Fault(method="PUT", delay=4.0, skip=1))
+    for number, file in enumerate(files):
+        content = bytes([number]) * 1000
+        file.write_bytes(content)
+        delivery.take(f"Tiny-GGUF/{file.name}", file, 1000, hashlib.sha256(content).hexdigest())
+        time.sleep(0.2)
+    begin = time.monotonic()
+    while files[0].exists() and time.monotonic() < begin + 3:
+        time.sleep(0.02)
+    assert not files[0].exists()
+    assert files[1].exists()
+    assert "quick.gguf" in hub.repo(GGUF).files("main")
+    delivery.finish()
+    assert not files[1].exists()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_limit_of_commits_is_waited_out_while_the_conversion_goes_on(
+    hub: Hub, tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """429 as the Hub answers to too many commits, with and without the time that it wants: everything is converted and
+    uploaded meanwhile, nothing is deleted before a commit names it, and the user is told."""
+    monkeypatch.setattr(delivery_module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(errors, "LONGEST_RETRY_AFTER", 4.0)
+    monkeypatch.setattr(errors, "LIMIT_WAIT", 6.0)
+    message = "You have exceeded the rate limit for repository commits (128 per hour)."
+    headers = {"Retry-After": "5"} if named else {}
+    hub.arm(Fault(method="POST", path="*/commit/*", status=429, headers=headers, message=message))
+    out, plan, heard = tmp_path / "out", planned(tiny), Heard()
+    wait = EarlyPush("ORG/Tiny", PushOptions(private=True), delete=True)
+    convert(plan, out, RunOptions(jobs=2), delivery=deliver(plan, out, wait, heard))
+    (waited,) = [(what, seconds) for what, seconds in heard.waits if "429" in what]
+    assert waited[0].startswith("uploading ")
+    assert 5 <= waited[1] <= 6 if named else 2 <= waited[1] <= 6
+    refused, *made = commits_of(hub)
+    assert refused.status == 429
+    during = [put for put in hub.select(method="PUT") if refused.started < put.started < made[0].started]
+    assert len(during) >= 5, "the conversion waited as well"
+    assert len(made) < len(plan.files) / 2
+    assert weights_of(out) == {}
+    hub.faults.clear()
+    check_published(hub, out, whole)
+
+
+def test_a_run_that_ends_while_a_limit_is_waited_for(
+    hub: Hub, tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour is a long time: Ctrl-C ends the wait, nothing was deleted, and the next run sends no content again."""
+    limit = hub.arm(Fault(method="POST", path="*/commit/*", status=429, headers={"Retry-After": "3600"}, times=None))
+    out, ended = tmp_path / "out", time.monotonic()
+    delivery = start(tiny, out)
+
+    def stop() -> None:
+        nonlocal ended
+        while not limit.fired:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert len(weights_of(out)) == len(planned(tiny).files), "a file was deleted that no commit names"
+        ended = time.monotonic()
+        delivery.stop()
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    with pytest.raises(Stopped):
+        run(tiny, out, delivery)
+    stopping.join()
+    assert time.monotonic() - ended < 5
+    hub.faults.clear()
+    run(tiny, out, start(tiny, out))
+    assert weights_of(out) == {}
+    check_published(hub, out, whole)
+
+
 # Faults
 
 
@@ -192,8 +301,8 @@ def test_a_file_that_did_not_arrive_is_not_deleted(hub: Hub, tiny: Path, tmp_pat
 
 def test_what_the_hub_lost_is_made_again(hub: Hub, tiny: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    delivery = start(tiny, out)
-    hub.arm(Fault(path="*/Tiny-GGUF/commit/*", status=403, skip=3, times=None))
+    delivery = start(tiny, out, room=1)  # a commit for each file, or nearly so
+    hub.arm(Fault(path="*/Tiny-GGUF/commit/*", status=403, skip=1, times=None))
     with pytest.raises(StreamquantError):
         run(tiny, out, delivery)
     gone = [str(line["path"]) for line in UploadRecord(out).read() if not (out / str(line["path"])).exists()]
