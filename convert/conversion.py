@@ -24,12 +24,13 @@ from streamquant.convert.run.device import choose_device, inner_loop
 from streamquant.convert.run.journal import WORK_FOLDER, Journal
 from streamquant.convert.run.output_files import PARTIAL, partial_of
 from streamquant.convert.run.stream import CONVERTING, RunResources, head_of, run
-from streamquant.convert.source.checkpoint import CONFIG, INDEX, Checkpoint
+from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint, fetch_side_files
 from streamquant.convert.source.open import pin, unpin
 from streamquant.convert.source.shards import LocalShards
 from streamquant.convert.source.side_files import read_side_file
 from streamquant.convert.source.spool import Spool, spool_limit
+from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE
 from streamquant.files.folders import nearest_folder
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.strict_json import read_json_object
@@ -247,7 +248,7 @@ def _write_checkpoint_files(plan: Plan, variant: VariantPlan, out: Path, configs
         if plan.options.guard_template:
             content = guard_side_file(name, content, bos_token)
         write_atomically(folder / name, content)
-    if len(variant.files) > 1:
+    if [Path(plan.files[number].path).name for number in variant.files] != [SINGLE_FILE]:
         write_atomically(folder / INDEX, _json(_index(plan, variant)))
     config = {**plan.checkpoint.config, "quantization_config": configs[variant.recipe.scheme]}
     write_atomically(folder / CONFIG, _json(config))

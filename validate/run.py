@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from streamquant.convert.source.model_folder import name_of
 from streamquant.files.listener import Listener
 from streamquant.model.problem import Problem
 from streamquant.model.variants.open import open_variant
@@ -123,7 +124,7 @@ def open_candidates(paths: Sequence[Path]) -> list[Candidate]:
         except UsageError:
             raise
         except StreamquantError as error:
-            label = path.stem if path.suffix == ".gguf" else path.resolve().name
+            label = path.stem if path.suffix == ".gguf" else name_of(path)
             candidates.append(Candidate(path, label, measured_files(weight_files(path))))
             candidates[-1].unreadable(error)
     files = Counter(candidate.file.resolve() for candidate in candidates)

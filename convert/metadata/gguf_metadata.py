@@ -67,7 +67,9 @@ def gguf_metadata(
     vocabulary = read_vocabulary(
         checkpoint.folder, model.family.llama_cpp.vocabulary, vocab_size=model.vocab_size, pre=pre
     )
-    general = read_model_metadata(checkpoint.folder, parameter_count=parameter_count, overrides=overrides)
+    general = read_model_metadata(
+        checkpoint.folder, parameter_count=parameter_count, overrides=overrides, name=checkpoint.name
+    )
     tokenizer: Mapping[str, Any] = vocabulary.metadata
     guards: tuple[str, ...] = ()
     if guard_template:

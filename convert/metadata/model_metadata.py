@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -56,12 +57,14 @@ def read_model_metadata(
     *,
     parameter_count: int,
     overrides: Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> dict[str, GGUFValue]:
     """Return the general.* keys of a model, as llama.cpp's converter writes them.
 
     folder           the checkpoint: README.md (front matter), config.json, generation_config.json, and its own name
     parameter_count  weights of the model, for general.size_label where the name holds no size
     overrides        GGUF key -> value, instead of what was found (--metadata)
+    name             the name of the model, where it is not that of the folder
 
     general.architecture, .file_type and .quantization_version are left to the caller. The rules are those of the PyPI
     package gguf (gguf.Metadata) and of the converter's prepare_metadata.
@@ -72,7 +75,7 @@ def read_model_metadata(
     path = folder.resolve() if folder.name in ("", "..") else folder.absolute()
     _check_files(path)
     try:
-        metadata = gguf.Metadata.load(None, path, None, parameter_count)
+        metadata = _load(path, name or path.name, parameter_count)
     except Exception as fault:  # what the library cannot read although each file was checked
         raise StreamquantError(
             "cannot read the model card metadata",
@@ -82,10 +85,20 @@ def read_model_metadata(
         ) from fault
     _override(metadata, overrides or {})
     if metadata.name is None:
-        metadata.name = path.name
+        metadata.name = name or path.name
     if metadata.size_label is None and parameter_count > 0:
         metadata.size_label = gguf.size_label(parameter_count, parameter_count, 0, 0)
     return _collect(metadata, path)
+
+
+def _load(path: pathlib.Path, name: str, parameter_count: int) -> Any:
+    """What the library gguf finds, which reads a model's name off its folder's: a link to it has the right one."""
+    if name == path.name:
+        return gguf.Metadata.load(None, path, None, parameter_count)
+    with tempfile.TemporaryDirectory() as folder:
+        link = pathlib.Path(folder, name)
+        link.symlink_to(path)
+        return gguf.Metadata.load(None, link, None, parameter_count)
 
 
 def _collect(metadata: Any, path: pathlib.Path) -> dict[str, GGUFValue]:

@@ -19,8 +19,9 @@ from streamquant.convert.recipes.container import GGUF, SAFETENSORS, Container
 from streamquant.convert.recipes.mix import UNQUANTIZED
 from streamquant.convert.recipes.overrides import Overrides
 from streamquant.convert.recipes.recipe import Recipe
-from streamquant.convert.source.checkpoint import CONFIG, Checkpoint
+from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.side_files import check_own
+from streamquant.convert.source.weights import CONFIG
 from streamquant.quant.errors import UsageError
 from streamquant.quant.formats import FORMATS
 

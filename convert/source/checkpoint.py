@@ -6,21 +6,29 @@ folder is ever written. A checkpoint of the Hub is the same thing: convert/sourc
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from streamquant.convert.architectures.names import model_name, renaming_note
+from streamquant.convert.source.model_folder import name_of
+from streamquant.convert.source.passed_over import passed_over_note
 from streamquant.convert.source.side_files import SIDE_FOLDERS, is_side_file
+from streamquant.convert.source.weights import (
+    ADAPTER,
+    CONFIG,
+    INDEX,
+    SINGLE_FILE,
+    Place,
+    Weights,
+    find_weights,
+    refuse_adapters,
+)
 from streamquant.files.safetensors_file import SafetensorsTensor, read_header
 from streamquant.files.strict_json import read_json_object
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.widen import SOURCE_DTYPES
-
-SINGLE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
 
 MAX_CONFIG = 8 * 1024 * 1024
 """Bytes of config.json: a thousand times the usual; small values take a hundred times their text in memory."""
@@ -87,13 +95,15 @@ class Checkpoint:
     """Files that belong to the model and hold no weights, relative to the folder."""
     ignored_files: tuple[str, ...]
     """Files in the folder that are not part of the checkpoint or hold weights in another form."""
+    given_name: str | None = field(default=None, kw_only=True)
+    """The name of the model, where it is not that of `folder`, which is a real path (model_folder.py)."""
     notes: tuple[str, ...] = field(default=(), kw_only=True)
     """What a user should know about the reading."""
 
     @property
     def name(self) -> str:
-        """The name of the model: that of its folder."""
-        return self.folder.name
+        """The name of the model."""
+        return self.given_name or self.folder.name
 
     @property
     def parameter_count(self) -> int:
@@ -141,19 +151,23 @@ def open_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) ->
             required="a folder with config.json and safetensors",
             hint="download the model first: hf download ORG/MODEL --local-dir DIR",
         )
-    folder = folder.resolve()
-    config = read_config(folder)
-    names, weight_map = read_index(folder)
+    name, folder = name_of(folder), folder.resolve()
+    place = _place(folder)
+    weights = find_weights(place)
+    config = read_json_object(folder / CONFIG, MAX_CONFIG)
     files: list[SourceFile] = []
     stored: dict[str, Collection[SafetensorsTensor]] = {}
-    for name in names:
-        before = stat_shard(folder / name)
-        entries, _, header = read_header(folder / name)
-        files.append(SourceFile(name, before.st_size, before.st_mtime_ns, hashlib.sha256(header).hexdigest()))
-        stored[name] = entries.values()
-    tensors = collect_tensors(stored, weight_map, str(folder), dtypes)
-    side, ignored = _other_files(folder, {*names, INDEX, CONFIG})
-    return Checkpoint(folder, config, tuple(files), tensors, side, ignored, notes=reading_notes(stored))
+    for shard in weights.shards:
+        before = stat_shard(folder / shard)
+        entries, _, header = read_header(folder / shard)
+        files.append(SourceFile(shard, before.st_size, before.st_mtime_ns, hashlib.sha256(header).hexdigest()))
+        stored[shard] = entries.values()
+    tensors = collect_tensors(stored, weights.weight_map, str(folder), dtypes)
+    side, ignored = _other_files(folder, {*weights.shards, INDEX, CONFIG})
+    notes = [*reading_notes(place, weights, stored)]
+    if weights.passed_over:
+        notes.append(passed_over_note(place, folder, stored[SINGLE_FILE]))
+    return Checkpoint(folder, config, tuple(files), tensors, side, ignored, given_name=name, notes=tuple(notes))
 
 
 def collect_tensors(
@@ -175,13 +189,21 @@ def collect_tensors(
         _compare_with_index(weight_map, tensors, where)
     if not tensors:
         raise StreamquantError("checkpoint without tensors", where=where)
+    refuse_adapters(tensors, where)
     return _by_model_name(tensors, where)
 
 
-def reading_notes(stored: Mapping[str, Collection[SafetensorsTensor]]) -> tuple[str, ...]:
-    """What a user should know about the names in the shards."""
+def reading_notes(place: Place, weights: Weights, stored: Mapping[str, Collection[SafetensorsTensor]]) -> Iterator[str]:
+    """What a user should know about the files and names of the weights."""
+    yield from weights.notes
     note = renaming_note(tensor.name for entries in stored.values() for tensor in entries)
-    return () if note is None else (note,)
+    if note is not None:
+        yield note
+    if ADAPTER in place.names:
+        yield (
+            f"{ADAPTER} is left out: the weights of {weights.shards[0]} are converted, whether or not the adapter"
+            " is merged into them"
+        )
 
 
 def _by_model_name(tensors: Mapping[str, SourceTensor], where: str) -> dict[str, SourceTensor]:
@@ -210,61 +232,9 @@ def stat_shard(path: Path) -> os.stat_result:
         ) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder. Raises StreamquantError if there is none, or it is not a JSON object."""
-    if not (folder / CONFIG).is_file():
-        raise StreamquantError(
-            "not a Hugging Face checkpoint", where=str(folder), found="no config.json", required="config.json"
-        )
-    return read_json_object(folder / CONFIG, MAX_CONFIG)
-
-
-def read_index(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The shards in their order and the weight map (tensor name -> file name), None for a checkpoint of one file.
-
-    Raises StreamquantError if there are no weights, or the index is not one or names a file elsewhere.
-    """
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE_FILE).is_file():
-            raise _no_weights(folder)
-        return [SINGLE_FILE], None
-    weight_map = read_weight_map(folder)
-    return sorted(set(weight_map.values())), weight_map
-
-
-def read_weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, by the index of a folder, which is there. Raises StreamquantError as read_index."""
-    weight_map = read_json_object(folder / INDEX).get("weight_map")
-    where = f"{folder / INDEX}, weight_map"
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise StreamquantError("broken index", where=where, required="an object: tensor name -> file name")
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not file.isprintable() or Path(file).name != file or file in ("", ".", ".."):
-            raise StreamquantError(
-                "index names a file outside the checkpoint's folder",
-                where=f"{where}, tensor {tensor!r}",
-                found=repr(file),
-                required="a plain file name",
-            )
-        if not file.endswith(".safetensors"):
-            raise StreamquantError(
-                "index names a file that is not safetensors", where=f"{where}, tensor {tensor!r}", found=file
-            )
-    return weight_map
-
-
-def _no_weights(folder: Path) -> StreamquantError:
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
-    found, hint = "no safetensors", "download the model's weights"
-    if shards:
-        found, hint = f"{', '.join(shards[:3])} without an index", f"download {INDEX}"
-    elif pickles:
-        found = f"{', '.join(pickles[:3])}: pickle files run code when they are loaded and are never read"
-        hint = "convert them to safetensors first"
-    return StreamquantError(
-        "no weights to convert", where=str(folder), found=found, required=f"{SINGLE_FILE} or {INDEX}", hint=hint
-    )
+def _place(folder: Path) -> Place:
+    names = frozenset(path.name for path in folder.iterdir() if path.is_file() or path.is_symlink())
+    return Place(str(folder), names, lambda name: read_json_object(folder / name))
 
 
 def _add(
@@ -282,7 +252,13 @@ def _add(
             hint="streamquant starts from the unquantized checkpoint",
         )
     if stored.start == stored.stop:
-        raise StreamquantError("tensor without weights", where=where, found=f"shape {list(stored.shape)}")
+        raise StreamquantError(
+            "tensor without weights",
+            where=where,
+            found=f"shape {list(stored.shape)}",
+            hint="DeepSpeed ZeRO-3 leaves such tensors where its parts were not gathered: make the model with the"
+            " training checkpoint's zero_to_fp32.py, or save it with stage3_gather_16bit_weights_on_model_save",
+        )
     tensors[stored.name] = SourceTensor(stored.name, stored.dtype, stored.shape, file, stored.start, stored.stop)
 
 

@@ -8,24 +8,22 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from streamquant.convert.source.checkpoint import (
-    CONFIG,
-    INDEX,
     MAX_CONFIG,
-    SINGLE_FILE,
     Checkpoint,
     SourceFile,
     collect_tensors,
-    read_config,
-    read_weight_map,
     reading_notes,
 )
+from streamquant.convert.source.passed_over import BOTH
 from streamquant.convert.source.side_files import is_side_file
+from streamquant.convert.source.weights import CONFIG, INDEX, Place, Weights, find_weights
 from streamquant.files.folders import cache_folder
 from streamquant.files.listener import SILENT
 from streamquant.files.safetensors_file import SafetensorsTensor, header_length, parse_header
-from streamquant.files.strict_json import MAX_BYTES
+from streamquant.files.strict_json import MAX_BYTES, read_json_object
 from streamquant.hub.repo import HubRepo
 from streamquant.quant.errors import StreamquantError
 
@@ -68,14 +66,12 @@ def open_hub_checkpoint(repo: HubRepo) -> HubCheckpoint:
             raise StreamquantError(
                 "JSON file too large", where=f"{repo}/{name}", found=f"{repo.files[name].size:,} bytes", required=most
             )
-    planned = [name for name in (CONFIG, INDEX, *side) if name in repo.files and PurePosixPath(name).suffix in PLANNED]
+    place = _place(repo, folder)
+    weights = _weights(repo, place)
+    planned = [name for name in (CONFIG, *side) if PurePosixPath(name).suffix in PLANNED]
     _fetch(repo, planned, folder)
-    if CONFIG not in repo.files:
-        raise StreamquantError(
-            "not a Hugging Face checkpoint", where=str(repo), found="no config.json", required="config.json"
-        )
-    config = read_config(folder)
-    names, weight_map = _shards(repo, folder)
+    config = read_json_object(folder / CONFIG, MAX_CONFIG)
+    names = weights.shards
     with ThreadPoolExecutor(REQUESTS, thread_name_prefix="headers") as pool:
         headers = dict(zip(names, pool.map(lambda name: _read_header(repo, name), names), strict=True))
     files = []
@@ -84,9 +80,11 @@ def open_hub_checkpoint(repo: HubRepo) -> HubCheckpoint:
         file = repo.file(name)
         stored[name] = list(parse_header(data, file.size, f"{repo}/{name}")[0].values())
         files.append(SourceFile(name, file.size, 0, hashlib.sha256(data).hexdigest(), file.etag))
-    tensors = collect_tensors(stored, weight_map, str(repo))
-    notes = reading_notes(stored)
-    return HubCheckpoint(folder, config, tuple(files), tensors, side, ignored, repo, notes=notes)
+    tensors = collect_tensors(stored, weights.weight_map, str(repo))
+    notes = [*reading_notes(place, weights, stored)]
+    if weights.passed_over:
+        notes.append(f"{BOTH}; what the index names was not looked at")
+    return HubCheckpoint(folder, config, tuple(files), tensors, side, ignored, repo, notes=tuple(notes))
 
 
 def fetch_side_files(checkpoint: HubCheckpoint) -> None:
@@ -140,31 +138,27 @@ def _fetch_one(repo: HubRepo, name: str, folder: Path) -> None:
     ask(fetch, repo=str(repo), what=f"fetching {name}")
 
 
-def _shards(repo: HubRepo, folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The shards, in their order, and the index; all of them are in the repository."""
-    if INDEX not in repo.files:
-        if SINGLE_FILE not in repo.files:
-            weights = sorted(name for name in repo.files if name.endswith((".safetensors", ".bin", ".gguf")))
-            raise StreamquantError(
-                "no weights to convert",
-                where=str(repo),
-                found=", ".join(weights[:3]) or "no safetensors",
-                required=f"{SINGLE_FILE} or {INDEX}",
-                hint="streamquant starts from the unquantized checkpoint, in safetensors",
-            )
-        return [SINGLE_FILE], None
+def _place(repo: HubRepo, folder: Path) -> Place:
+    def read(name: str) -> dict[str, Any]:
+        _fetch(repo, [name], folder)
+        return read_json_object(folder / name)
+
+    return Place(str(repo), frozenset(name for name in repo.files if "/" not in name), read)
+
+
+def _weights(repo: HubRepo, place: Place) -> Weights:
+    """The files of the weights; all of them are in the repository."""
     from huggingface_hub import is_offline_mode
 
-    weight_map = read_weight_map(folder)
-    names = sorted(set(weight_map.values()))
-    if missing := [name for name in names if name not in repo.files]:
+    weights = find_weights(place)
+    if missing := [name for name in weights.shards if name not in repo.files]:
         raise StreamquantError(
             "missing shard",
             where=f"{repo}/{missing[0]}",
-            found=f"{len(missing)} of {len(names)} shards of the index are not in the repository"
+            found=f"{len(missing)} of {len(weights.shards)} shards of the index are not in the repository"
             + (", as far as it is in the local cache" if is_offline_mode() else ""),
         )
-    return names, weight_map
+    return weights
 
 
 def _read_header(repo: HubRepo, name: str) -> bytes:

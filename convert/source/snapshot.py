@@ -5,9 +5,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from streamquant.convert.source.checkpoint import CONFIG, INDEX, Checkpoint
+from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint, model_folder
 from streamquant.convert.source.side_files import SNAPSHOTS
+from streamquant.convert.source.weights import CONFIG, INDEX
 from streamquant.files.folders import nearest_folder
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.sizes import human_bytes

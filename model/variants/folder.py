@@ -31,6 +31,11 @@ class FolderVariant(Variant):
         self.problems = []
         self._tied: bool | None = None
 
+    @property
+    def label(self) -> str:
+        """See Variant.label: the name by which the folder was given."""
+        return self.checkpoint.name
+
     def _ties_head(self) -> bool:
         # transformers ties them if the config says so, unless the two tensors differ; then llama.cpp's way is its way.
         if self._tied is None:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from streamquant.convert.source.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE
 from streamquant.files.gguf_file import first_of_split
 from streamquant.files.safetensors_file import DTYPE_BITS
 from streamquant.model.variants.checkpoint import CheckpointVariant

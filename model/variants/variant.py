@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from streamquant.convert.architectures import ModelDescription
+from streamquant.convert.source.model_folder import name_of
 from streamquant.model.problem import Problem
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Variant(ABC):
     @property
     def label(self) -> str:
         """The name of the folder, or of the file without its suffix."""
-        return self.path.stem if self.path.suffix == ".gguf" else self.path.resolve().name
+        return self.path.stem if self.path.suffix == ".gguf" else name_of(self.path)
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save_file
 
-from streamquant.convert.source.checkpoint import INDEX, SINGLE_FILE, open_checkpoint
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.convert.source.weights import INDEX, SINGLE_FILE
 from streamquant.files.safetensors_file import DTYPE_BITS, MAX_HEADER, read_header, write_header
 from streamquant.files.strict_json import parse_json, read_json, read_json_object
 from streamquant.quant.errors import StreamquantError, UsageError
@@ -340,6 +341,11 @@ def set_index(folder: Path, **entries: Any) -> None:
 NORM = "model.norm.weight"
 
 
+def unlink_all(*paths: Path) -> None:
+    for path in paths:
+        path.unlink()
+
+
 def first_shard(folder: Path) -> Path:
     return shards_of(folder)[0]
 
@@ -419,7 +425,10 @@ CHECKPOINT_FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] =
         ("duplicate key 'a'", INDEX),
     ),
     "the index is nested": (lambda f: index_text(f, DEEP), ("nested too deeply", INDEX)),
-    "there is no index": (lambda f: (f / INDEX).unlink(), ("no weights", "without an index", f"download {INDEX}")),
+    "there is no index, and a shard is missing": (
+        lambda f: unlink_all(f / INDEX, first_shard(f)),
+        ("shards without an index, and not all of them", "model-00001"),
+    ),
     "no config.json": (lambda f: (f / "config.json").unlink(), ("no config.json", "not a Hugging Face checkpoint")),
     "config.json is a list": (
         lambda f: (f / "config.json").write_text("[]"),

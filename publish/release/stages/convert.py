@@ -8,7 +8,7 @@ from pathlib import Path
 from streamquant.convert.conversion import convert
 from streamquant.convert.manifest import MANIFEST, complete_variants, read_manifest
 from streamquant.convert.plan.records import Plan, VariantPlan
-from streamquant.convert.source.checkpoint import CONFIG, INDEX
+from streamquant.convert.source.weights import CONFIG, INDEX
 from streamquant.files.sizes import human_bytes
 from streamquant.files.writing import explain
 from streamquant.publish.release.stages.imatrix import imatrix_for_planning
