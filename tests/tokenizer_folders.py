@@ -181,6 +181,31 @@ def sentencepiece_model(folder: pathlib.Path) -> Case:
     return Case(folder, "llama", 32016)
 
 
+def two_tokenizers(folder: pathlib.Path, special: tuple[str, ...] = (), **config: Any) -> Case:
+    """tokenizer.model, and a tokenizer.json of the same vocabulary with further added tokens, as transformers 5 saves
+    a fine-tune next to the base's tokenizer.model.
+    """
+    sentencepiece_model(folder)
+    (folder / "added_tokens.json").unlink()
+    spm = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    score = {spm.IdToPiece(number): spm.GetScore(number) for number in range(spm.vocab_size())}
+    vocab = {text: number for number, text in enumerate(score)}
+    pairs = [(t[:cut], t[cut:]) for t in vocab for cut in range(1, len(t)) if t[:cut] in vocab and t[cut:] in vocab]
+    merges = sorted(pairs, key=lambda pair: -score["".join(pair)])
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    texts = ("<unk>", "<s>", "</s>", *special)
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+    lead_with(backend, "<s>")
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "TokenizersBackend", "bos_token": "<s>", "unk_token": "<unk>", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    rows = backend.get_vocab_size() + 3
+    write_config(folder, "llama", rows, bos_token_id=1, eos_token_id=2)
+    return Case(folder, "llama", rows)
+
+
 def byte_fallback(folder: pathlib.Path, **config: Any) -> Case:
     """stories260K's vocabulary with three tokens more: special, plain, and named by the configuration alone."""
     source = json.loads((DATA / "models" / "stories260K-bf16" / "tokenizer.json").read_text())

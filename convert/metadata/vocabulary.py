@@ -25,13 +25,17 @@ GGUFValue: TypeAlias = gguf.gguf_writer.GGUFValue
 
 # GGUF keys whose values may differ from those of llama.cpp's converter, and why. Everything else is equal.
 DEVIATIONS: dict[str, str] = {
+    "tokenizer.ggml.model": "tokenizer.model and tokenizer.json have different vocabularies: the converter takes the"
+    " first, transformers the second, and so do all keys of the vocabulary here.",
     "tokenizer.ggml.scores": "byte-fallback tokenizer.json: the converter writes -1000 for all; llama.cpp merges by"
     " score, so its ids would differ from Hugging Face's. Here the scores fall in the order of the merge rules.",
     "tokenizer.ggml.token_type": "byte-fallback tokenizer.json: the converter takes only tokens named in"
     " tokenizer_config.json as CONTROL; here those marked special in tokenizer.json are too, added tokens that replace"
     " a base token are USER_DEFINED, and missing ids are UNUSED.",
     "tokenizer.ggml.tokens": "byte-fallback tokenizer.json with fewer tokens than the embedding has rows: the converter"
-    " writes too few and llama.cpp refuses the file; here [PADn] fills them up, as everywhere else.",
+    " writes too few and llama.cpp refuses the file; here [PADn] fills them up, as everywhere else. tokenizer.model"
+    " beside a tokenizer.json with further added tokens: the converter writes [PADn] for them; here their texts and"
+    " types, with a score of -1000.",
     "tokenizer.ggml.add_space_prefix": "byte-fallback tokenizer.json that puts no space before text, and no"
     " add_prefix_space in tokenizer_config.json: the converter writes nothing, so that llama.cpp adds one; here"
     " false.",
@@ -90,7 +94,8 @@ def read_vocabulary(
     writer = gguf.GGUFWriter(path=None, arch="")
     if rules.add_space_prefix and files.config.get("add_prefix_space") is not None:
         writer.add_add_space_prefix(files.config["add_prefix_space"])
-    pieces = pieces_from_model(files, vocab_size) if rules.sentencepiece else None
+    pieces, told = pieces_from_model(files, vocab_size) if rules.sentencepiece else (None, ())
+    notes += told
     if pieces is not None or _is_byte_fallback(files):
         notes += _write_spm(writer, files, pieces, vocab_size, pre)
     else:
@@ -109,9 +114,10 @@ def read_vocabulary(
 def _refuse_unreadable(files: TokenizerFiles) -> None:
     if files.config.get("tokenizer_class") == "HybridDNATokenizer":
         raise StreamquantError("unknown tokenizer class", where=str(files.folder), found="HybridDNATokenizer")
-    if files.tokenizer is not None or (files.folder / "tokenizer.model").is_file():
-        return
     others = [name for name in ("tekken.json", "vocab.json", "merges.txt") if (files.folder / name).is_file()]
+    # Of tekken.json and tokenizer.model the converter takes the first, which needs the package mistral-common.
+    if files.tokenizer is not None or ("tekken.json" not in others and (files.folder / "tokenizer.model").is_file()):
+        return
     raise StreamquantError(
         "no tokenizer",
         where=str(files.folder),

@@ -242,28 +242,52 @@ def check_text(text: str, where: str) -> None:
 def _add_tokens(
     backend: Tokenizer, config: Mapping[str, Any], named: tuple[str, ...], folder: pathlib.Path
 ) -> tuple[str, ...]:
-    """Add what transformers adds on loading (PreTrainedTokenizerFast.__init__): tokens of tokenizer_config.json."""
+    """Add what transformers adds on loading (PreTrainedTokenizerBase._from_pretrained): the tokens of
+    tokenizer_config.json, and those of the older added_tokens.json where that has no added_tokens_decoder.
+    """
     before = backend.get_vocab(with_added_tokens=True)
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    declared = {token["content"]: int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
-    extra = [
-        AddedToken(token["content"], **{flag: bool(token[flag]) for flag in _FLAGS if flag in token})
-        for _, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-        if token["content"] not in added
-    ]
-    extra += [AddedToken(text, special=True) for text in named if text not in added and text not in declared]
+    place, declared = _declared(config, named, folder)
+    extra = [token for _, token in sorted(declared, key=lambda item: item[0]) if token.content not in added]
+    known = {token.content for _, token in declared}
+    extra += [AddedToken(text, special=True) for text in named if text not in added and text not in known]
     if extra:
         backend.add_tokens(extra)
-    for text, number in declared.items():
-        if backend.token_to_id(text) != number:
+    for number, token in declared:
+        if backend.token_to_id(token.content) != number:
             raise StreamquantError(
-                "tokenizer_config.json and tokenizer.json disagree",
-                where=f"{folder / 'tokenizer_config.json'}, added_tokens_decoder[{str(number)!r}]",
-                found=f"{text!r} with id {number}",
-                required=f"id {backend.token_to_id(text)}, as in tokenizer.json",
+                "two tokenizer files disagree",
+                where=f"{folder / place}, {token.content!r}",
+                found=f"id {number}",
+                required=f"id {backend.token_to_id(token.content)}, as in tokenizer.json",
+                hint="the files are of two versions of the tokenizer: copy both from the same model",
             )
     fresh = [token.content for token in extra if token.content not in before]
-    return tuple(f"token {text!r} is only in tokenizer_config.json: id {backend.token_to_id(text)}" for text in fresh)
+    return tuple(
+        f"token {text!r} is only in {place if text in known else 'tokenizer_config.json'}: id"
+        f" {backend.token_to_id(text)}"
+        for text in fresh
+    )
+
+
+def _declared(
+    config: Mapping[str, Any], named: tuple[str, ...], folder: pathlib.Path
+) -> tuple[str, list[tuple[int, AddedToken]]]:
+    """The file that declares the ids of added tokens, and these."""
+    decoder = config.get("added_tokens_decoder")
+    if decoder:
+        return "tokenizer_config.json", [
+            (int(key), AddedToken(token["content"], **{flag: bool(token[flag]) for flag in _FLAGS if flag in token}))
+            for key, token in decoder.items()
+        ]
+    tokens = read_json(folder / "added_tokens.json")
+    for text, number in tokens.items():
+        require(number, int, f"{folder / 'added_tokens.json'}, {text!r}")
+        check_text(text, f"{folder / 'added_tokens.json'}, {number}")
+    return "added_tokens.json", [
+        (number, AddedToken(text, special=text in named, normalized=text not in named))
+        for text, number in tokens.items()
+    ]
 
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -46,19 +46,25 @@ def added_type(text: str, special: bool) -> int:
     return int(TokenType.CONTROL if special or looks_special(text) else TokenType.USER_DEFINED)
 
 
-def pieces_from_model(files: TokenizerFiles, vocab_size: int) -> Pieces | None:
-    """Return the pieces of tokenizer.model, or None if that file is missing or not SentencePiece's (as in Llama 3).
+def pieces_from_model(files: TokenizerFiles, vocab_size: int) -> tuple[Pieces | None, tuple[str, ...]]:
+    """Return the pieces of tokenizer.model, with the added tokens of the other files laid over them, and notes.
+
+    None if that file is missing, is not SentencePiece's (as in Llama 3), or has another vocabulary than tokenizer.json:
+    transformers reads the latter alone, so that the model was trained with its ids.
 
     Raises StreamquantError if the package sentencepiece is missing, an id is not below `vocab_size`, or
     added_tokens.json is malformed.
     """
     path = files.folder / "tokenizer.model"
     if not path.is_file():
-        return None
+        return None, ()
     processor = _load(path, fallback=files.tokenizer is not None)
     if processor is None:
-        return None
+        return None, ()
     count = processor.vocab_size()
+    texts = [processor.IdToPiece(number) for number in range(count)]
+    if (other := _difference(files, texts)) is not None:
+        return None, (f"WARNING: tokenizer.model is not used, as in transformers: {other}",)
     if count > vocab_size:
         raise StreamquantError(
             f"{count - vocab_size} token ids are not below the vocabulary size",
@@ -69,14 +75,35 @@ def pieces_from_model(files: TokenizerFiles, vocab_size: int) -> Pieces | None:
     pieces = Pieces([], [], [], ())
     _pad(pieces, vocab_size)
     for number in range(count):
-        pieces.tokens[number] = processor.IdToPiece(number)
+        pieces.tokens[number] = texts[number]
         pieces.scores[number] = processor.GetScore(number)
         pieces.types[number] = _type_of_piece(processor, number)
     _overlay(pieces, files)
+    laid = _overlay_json(pieces, files)
     unused = sum(text == f"[PAD{i}]" for i, text in enumerate(pieces.tokens))
-    notes = (f"vocabulary of {count} pieces from tokenizer.model (SentencePiece)", *_padding_note(unused))
+    notes = (f"vocabulary of {count} pieces from tokenizer.model (SentencePiece)", *laid, *_padding_note(unused))
     own = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id()}
-    return pieces._replace(notes=notes, own={kind: number for kind, number in own.items() if number >= 0})
+    return pieces._replace(own={kind: number for kind, number in own.items() if number >= 0}), notes
+
+
+def _difference(files: TokenizerFiles, pieces: list[str]) -> str | None:
+    """What tokenizer.json has instead of the pieces of tokenizer.model; added tokens may replace and follow them."""
+    if files.tokenizer is None or files.backend is None:
+        return None
+    if not files.tokenizer["model"].get("byte_fallback"):
+        return "tokenizer.json is byte-level BPE"
+    added = files.backend.get_added_tokens_decoder()
+    texts = {number: text for text, number in files.tokenizer["model"]["vocab"].items() if number not in added}
+    wrong = sorted(
+        number
+        for number in {*texts, *range(len(pieces))} - added.keys()
+        if texts.get(number) != (pieces[number] if number < len(pieces) else None)
+    )
+    if not wrong:
+        return None
+    first = wrong[0]
+    theirs = repr(pieces[first]) if first < len(pieces) else "nothing"
+    return f"{len(wrong)} ids have other tokens in tokenizer.json; first {first}: {texts.get(first)!r}, not {theirs}"
 
 
 def _load(path: Any, *, fallback: bool) -> Any:
@@ -116,13 +143,35 @@ def _type_of_piece(processor: Any, number: int) -> int:
 def _overlay(pieces: Pieces, files: TokenizerFiles) -> None:
     """Write the added tokens of added_tokens.json and tokenizer_config.json over the pieces, in that order."""
     path = files.folder / "added_tokens.json"
+    decoder = files.config.get("added_tokens_decoder") or {}
+    declared = {token["content"]: int(key) for key, token in decoder.items()}
     for text, number in read_json(path).items():
         require(number, int, f"{path}, {text!r}")
-        _put(pieces, number, text, int(TokenType.USER_DEFINED), str(path))
-    for key, token in files.config.get("added_tokens_decoder", {}).items():
+        if declared.get(text, number) == number:  # transformers reads the file only where there is no decoder
+            _put(pieces, number, text, int(TokenType.USER_DEFINED), str(path))
+    for key, token in decoder.items():
         text, kind = token["content"], added_type(token["content"], bool(token.get("special")))
         text = text.replace(SPACE, " ") if kind == TokenType.USER_DEFINED else text
         _put(pieces, int(key), text, kind, str(files.folder / "tokenizer_config.json"))
+
+
+def _overlay_json(pieces: Pieces, files: TokenizerFiles) -> tuple[str, ...]:
+    """Write the added tokens of tokenizer.json over the pieces, where those say otherwise; return a note if any did.
+
+    The converter does not read them: it has [PADn], or a word, in their place.
+    """
+    laid = []
+    for number, token in sorted((files.backend.get_added_tokens_decoder() if files.backend else {}).items()):
+        kind = added_type(token.content, token.special)
+        text = token.content.replace(SPACE, " ") if kind == TokenType.USER_DEFINED else token.content
+        known = pieces.types[number] in (kind, int(TokenType.CONTROL), int(TokenType.UNKNOWN))
+        if not known or pieces.tokens[number] != text:
+            _put(pieces, number, text, kind, str(files.folder / "tokenizer.json"))
+            laid.append(text)
+    if not laid:
+        return ()
+    shown = ", ".join(map(repr, laid[:5])) + (", ..." if len(laid) > 5 else "")
+    return (f"{len(laid)} added tokens of tokenizer.json that tokenizer.model has not are laid over it: {shown}",)
 
 
 def _put(pieces: Pieces, number: int, text: str, kind: int, where: str) -> None:

@@ -430,7 +430,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "decoder content": (patch(C, lambda c: c.update(added_tokens_decoder={"1": {}})), r"\['1'\].content"),
     "two files": (
         patch(C, lambda c: c.update(added_tokens_decoder={"7": {"content": "<|eot_id|>"}})),
-        r"disagree\n.*added_tokens_decoder\['7'\]\n.*<\|eot_id\|>.*\n.*id 401",
+        r"disagree\n.*tokenizer_config.json, '<\|eot_id\|>'\n.*id 7\n.*id 401",
     ),
     "tokens beyond": (
         patch(C, lambda c: c.update(additional_special_tokens=[f"<x{i}>" for i in range(9)])),
