@@ -119,8 +119,11 @@ def tiny_variants(shelf: Shelf, tiny: Path) -> Path:
     )
 
 
-def write_small_tokenizer(folder: Path) -> Path:
-    """A byte-level BPE tokenizer with three merges: as small as one can be, unknown to every table."""
+def write_small_tokenizer(folder: Path, **more: object) -> Path:
+    """A byte-level BPE tokenizer with three merges: as small as one can be, unknown to every table.
+
+    `more` are keys of tokenizer_config.json. (With add_bos_token=True llama.cpp's converter writes what we write.)
+    """
     merges = [("t", "h"), ("th", "e"), ("i", "n")]
     texts = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
     backend = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(texts)}, merges=merges))
@@ -133,7 +136,7 @@ def write_small_tokenizer(folder: Path) -> Path:
     backend.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "TokenizersBackend"}
     template = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template, **more}))
     return folder
 
 

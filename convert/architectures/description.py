@@ -1,6 +1,6 @@
 """The records of a model that its config.json describes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,7 +102,12 @@ class ModelDescription:
                     required=f"a tensor of {self.hf_architecture}",
                     hint="check config.json (number of layers, *_bias, architectures)",
                 )
-        missing = [rule.hf_name for rule in self.rules.values() if rule.required and rule.hf_name not in shapes]
+        absent = {rule.hf_name: rule for rule in self.rules.values() if rule.hf_name not in shapes}
+        nowhere = self.absent_biases(shapes)
+        biases = {
+            name for name, rule in absent.items() if rule.kind is TensorKind.BIAS and of_any_layer(name) not in nowhere
+        }
+        missing = [name for name, rule in absent.items() if rule.required or name in biases]
         if missing:
             raise StreamquantError(
                 "the checkpoint lacks tensors that its config.json demands",
@@ -112,6 +117,21 @@ class ModelDescription:
                 hint="is a shard missing?",
             )
         return tuple(found)
+
+    def absent_biases(self, names: Collection[str]) -> list[str]:
+        """The biases that config.json switches on and no layer has, as "self_attn.o_proj.bias"."""
+        biases = [name for name, rule in self.rules.items() if rule.kind is TensorKind.BIAS and not rule.required]
+        present = {of_any_layer(name) for name in biases if name in names}
+        return sorted({of_any_layer(name) for name in biases} - present)
+
+
+def of_any_layer(name: str) -> str:
+    """What a tensor of a layer is called in it.
+
+    >>> of_any_layer("model.layers.11.self_attn.o_proj.bias")
+    'self_attn.o_proj.bias'
+    """
+    return name.split(".", 3)[-1]
 
 
 def check_shape(rule: TensorRule, shape: tuple[int, ...]) -> None:

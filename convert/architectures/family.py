@@ -27,7 +27,10 @@ Size = Literal["hidden", "query", "key_value", "intermediate", "head_dim", "voca
 
 @dataclass(frozen=True, slots=True)
 class LayerTensor:
-    """A tensor of one decoder layer; `when` names the boolean of config.json without which it does not exist."""
+    """A tensor of one decoder layer; `when` names the boolean of config.json without which it does not exist.
+
+    With it, a bias may still be missing, in all layers: it is zero then, in transformers and in llama.cpp.
+    """
 
     suffix: str
     kind: TensorKind

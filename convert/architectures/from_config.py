@@ -236,7 +236,8 @@ def make_rules(family: Family, config: ConfigValues, sizes: Dimensions, tied: bo
         for tensor in tensors:
             heads = {"query": sizes.heads, "key": sizes.kv_heads, None: None}[tensor.rope]
             shape = tuple(sizes.size(name) for name in tensor.shape)
-            yield make_rule(names, f"model.layers.{number}.{tensor.suffix}", tensor.kind, shape, rope_heads=heads)
+            name, required = f"model.layers.{number}.{tensor.suffix}", tensor.when is None
+            yield make_rule(names, name, tensor.kind, shape, rope_heads=heads, required=required)
     yield make_rule(names, "model.norm.weight", TensorKind.NORM, (sizes.hidden,))
     yield make_rule(names, "lm_head.weight", TensorKind.HEAD, matrix, required=not tied)
 

@@ -19,6 +19,8 @@ ROPE_FREQS = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight"
 # What transformers assumes when config.json names no theta (RotaryEmbeddingConfigMixin.default_theta).
 DEFAULT_THETA = 10000.0
 
+ORIGINAL_CONTEXT = "original_max_position_embeddings"
+
 # Rope type -> keys that it uses, besides rope_theta (transformers/modeling_rope_utils.py, _validate_*_rope_parameters;
 # attn_factor and extrapolation_factor are read by llama.cpp's converter).
 ROPE_TYPE_KEYS: Mapping[str, frozenset[str]] = {
@@ -38,12 +40,12 @@ ROPE_TYPE_KEYS: Mapping[str, frozenset[str]] = {
         }
     ),
 }
-COMMON_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+COMMON_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section"})
 # Keys where null means the same as no key.
 NULLABLE_KEYS = frozenset(
     {"attention_factor", "attn_factor", "extrapolation_factor", "beta_fast", "beta_slow", "truncate"}
 )
-KNOWN_KEYS = COMMON_KEYS | {"finetuned"} | frozenset().union(*ROPE_TYPE_KEYS.values())
+KNOWN_KEYS = COMMON_KEYS | {"finetuned", "mrope_interleaved"} | frozenset().union(*ROPE_TYPE_KEYS.values())
 
 REFUSED_TYPES: Mapping[str, str] = {
     "dynamic": "its base changes with the length of the text, which GGUF has no key for",
@@ -75,6 +77,8 @@ class RopeSettings:
     numbers: Mapping[str, float] = field(default_factory=dict)
     original_context: int | None = None
     notes: tuple[str, ...] = ()
+    sections: tuple[int, ...] = ()
+    """mrope_section, for the key of that name alone."""
 
 
 def rope_row_order(rows: int, heads: int) -> NDArray[np.int64]:
@@ -118,11 +122,13 @@ def read_rope(config: ConfigValues, max_position_embeddings: int) -> RopeSetting
         numbers["factor"] = at_least_one(settings, "factor")
     if rope_type == "llama3":
         numbers |= read_llama3(settings)
-        context = settings.integer("original_max_position_embeddings")
+        context = settings.integer(ORIGINAL_CONTEXT)
     elif rope_type == "yarn":
         numbers |= read_yarn(settings)
-        context = yarn_context(config, settings, max_position_embeddings, notes)
-    return RopeSettings(rope_type, theta, numbers, context, tuple(notes))
+        context = original_context(settings, max_position_embeddings, notes)
+    if rope_type in ("llama3", "yarn"):
+        note_context_outside(config, settings, context, notes)
+    return RopeSettings(rope_type, theta, numbers, context, tuple(notes), read_sections(settings, notes))
 
 
 def find_settings(config: ConfigValues) -> ConfigValues:
@@ -238,36 +244,62 @@ def read_yarn(settings: ConfigValues) -> dict[str, float]:
     return numbers
 
 
-def yarn_context(config: ConfigValues, settings: ConfigValues, max_position_embeddings: int, notes: list[str]) -> int:
+def original_context(settings: ConfigValues, max_position_embeddings: int, notes: list[str]) -> int:
     """original_max_position_embeddings, which transformers takes to be max_position_embeddings where it is missing."""
-    key = "original_max_position_embeddings"
-    if key in settings:
-        return settings.integer(key)
-    if key in config:
-        raise config.refuse(
-            key, f"{key} stands outside the rope settings", required=f"the key inside {settings.prefix.rstrip('.')}"
-        )
-    notes.append(f"config.json: yarn without {key}; max_position_embeddings = {max_position_embeddings} is used")
+    if ORIGINAL_CONTEXT in settings:
+        return settings.integer(ORIGINAL_CONTEXT)
+    notes.append(
+        f"config.json: yarn without {ORIGINAL_CONTEXT}; max_position_embeddings = {max_position_embeddings} is used"
+    )
     return max_position_embeddings
 
 
+def note_context_outside(config: ConfigValues, settings: ConfigValues, context: int | None, notes: list[str]) -> None:
+    """Say so where original_max_position_embeddings stands beside the rope settings: these classes do not read it.
+
+    (RotaryEmbeddingConfigMixin.convert_rope_params_to_dict of transformers reads one of classes that declare it.)
+    """
+    if config.values.get(ORIGINAL_CONTEXT) is not None and config.integer(ORIGINAL_CONTEXT) != context:
+        notes.append(
+            f"WARNING: config.json: {ORIGINAL_CONTEXT} = {config.values[ORIGINAL_CONTEXT]} stands beside"
+            f" {settings.prefix.rstrip('.')}, where transformers does not read it for this class: {context} is used;"
+            " move it inside if it is meant"
+        )
+
+
+def read_sections(settings: ConfigValues, notes: list[str]) -> tuple[int, ...]:
+    """mrope_section, which a text model keeps of its multimodal parent: four numbers for GGUF, or none.
+
+    In text the positions of all sections are one, so that nothing changes; transformers and llama.cpp do not look at it
+    in these classes.
+    """
+    value = settings.values.get("mrope_section")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or len(value) > 4 or not all(type(n) is int and 0 <= n < 1 << 16 for n in value):
+        raise settings.refuse("mrope_section", "not the sections of a head", required="up to four integers")
+    notes.append(f"config.json: {settings.prefix}mrope_section is for images; in text it changes nothing")
+    return (*value, *[0] * (4 - len(value)))
+
+
 def rope_scaling_metadata(rope: RopeSettings, arch: str) -> dict[str, GGUFValue]:
-    """The {arch}.rope.scaling.* keys: none for "default", and none for "llama3", which is a tensor instead.
+    """The {arch}.rope.scaling.* keys: none for "default", and none for "llama3", which is a tensor instead; and
+    {arch}.rope.dimension_sections.
 
     Keys and types as in set_gguf_parameters, conversion/base.py of llama.cpp.
     """
-    if rope.rope_type not in ("linear", "yarn"):
-        return {}
     keys = gguf.Keys.Rope
-    values = {
-        keys.SCALING_TYPE: GGUFValue(rope.rope_type, GGUFValueType.STRING),
-        keys.SCALING_FACTOR: GGUFValue(rope.numbers["factor"], GGUFValueType.FLOAT32),
-    }
+    values: dict[str, GGUFValue] = {}
+    if rope.rope_type in ("linear", "yarn"):
+        values[keys.SCALING_TYPE] = GGUFValue(rope.rope_type, GGUFValueType.STRING)
+        values[keys.SCALING_FACTOR] = GGUFValue(rope.numbers["factor"], GGUFValueType.FLOAT32)
     if rope.rope_type == "yarn":
         values[keys.SCALING_ORIG_CTX_LEN] = GGUFValue(rope.original_context, GGUFValueType.UINT32)
         for name, key in YARN_NUMBERS:
             if name in rope.numbers:
                 values[key] = GGUFValue(rope.numbers[name], GGUFValueType.FLOAT32)
+    if rope.sections:
+        values[keys.DIMENSION_SECTIONS] = GGUFValue(list(rope.sections), GGUFValueType.ARRAY, GGUFValueType.INT32)
     return {key.format(arch=arch): value for key, value in values.items()}
 
 

@@ -79,7 +79,7 @@ def pieces_from_model(files: TokenizerFiles, vocab_size: int) -> tuple[Pieces | 
         pieces.scores[number] = processor.GetScore(number)
         pieces.types[number] = _type_of_piece(processor, number)
     _overlay(pieces, files)
-    laid = _overlay_json(pieces, files)
+    laid = (*_overlay_json(pieces, files), *_note_beyond(files, vocab_size))
     unused = sum(text == f"[PAD{i}]" for i, text in enumerate(pieces.tokens))
     notes = (f"vocabulary of {count} pieces from tokenizer.model (SentencePiece)", *laid, *_padding_note(unused))
     own = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id()}
@@ -175,14 +175,27 @@ def _overlay_json(pieces: Pieces, files: TokenizerFiles) -> tuple[str, ...]:
 
 
 def _put(pieces: Pieces, number: int, text: str, kind: int, where: str) -> None:
-    if not 0 <= number < len(pieces.tokens):
+    if number < 0:
         raise StreamquantError(
-            "added token id out of range",
-            where=f"{where}, {text!r}",
-            found=number,
-            required=f"0 to {len(pieces.tokens) - 1}, the rows of the embedding",
+            "added token id out of range", where=f"{where}, {text!r}", found=number, required="0 or more"
         )
-    pieces.tokens[number], pieces.scores[number], pieces.types[number] = text, UNSCORED, kind
+    if number < len(pieces.tokens):
+        pieces.tokens[number], pieces.scores[number], pieces.types[number] = text, UNSCORED, kind
+
+
+def _note_beyond(files: TokenizerFiles, rows: int) -> tuple[str, ...]:
+    """A note on added tokens that the embedding has no row for: the model cannot take them.
+
+    They are left out, as by the converter (_create_vocab_sentencepiece of conversion/base.py).
+    """
+    decoder = files.config.get("added_tokens_decoder") or {}
+    added = {int(key): token["content"] for key, token in decoder.items()}
+    added |= {number: text for text, number in read_json(files.folder / "added_tokens.json").items()}
+    beyond = sorted(number for number in added if number >= rows)
+    if not beyond:
+        return ()
+    named = ", ".join(f"{number} {added[number]!r:.40}" for number in beyond[:5])
+    return (f"WARNING: {len(beyond)} added tokens are left out: the embedding ends at row {rows - 1}: {named}",)
 
 
 def pieces_from_merges(files: TokenizerFiles, vocab_size: int) -> Pieces:

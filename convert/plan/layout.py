@@ -14,7 +14,7 @@ from streamquant.convert.recipes.mix import Choice
 from streamquant.convert.recipes.overrides import NO_OVERRIDES
 from streamquant.convert.recipes.recipe import ChoiceOptions, Recipe
 from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
-from streamquant.quant.errors import UsageError
+from streamquant.files.sizes import human_bytes
 from streamquant.quant.formats import FORMATS
 
 
@@ -91,22 +91,12 @@ def as_matrix(tensor: SourceTensor, rope_heads: int | None) -> tuple[int, int]:
 def split(entries: list[Entry], max_bytes: int | None, max_tensors: int | None = None) -> list[list[Entry]]:
     """Fill files in order up to `max_bytes` of tensor data and `max_tensors` tensors; None: without limit.
 
-    gguf-py's GGUFWriter.add_tensor_info does the same.
-
-    Raises UsageError for a tensor that is larger.
+    A tensor that is larger has a file of its own. gguf-py's GGUFWriter.add_tensor_info does the same.
     """
     groups: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
         nbytes = sum(entry.part_bytes)
-        if max_bytes is not None and nbytes > max_bytes:
-            raise UsageError(
-                "a tensor is larger than a file may be",
-                where=f"tensor {entry.name!r}",
-                found=f"{nbytes:,} bytes",
-                required=f"at most {max_bytes:,}",
-                hint="allow larger files",
-            )
         is_full = (max_bytes is not None and filled + nbytes > max_bytes) or len(groups[-1]) == max_tensors
         if groups[-1] and is_full:
             groups.append([])
@@ -114,3 +104,15 @@ def split(entries: list[Entry], max_bytes: int | None, max_tensors: int | None =
         groups[-1].append(entry)
         filled += nbytes
     return groups
+
+
+def too_large(recipe: Recipe, entries: list[Entry], max_bytes: int | None) -> list[str]:
+    """A note where a tensor alone is larger than a file should be."""
+    largest = max(entries, key=lambda entry: sum(entry.part_bytes))
+    nbytes = sum(largest.part_bytes)
+    if max_bytes is None or nbytes <= max_bytes:
+        return []
+    return [
+        f"{recipe.spec}: {largest.name} alone has {human_bytes(nbytes)}, more than a file should have"
+        f" ({human_bytes(max_bytes)}): a tensor is not cut, so its file is larger"
+    ]

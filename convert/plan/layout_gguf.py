@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from streamquant.convert.metadata.gguf_metadata import GgufMetadata, gguf_metadata
-from streamquant.convert.plan.layout import Draft, Entry, Layout, split
+from streamquant.convert.plan.layout import Draft, Entry, Layout, split, too_large
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
 from streamquant.convert.recipes.mix import Choice
 from streamquant.convert.recipes.recipe import Recipe
@@ -30,6 +30,7 @@ class GgufLayout(Layout):
         if imatrix is not None:
             metadata |= imatrix.keys()
         folder, stem = f"{draft.name}-GGUF", f"{draft.name}-{recipe.label}"
+        draft.notes += too_large(recipe, entries, draft.options.split_max_size)
         groups = split(entries, draft.options.split_max_size, draft.options.split_max_tensors)
         first = len(draft.files)
         tensors: list[OutputTensor] = []

@@ -1,6 +1,6 @@
 """The layout of a compressed-tensors checkpoint: shards of safetensors, without gaps, every tensor aligned."""
 
-from streamquant.convert.plan.layout import Entry, Layout, split
+from streamquant.convert.plan.layout import Entry, Layout, split, too_large
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
 from streamquant.convert.recipes.block_runtimes import BlockRuntimes, block_runtimes
 from streamquant.convert.recipes.mix import Choice
@@ -42,7 +42,9 @@ class SafetensorsLayout(Layout):
             shards[tensor.file].append(entry)
         if max_shard_size is None:
             return list(shards.items())
-        groups = split([entry for shard in shards.values() for entry in shard], max_shard_size)
+        entries = [entry for shard in shards.values() for entry in shard]
+        self.draft.notes += too_large(recipe, entries, max_shard_size)
+        groups = split(entries, max_shard_size)
         if len(groups) == 1:
             return [("model.safetensors", groups[0])]
         return [(f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups)]

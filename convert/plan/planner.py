@@ -44,7 +44,11 @@ def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: Conver
     layouts = {container: LAYOUTS[container](draft) for container in {recipe.container for recipe in recipes}}
     variants = tuple(layouts[recipe.container].lay_out(recipe) for recipe in recipes)
     mixed = [recipe for recipe in recipes if recipe.container.takes_importance]
-    notes = [*checkpoint.notes, *model.notes, *draft.notes, *_overrides_notes(mixed, options.overrides, model)]
+    biases = [
+        f"no layer has {name}, which config.json switches on: it is zero, as in transformers and llama.cpp"
+        for name in model.absent_biases(checkpoint.tensors)
+    ]
+    notes = [*checkpoint.notes, *model.notes, *biases, *draft.notes, *_overrides_notes(mixed, options.overrides, model)]
     notes += draft.importance.notes(is_asked=bool(mixed))
     if checkpoint.ignored_files:
         notes.append(f"not part of the checkpoint, left alone: {', '.join(checkpoint.ignored_files)}")

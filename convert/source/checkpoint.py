@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streamquant.convert.architectures.names import model_name, renaming_note
+from streamquant.convert.source.config_as_stored import config_of_weights
 from streamquant.convert.source.model_folder import name_of
 from streamquant.convert.source.passed_over import passed_over_note
 from streamquant.convert.source.side_files import SIDE_FOLDERS, is_side_file
@@ -138,11 +139,24 @@ class Checkpoint:
         return str(self.folder)
 
 
-def open_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) -> Checkpoint:
-    """Read the config, the index and the headers of all shards of a local checkpoint.
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the config, the index and the headers of all shards of a local checkpoint that is to be converted.
 
-    Tensors of other dtypes than `dtypes` (safetensors' names) are refused. Raises UsageError without such a folder,
-    StreamquantError for everything in it that is missing or broken.
+    Raises UsageError without such a folder, StreamquantError for everything in it that is missing or broken.
+    """
+    return as_source(read_checkpoint(folder))
+
+
+def as_source(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint of plain floats, its config made to fit its weights (config_as_stored.py)."""
+    config, notes = config_of_weights(checkpoint.config, checkpoint.tensors)
+    return replace(checkpoint, config=config, notes=(*checkpoint.notes, *notes))
+
+
+def read_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) -> Checkpoint:
+    """As `open_checkpoint`, with config.json as it stands.
+
+    Tensors of other dtypes than `dtypes` (safetensors' names) are refused.
     """
     if not folder.is_dir():
         raise UsageError(

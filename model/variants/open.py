@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.convert.source.checkpoint import as_source, read_checkpoint
 from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE
 from streamquant.files.gguf_file import first_of_split
 from streamquant.files.safetensors_file import DTYPE_BITS
@@ -31,10 +31,14 @@ def open_variant(path: Path) -> Variant:
 
 
 def _open_folder(folder: Path) -> Variant:
-    checkpoint = open_checkpoint(folder, dtypes=DTYPE_BITS)
-    if checkpoint.config.get("quantization_config") is not None:
+    checkpoint = read_checkpoint(folder, dtypes=DTYPE_BITS)
+    as_it_is = as_source(checkpoint)
+    quantization = checkpoint.config.get("quantization_config")
+    # A folder that says it is of compressed-tensors is taken at its word: its runtimes do that too, and fail.
+    is_compressed = isinstance(quantization, dict) and quantization.get("quant_method") == "compressed-tensors"
+    if quantization is not None and (is_compressed or "quantization_config" in as_it_is.config):
         return CompressedVariant(checkpoint)
-    return CheckpointVariant(checkpoint)
+    return CheckpointVariant(as_it_is)
 
 
 def _only_gguf(folder: Path) -> Path:

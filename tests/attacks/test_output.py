@@ -236,14 +236,6 @@ WRONG = {
     "split of 1.5G": ((*TO, "--split-max-size", "1.5G"), ("not a size", "'1.5G'")),
     "split of nothing": ((*TO, "--split-max-size", ""), ("not a size", "''")),
     "shard of 5X": ((*TO, "--max-shard-size", "5X"), ("not a size", "--max-shard-size", "'5X'")),
-    "split below a tensor": (
-        (*TO, "--split-max-size", "10K"),
-        ("a tensor is larger than a file may be", "output.weight", "10,000", "allow larger files"),
-    ),
-    "shard below a tensor": (
-        ("--to", "fp8-dynamic", "--max-shard-size", "10K"),
-        ("a tensor is larger than a file may be", "10,000"),
-    ),
     "name with a folder": ((*TO, "--name", "a/b"), ("name not allowed", "'a/b'", "plain file name")),
     "name that climbs": ((*TO, "--name", "../x"), ("name not allowed", "'../x'")),
     "name of dots": ((*TO, "--name", ".."), ("name not allowed", "'..'")),
@@ -252,6 +244,19 @@ WRONG = {
     "hidden name": ((*TO, "--name", ".x"), ("name not allowed", "'.x'")),
     "unknown pre-tokenizer": ((*TO, "--pre", "nonsense"), ("nonsense", "--pre")),
 }
+
+
+def test_a_file_below_a_tensor_is_as_large_as_the_tensor(model: Path, tmp_path: Path) -> None:
+    """As gguf-py and save_pretrained have it: a tensor is not cut."""
+    sizes = (*TO, "--split-max-size", "10K", "--to", "fp8-dynamic", "--max-shard-size", "10K")
+    told = " ".join(run("plan", model, *sizes).done().out.split())
+    assert "gguf:Q8_0: output.weight alone has" in told
+    assert "fp8-dynamic: lm_head.weight alone has" in told
+    run("convert", model, *sizes, "--out", tmp_path / "out").done()
+    files = [path for path in (tmp_path / "out").rglob("*-of-*") if path.is_file()]
+    assert len(files) > 10
+    for folder in ("Tiny-GGUF", "Tiny-FP8-dynamic"):
+        run("verify", tmp_path / "out" / folder, "--source", model).done()
 
 
 @pytest.mark.parametrize("case", WRONG)

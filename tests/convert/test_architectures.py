@@ -114,6 +114,21 @@ CASES |= {
             "truncate": True,
         },
     },
+    **{
+        f"{name}-context-outside": {"architecture": name, "rope": rope, "original_max_position_embeddings": 4096}
+        for name, rope in (
+            (QWEN2, {"rope_type": "yarn", "factor": 2.0}),
+            (QWEN3, {**synthetic.ROPE["yarn"], "original_max_position_embeddings": 2048}),
+            (LLAMA, synthetic.ROPE["llama3"]),
+            (MISTRAL, {"rope_type": "default"}),
+        )
+    },
+    f"{QWEN2}-mrope": {"architecture": QWEN2, "rope": {"type": "default", "mrope_section": [16, 24, 24]}},
+    f"{QWEN3}-mrope": {
+        "architecture": QWEN3,
+        "config_style": "v4",
+        "rope": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+    },
     f"{QWEN3}-yarn-old-names": {
         "architecture": QWEN3,
         "config_style": "v4",
@@ -175,7 +190,10 @@ def arch_metadata(keys: Mapping[str, KeyValue], arch: str) -> dict[str, KeyValue
 def as_stored(description: ModelDescription) -> dict[str, KeyValue]:
     """The described metadata as GGUFReader gives it back."""
     return {
-        key: ((value.type,), float(np.float32(value.value)) if value.type == GGUFValueType.FLOAT32 else value.value)
+        key: (
+            (value.type,) if value.sub_type is None else (value.type, value.sub_type),
+            float(np.float32(value.value)) if value.type == GGUFValueType.FLOAT32 else value.value,
+        )
         for key, value in {**description.metadata, **description.added_metadata}.items()
     }
 
@@ -481,7 +499,9 @@ ERRORS: dict[str, tuple[str, Setting, tuple[str, ...]]] = {
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         ("contradict", "'rope_scaling'", "500000"),
     ),
-    "unknown rope key": (LLAMA, {"rope": {"mrope_section": [1]}}, ("'mrope_section' is not supported", "unknown")),
+    "unknown rope key": (LLAMA, {"rope": {"sections": [1]}}, ("'sections' is not supported", "unknown")),
+    "sections of text": (QWEN2, {"rope": {"mrope_section": "16"}}, ("not the sections of a head", "'16'")),
+    "five sections": (QWEN2, {"rope": {"mrope_section": [1] * 5}}, ("not the sections of a head", "up to four")),
     "mscale": (LLAMA, {"rope": {**YARN, "mscale": 1.0}}, ("'mscale' is not supported", "DeepSeek")),
     "layer types": (QWEN3, {"rope_parameters": {"full_attention": {}, "rope_type": "default"}}, ("by layer type",)),
     "partial": (LLAMA, {"partial_rotary_factor": 0.5}, ("partial rotation", "0.5")),
@@ -495,10 +515,10 @@ ERRORS: dict[str, tuple[str, Setting, tuple[str, ...]]] = {
     ),
     "llama3 bands": (LLAMA, {"rope": {**LLAMA3, "high_freq_factor": 1.0}}, ("must exceed", "more than 1")),
     "llama3 elsewhere": (QWEN2, {"rope": LLAMA3}, ("does not work for arch 'qwen2'", "default, linear, yarn")),
-    "yarn, context outside": (
+    "yarn, wrong context outside": (
         QWEN2,
-        {"rope": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 4096},
-        ("stands outside", "'original_max_position_embeddings'"),
+        {"rope": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": "4096"},
+        ("an integer is required", "'original_max_position_embeddings'"),
     ),
     "yarn untruncated": (QWEN2, {"rope": {**YARN, "truncate": False}}, ("truncat", "'rope_parameters.truncate'")),
 }

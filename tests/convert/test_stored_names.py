@@ -66,7 +66,7 @@ def rename(folder: Path, style: Callable[[str], str]) -> Path:
 
 
 def write_plain(folder: Path, architecture: str) -> Path:
-    tokenizer = write_small_tokenizer(folder.parent / "tokenizer")
+    tokenizer = write_small_tokenizer(folder.parent / "tokenizer", add_bos_token=True)
     return synthetic.write_checkpoint(folder, architecture=architecture, shards=2, tokenizer=tokenizer, size="small")
 
 

@@ -99,7 +99,7 @@ def test_an_index_of_one_file_makes_an_index(tmp_path: Path) -> None:
 
 @gguf_peer.requires_converter
 def test_numbered_shards_need_no_index(tmp_path: Path) -> None:
-    tokenizer = write_small_tokenizer(tmp_path / "tokenizer")
+    tokenizer = write_small_tokenizer(tmp_path / "tokenizer", add_bos_token=True)
     source = synthetic.write_checkpoint(tmp_path / "Tiny", shards=3, tokenizer=tokenizer, size="small")
     (source / INDEX).unlink()
     to = ("--to", "gguf:BF16", "--to", "fp8-dynamic", "--pre", TINY_PRE)
@@ -149,7 +149,7 @@ def general_name(out: Path) -> tuple[str, str]:
 def test_a_model_is_called_as_its_folder_was_given(tmp_path: Path) -> None:
     source = synthetic.write_checkpoint(
         tmp_path / "store" / "0123abc",
-        tokenizer=write_small_tokenizer(tmp_path / "tokenizer"),
+        tokenizer=write_small_tokenizer(tmp_path / "tokenizer", add_bos_token=True),
         size="small",
         extra_side_files=False,
     )

@@ -1,0 +1,54 @@
+"""config.json made to say what the weights say, where tools left the two in disagreement and the weights are right.
+
+What is changed here is changed in the config.json of FP8 folders too, and every change is a note.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+EMBEDDINGS = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+QUANTIZATIONS = ("quantization_config", "compression_config")
+"""compression_config: compressed-tensors of 2024."""
+_SCALES = (
+    *(
+        "_scale",
+        "_scale_inv",
+        "_scale_2",
+        "_zero_point",
+        "_packed",
+        "_shape",
+        "_g_idx",
+        ".absmax",
+        ".quant_map",
+        ".SCB",
+    ),
+    *(".qweight", ".qzeros", ".scales", ".g_idx", ".weight_format", ".codebooks"),
+)
+"""Endings of the tensors that quantized weights have beside them: compressed-tensors, GPTQ, AWQ, bitsandbytes, AQLM."""
+
+
+def config_of_weights(config: Mapping[str, Any], tensors: Collection[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """config.json for the tensors that a checkpoint of plain floats has, by their names, and notes on what was changed.
+
+    A quantization_config is left out where no tensor is quantized (16-bit weights merged from a quantized base). Where
+    there is no lm_head.weight the embeddings are the head, as llama.cpp's converter and loader take them; transformers
+    would make up a random one.
+    """
+    changed, notes = dict(config), []
+    if not any(name.endswith(_SCALES) or "bitsandbytes" in name for name in tensors):
+        for key in QUANTIZATIONS:
+            if (left := changed.get(key)) is not None:
+                del changed[key]
+                method = left.get("quant_method") if isinstance(left, Mapping) else None
+                notes.append(
+                    f"config.json has a {key} ({method!r:.60}) although no tensor is quantized: it is another model's"
+                    " and is left out"
+                )
+    if HEAD not in tensors and EMBEDDINGS in tensors and changed.get("tie_word_embeddings", False) is False:
+        changed["tie_word_embeddings"] = True
+        notes.append(
+            f"WARNING: there is no {HEAD} although tie_word_embeddings is false: the embeddings are the head, as"
+            " llama.cpp takes them; the config.json of FP8 folders says so"
+        )
+    return changed, tuple(notes)
