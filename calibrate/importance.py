@@ -7,7 +7,6 @@ later run goes on from it.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from streamquant.files.gguf_file import pack_header, pad, read_header
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.reading import read_bytes
+from streamquant.files.writing import replacing
 from streamquant.model.corpus import Corpus
 from streamquant.model.forward import Lane, Setting, Tokens, run_layers
 from streamquant.model.variants.variant import Variant
@@ -147,16 +147,12 @@ def save_importance(path: Path, sums: InputSums, corpus: Corpus, chunks: int) ->
         arrays[f"{name}.in_sum2"] = sums.sums[name].astype(np.float32)
         arrays[f"{name}.counts"] = np.array([sums.counts[name]], np.float32)
     header = pack_header(metadata, [(name, array.shape, "F32", array.nbytes) for name, array in arrays.items()])
-    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with replacing(path) as file:
             file.write(header)
             for array in arrays.values():
                 file.write(array.tobytes() + bytes(pad(array.nbytes) - array.nbytes))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise StreamquantError("cannot write the importance matrix", where=str(path), found=error.strerror) from error
 

@@ -5,8 +5,8 @@ out/NAME-GGUF/NAME-Q8_0.gguf ...      out/NAME-FP8-dynamic/model-00001-of-00002.
 
 import contextlib
 import json
+import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from streamquant.convert.run.blocks import Encode
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.device import choose_device, inner_loop
 from streamquant.convert.run.journal import WORK_FOLDER, Journal
-from streamquant.convert.run.output_files import PARTIAL, partial_of
 from streamquant.convert.run.stream import CONVERTING, RunResources, head_of, run
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint, fetch_side_files
@@ -31,10 +30,10 @@ from streamquant.convert.source.shards import LocalShards
 from streamquant.convert.source.side_files import read_side_file
 from streamquant.convert.source.spool import Spool, spool_limit
 from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE
-from streamquant.files.folders import nearest_folder
+from streamquant.files.folders import nearest_folder, real_path
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.strict_json import read_json_object
-from streamquant.files.writing import explain, write_atomically
+from streamquant.files.writing import PARTIAL, check_folder, explain, make_folder, partial_of, write_atomically
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.formats import FORMATS
 
@@ -71,7 +70,7 @@ def convert(
     """
     options = options or RunOptions()
     encode = inner_loop(choose_device(options.device))
-    check_output_folder(plan.checkpoint, out, [variant.folder for variant in plan.variants])
+    check_output_folder(plan, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(Journal(out)) as journal:
@@ -86,19 +85,43 @@ def convert(
     return Conversion(plan, done, resumed)
 
 
-def check_output_folder(checkpoint: Checkpoint, out: Path, folders: Iterable[str] = ()) -> None:
-    """Raise UsageError if `out` is a file, or if it or one of `folders` in it lies inside the source."""
-    if out.exists() and not out.is_dir():
-        raise UsageError("the output folder is a file", where=str(out), required="a folder, or a name not taken yet")
-    for folder in (out, *(out / name for name in folders)):
-        resolved = folder.resolve()
-        if resolved == checkpoint.folder or checkpoint.folder in resolved.parents:
+def check_output_folder(plan: Plan, out: Path) -> None:
+    """Raise UsageError if `out` is a file, or if it or a folder that the plan needs in it lies inside the source, or
+    elsewhere through a link; StreamquantError if they cannot be looked at.
+    """
+    try:
+        _check_output_folder(plan, out)
+    except OSError as error:
+        raise explain(error, out) from error
+
+
+def _check_output_folder(plan: Plan, out: Path) -> None:
+    if os.path.lexists(out) and not out.is_dir():
+        found = f"a link to {out.readlink()}, which is no folder" if out.is_symlink() else "a file"
+        raise UsageError(
+            "the output folder is a file", where=str(out), found=found, required="a folder, or a name not taken yet"
+        )
+    folders = {*(variant.folder for variant in plan.variants), *(str(Path(file.path).parent) for file in plan.files)}
+    for variant in plan.variants:
+        if variant.recipe.container.is_checkpoint:
+            folders |= {str(Path(variant.folder, name).parent) for name in plan.checkpoint.side_files}
+    places = [out / name for name in sorted(folders | {SPOOL})]
+    for folder in (out, *places):
+        if _is_inside(folder, plan.checkpoint.folder):
             raise UsageError(
                 "the output folder lies inside the source",
                 where=str(folder),
                 required="a folder outside the checkpoint, which is never written to",
                 hint="choose another --out or --name",
             )
+    for folder in places:
+        check_folder(folder, out)
+
+
+def _is_inside(folder: Path, source: Path) -> bool:
+    """Whether a folder, there or not, is the source or lies below it, under whatever name (links, mounts)."""
+    found = real_path(folder)
+    return any(above == source or (above.exists() and above.samefile(source)) for above in (found, *found.parents))
 
 
 def check_disk(plan: Plan, out: Path, disk: Disk | None = None) -> None:
@@ -108,7 +131,7 @@ def check_disk(plan: Plan, out: Path, disk: Disk | None = None) -> None:
     """
     present = sum(_allocated(out / file.path) for file in plan.files)
     present += sum(path.stat().st_blocks * 512 for path in (out / SPOOL).glob("*") if path.is_file())
-    free = shutil.disk_usage(nearest_folder(out.resolve())).free
+    free = shutil.disk_usage(nearest_folder(real_path(out))).free
     needed = (disk or Disk(plan.nbytes)).peak - present + DISK_RESERVE
     if free < needed:
         raise StreamquantError(
@@ -136,7 +159,7 @@ def disk_of(plan: Plan, options: RunOptions, room: int | None = None) -> Disk:
 def _allocated(final: Path) -> int:
     """Bytes that a file of an earlier run already takes on the disk."""
     for path in (final, partial_of(final)):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             return path.stat().st_blocks * 512
     return 0
 
@@ -211,7 +234,7 @@ class _Job:
 def _check_folders_are_ours(plan: Plan, out: Path) -> None:
     """Refuse folders and files that this run did not make: nothing is overwritten or mixed."""
     for file in plan.files:
-        if (out / file.path).exists():
+        if os.path.lexists(out / file.path):
             raise _taken(out / file.path)
     for variant in plan.variants:
         folder = out / variant.folder
@@ -243,7 +266,7 @@ def _write_checkpoint_files(plan: Plan, variant: VariantPlan, out: Path, configs
     folder, source = out / variant.folder, plan.checkpoint.folder
     bos_token = bos_text(_tokenizer_config(plan)) if plan.options.guard_template else None
     for name in plan.checkpoint.side_files:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make_folder((folder / name).parent, out)
         content = read_side_file(source, name)
         if plan.options.guard_template:
             content = guard_side_file(name, content, bos_token)

@@ -1,4 +1,4 @@
-"""Folders that several rooms need: the user's cache, and the part of a path that is there."""
+"""Folders that several rooms need: the user's cache, the part of a path that is there, and where a path leads."""
 
 import os
 from pathlib import Path
@@ -12,3 +12,8 @@ def cache_folder() -> Path:
 def nearest_folder(path: Path) -> Path:
     """A path, or the nearest folder above it that exists: whose disk it would be on."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def real_path(path: Path) -> Path:
+    """An absolute path without links. A loop of links, at which `Path.resolve` raises RuntimeError, stays as it is."""
+    return Path(os.path.realpath(path))

@@ -17,6 +17,7 @@ from typing import Any
 
 from streamquant.files.listener import Listener
 from streamquant.files.worker import Stopped
+from streamquant.files.writing import check_folder
 from streamquant.quant.errors import StreamquantError
 
 READ_BYTES = 4 * 1024 * 1024
@@ -140,6 +141,8 @@ class HubRepo:
 
         from streamquant.hub.errors import DamagedBody
 
+        for written in (path, ".cache/huggingface/download/" + path):  # where the client has its partial files
+            check_folder((folder / written).parent, folder)
         size, arrived = self.file(path).size, 0
 
         def count(nbytes: int) -> None:

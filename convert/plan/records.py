@@ -220,6 +220,24 @@ def extents(plan: Plan, chunk: Chunk) -> Iterator[tuple[int, int, Region]]:
             yield number, part_number, Region(region.file, region.offset + start, nbytes)
 
 
+def fixed_bytes(plan: Plan) -> list[list[tuple[int, bytes]]]:
+    """What each file holds where no chunk writes, as (offset, bytes): its literals, and zeros between tensors."""
+    taken = [[(start, start + len(data)) for start, data in file.literals] for file in plan.files]
+    for variant in plan.variants:
+        for tensor in variant.tensors:
+            for region in tensor.regions:
+                taken[region.file].append((region.offset, region.offset + region.nbytes))
+    found = []
+    for file, runs in zip(plan.files, taken, strict=True):
+        fixed, position = list(file.literals), 0
+        for start, stop in sorted([*runs, (file.size, file.size)]):
+            if position < start:
+                fixed.append((position, bytes(start - position)))
+            position = max(position, stop)
+        found.append(fixed)
+    return found
+
+
 def place_rows(part: Part, n: int, first: int, last: int) -> tuple[int, int]:
     """Rows [first, last) of a part -> (offset in its region, nbytes). `first` begins an entry."""
     entry = part.bytes_per_entry(n)

@@ -8,7 +8,6 @@ streamquant.convert.recipes.quantization_config FP8_DYNAMIC` prints it.
 import contextlib
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from streamquant.files.folders import cache_folder
+from streamquant.files.writing import write_atomically
 from streamquant.quant.errors import StreamquantError
 
 IGNORE = ("lm_head", "model.embed_tokens")
@@ -89,9 +89,7 @@ def _write_cache(scheme: str, config: dict[str, Any]) -> None:
     path = _cache_path(scheme)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(config))
-        partial.replace(path)
+        write_atomically(path, json.dumps(config).encode(), shared=True)
 
 
 def quantization_config(scheme: str) -> dict[str, Any]:

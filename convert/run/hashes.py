@@ -4,7 +4,7 @@ import threading
 from collections.abc import Collection, Iterable, Mapping
 from typing import Generic, TypeVar
 
-from streamquant.convert.plan.records import Plan, extents
+from streamquant.convert.plan.records import Plan, extents, fixed_bytes
 from streamquant.files.hashing import Extent, FileHash
 
 K = TypeVar("K")
@@ -20,13 +20,16 @@ class FileHashes(Generic[K]):
         self._hashes = dict(hashes)
         self._lock = threading.Lock()
 
-    def mark(self, chunk: int, keys: Collection[K]) -> list[tuple[K, int]]:
-        """The bytes of a chunk are final in these files; the steps that are worth doing now."""
+    def mark(self, chunk: int, written: Mapping[K, Mapping[int, str]]) -> list[tuple[K, int]]:
+        """The bytes of a chunk are final in these files; the steps that are worth doing now.
+
+        `written` has the quick hashes of the runs of bytes, by file and by where they start; none for what was read.
+        """
         with self._lock:
-            for key in keys:
+            for key, hashes in written.items():
                 if key in self._hashes:
-                    self._hashes[key].mark(chunk)
-        return self.steps(keys)
+                    self._hashes[key].mark(chunk, hashes)
+        return self.steps(written)
 
     def steps(self, keys: Iterable[K] | None = None) -> list[tuple[K, int]]:
         """The steps that are worth doing now, of some files or of all."""
@@ -36,7 +39,7 @@ class FileHashes(Generic[K]):
             return [(key, step[1]) for key, step in found if step is not None]
 
     def hash(self, key: K, stop: int, descriptor: int) -> FileHash | None:
-        """Do a step of a file; its hash if that was the last one. Raises EOFError, OSError."""
+        """Do a step of a file; its hash if that was the last one. Raises EOFError, ChangedBytesError, OSError."""
         file_hash = self._hashes[key]
         file_hash.hash(descriptor, stop)
         with self._lock:
@@ -58,7 +61,10 @@ def output_hashes(plan: Plan, wanted: Collection[int]) -> FileHashes[int]:
                 if region.file in tensors:
                     stored = f"{part}:{tensor.name}", region.offset, region.offset + region.nbytes
                     tensors[region.file].append(stored)
-    return FileHashes({index: FileHash(plan.files[index].size, runs[index], tensors[index]) for index in wanted})
+    fixed = fixed_bytes(plan)
+    return FileHashes(
+        {index: FileHash(plan.files[index].size, runs[index], tensors[index], fixed[index]) for index in wanted}
+    )
 
 
 def source_hashes(plan: Plan, wanted: Collection[str]) -> FileHashes[str]:

@@ -1,12 +1,13 @@
 """What is done of a conversion: a file of JSON lines that survives kill -9, and is believed only as far as it can be.
 
-    {"journal": 1, "fingerprint": "...", "variants": {}} the plan that this journal belongs to
+    {"journal": 2, "fingerprint": "...", "variants": {}} the plan that this journal belongs to
     {"chunk": 17, "hashes": ["...", ...]}                written; a hash of each run of bytes, checked on resume
     {"file": "...", "sha256": "...", "tensors": {...}}   complete, on disk, about to get its final name
     {"source": "...", "sha256": "..."}                   a source shard, read to its end
 
-Lines are appended with one write each. A line that a crash tore is dropped. A chunk whose bytes did not reach the disk
-(power loss) has another hash than its line says and is converted again.
+Lines are appended with one write each; each ends with "check", a hash of the line before it and of the plan, so that a
+line that was changed, or comes from another run, is refused. A line that a crash tore is dropped. A chunk whose bytes
+did not reach the disk (power loss) has another hash than its line says and is converted again.
 """
 
 import contextlib
@@ -19,11 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamquant.files.hashing import quick_hash
+from streamquant.files.writing import make_folder, open_own
 from streamquant.quant.errors import StreamquantError
 
 WORK_FOLDER = ".streamquant"
 JOURNAL = "journal.jsonl"
-VERSION = 1
+VERSION = 2
+_CHECK = b',"check":"'
+"""Begins the end of a line: this, the hash in hexadecimal, '"}'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +81,13 @@ class Journal:
         self.path = self.folder / JOURNAL
         self._lock = threading.Lock()
         self._file: int | None = None
+        self._fingerprint = ""
         self._guard = self._take_lock(out)
 
     def _take_lock(self, out: Path) -> int:
         while True:
-            self.folder.mkdir(exist_ok=True)
-            guard = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            make_folder(self.folder, out)
+            guard = open_own(self.folder / "lock")
             try:
                 fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -114,7 +120,8 @@ class Journal:
                 required=f"plan {head.fingerprint[:12]}: the same source (unchanged), variants, options and version",
                 hint="repeat the command that began it, or remove the folder and start again",
             )
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = open_own(self.path, append=True)
+        self._fingerprint = head.fingerprint
         if found is None:
             self._append({"journal": VERSION, "fingerprint": head.fingerprint, "variants": dict(head.variants)})
         return progress
@@ -148,7 +155,7 @@ class Journal:
 
     def _append(self, line: dict[str, Any], *, sync: bool = False) -> None:
         assert self._file is not None, "open() comes first"
-        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        data = _with_check(json.dumps(line, separators=(",", ":")).encode(), self._fingerprint) + b"\n"
         with self._lock:
             written = os.write(self._file, data)
             if written != len(data):  # a torn line must not run into the next one
@@ -160,20 +167,21 @@ class Journal:
     def _read(self) -> tuple[Head | None, Progress]:
         """What the complete lines say; cuts off a torn one."""
         try:
-            data = self.path.read_bytes()
+            descriptor = open_own(self.path, make=False)
         except FileNotFoundError:
             return None, Progress()
-        whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            os.truncate(self.path, whole)
+        with open(descriptor, "r+b") as file:
+            data = file.read()
+            whole = data.rfind(b"\n") + 1
+            if whole != len(data):
+                file.truncate(whole)
         head, progress = None, Progress()
-        for number, text in enumerate(data[:whole].splitlines(), 1):
+        for number, text in enumerate(data[:whole].split(b"\n")[:-1], 1):
             try:
-                line = json.loads(text)
                 if head is None:
-                    head = _head(line)
+                    head = _head(text, self.path)
                 else:
-                    progress.add(line)
+                    progress.add(json.loads(_without_check(text, head.fingerprint)))
             except (ValueError, RecursionError) as error:
                 raise StreamquantError(
                     "cannot read the journal of an unfinished run",
@@ -184,9 +192,37 @@ class Journal:
         return head, progress
 
 
-def _head(line: object) -> Head:
+def _head(text: bytes, path: Path) -> Head:
+    """The first line. Raises ValueError if it is none, StreamquantError if it is that of another version."""
+    line = json.loads(text)
     match line:
-        case {"journal": int(version), "fingerprint": str(fingerprint), "variants": dict(variants)}:
-            if version == VERSION:
-                return Head(fingerprint, variants)
+        case {"journal": int(version)} if version != VERSION:
+            raise StreamquantError(
+                "cannot read the journal of an unfinished run",
+                where=str(path),
+                found=f"journal {str(version)[:20]}, of another version of streamquant",
+                required=f"journal {VERSION}",
+                hint="finish it with the version that began it, or remove the output folder and start again",
+            )
+        case {"journal": int(), "fingerprint": str(fingerprint), "variants": dict(variants)}:
+            _without_check(text, fingerprint)
+            return Head(fingerprint, variants)
     raise ValueError(f"not the head of a journal of version {VERSION}")
+
+
+def _with_check(line: bytes, fingerprint: str) -> bytes:
+    """A JSON object with its check as the last key."""
+    return b'%s%s%s"}' % (line.removesuffix(b"}"), _CHECK, _check(line, fingerprint))
+
+
+def _without_check(text: bytes, fingerprint: str) -> bytes:
+    """The JSON object of a line. Raises ValueError if it is not as it was written."""
+    head, found, check = text.removesuffix(b'"}').rpartition(_CHECK)
+    line = head + b"}"
+    if not found or check != _check(line, fingerprint):
+        raise ValueError("it is not as it was written")
+    return line
+
+
+def _check(line: bytes, fingerprint: str) -> bytes:
+    return str(quick_hash(fingerprint.encode() + line).hexdigest()).encode()

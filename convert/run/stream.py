@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from streamquant.convert.plan.records import Plan, extents
+from streamquant.convert.plan.records import Plan, Region, extents
 from streamquant.convert.run.blocks import Encode, Scratch
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.hashes import output_hashes, source_hashes
@@ -20,7 +20,7 @@ from streamquant.convert.run.journal import FinishedFile, Head, Journal, Progres
 from streamquant.convert.run.output_files import OutputFiles
 from streamquant.convert.run.workers import Workers
 from streamquant.convert.source.shards import Shards
-from streamquant.files.hashing import quick_hash
+from streamquant.files.hashing import ChangedBytesError, quick_hash
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.worker import Stopped
 from streamquant.files.writing import explain
@@ -121,6 +121,7 @@ class _Run:
 
     def run(self) -> None:
         """Do everything. Raises the first error of a worker."""
+        self._workers.add(partial(self._check_finished, index) for index in self._files.left())
         self._add_steps(self._output_hashes.steps(), self._source_hashes.steps())
         self._workers.run(self._resources.jobs)
 
@@ -145,13 +146,19 @@ class _Run:
         source, (start, stop) = matrix.source.file, matrix.source_bytes(chunk.first, chunk.last)
         if self._resources.delivery is not None:
             self._resources.delivery.wait_for_room()
-        if self._is_on_disk(number, scratch):
+        regions = [region for _, _, region in extents(self._plan, chunk)]
+        if self._is_on_disk(number, regions, scratch):
             with self._lock:
                 self._resumed += 1
+            hashes = self._written_before[number]
         else:
-            self._journal.chunk(number, self._convert(number, scratch))
-        files = {region.file for _, _, region in extents(self._plan, chunk)}
-        self._add_steps(self._output_hashes.mark(number, files), self._source_hashes.mark(number, {source}))
+            hashes = self._convert(number, scratch)
+            self._journal.chunk(number, hashes)
+        written: dict[int, dict[int, str]] = {}
+        for region, quick in zip(regions, hashes, strict=True):
+            if region.nbytes:
+                written.setdefault(region.file, {})[region.offset] = quick
+        self._add_steps(self._output_hashes.mark(number, written), self._source_hashes.mark(number, {source: {}}))
         self._has_read(source)
         self._resources.listener.advanced(CONVERTING, stop - start)
 
@@ -163,10 +170,9 @@ class _Run:
         if last:
             self._shards.done(name)
 
-    def _is_on_disk(self, number: int, scratch: Scratch) -> bool:
+    def _is_on_disk(self, number: int, regions: list[Region], scratch: Scratch) -> bool:
         """Whether every run of bytes of a chunk that the journal lists is in its file as it was written."""
         before = self._written_before.get(number)
-        regions = [region for _, _, region in extents(self._plan, self._plan.chunks[number])]
         if before is None or len(regions) != len(before):
             return False
         return all(self._files.hold(at, quick, scratch) for at, quick in zip(regions, before, strict=True))
@@ -182,8 +188,7 @@ class _Run:
             source = self._plan.matrices[chunk.matrix].source.file
             with self._reading(source) as descriptor:
                 for pieces in self._resources.encode(self._plan, chunk, descriptor, wanted, scratch):
-                    if self._workers.is_stopping:
-                        raise Stopped
+                    self._stop_if_asked()
                     for piece in pieces:
                         files.write(piece.file, piece.data, piece.offset)
                         hashes[piece.output, piece.part].update(piece.data)
@@ -212,12 +217,24 @@ class _Run:
         self._workers.add(partial(self._hash_source, name, stop) for name, stop in sources)
 
     def _hash_output(self, index: int, stop: int, _scratch: Scratch) -> None:
-        complete = self._output_hashes.hash(index, stop, self._files.descriptor(index))
+        try:
+            complete = self._output_hashes.hash(index, stop, self._files.descriptor(index))
+        except EOFError as error:
+            raise self._files.changed(index, "it was cut short") from error
+        except ChangedBytesError as error:
+            raise self._files.changed(index, str(error)) from error
         if complete is not None:
             self._files.sync(index)
             self._shards.check_unchanged()
             self._files.finish(index, FinishedFile(complete.sha256(), complete.tensor_hashes()))
         self._add_steps(self._output_hashes.steps((index,)), ())
+
+    def _check_finished(self, index: int, scratch: Scratch) -> None:
+        self._files.check_finished(index, scratch, self._stop_if_asked)
+
+    def _stop_if_asked(self) -> None:
+        if self._workers.is_stopping:
+            raise Stopped
 
     def _hash_source(self, name: str, stop: int, _scratch: Scratch) -> None:
         with self._reading(name) as descriptor:

@@ -25,6 +25,7 @@ from streamquant.files.folders import cache_folder
 from streamquant.files.listener import SILENT
 from streamquant.files.safetensors_file import SafetensorsTensor, header_length, parse_header
 from streamquant.files.strict_json import MAX_BYTES, read_json_object
+from streamquant.files.writing import make_folder, replacing
 from streamquant.hub.repo import HubRepo
 from streamquant.quant.errors import StreamquantError
 
@@ -130,8 +131,9 @@ def _fetch_one(repo: HubRepo, name: str, folder: Path) -> None:
             return
         if (cached := repo.cached(name)) is not None:
             repo.check_cached(name, cached, never)
-            local.parent.mkdir(exist_ok=True)
-            shutil.copyfile(cached, local)
+            make_folder(local.parent, folder)
+            with cached.open("rb") as source, replacing(local, shared=True) as copy:
+                shutil.copyfileobj(source, copy)
             return
         local.unlink(missing_ok=True)  # the client would take its own word for a file that is there
         repo.download(name, folder, SILENT, never)

@@ -12,7 +12,7 @@ from streamquant.convert.source.weights import CONFIG, INDEX
 from streamquant.files.folders import nearest_folder
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.sizes import human_bytes
-from streamquant.files.writing import explain
+from streamquant.files.writing import explain, make_folder
 from streamquant.hub.repo import FETCHING, HubRepo
 from streamquant.quant.errors import StreamquantError
 
@@ -88,7 +88,7 @@ def _linked(repo: HubRepo, names: Sequence[str]) -> Path:
         for file in names:
             cached, link = repo.cached(file), folder / file
             assert cached is not None, "it was fetched"
-            link.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(link.parent, folder)
             link.unlink(missing_ok=True)
             link.symlink_to(cached.resolve())
     except OSError as error:

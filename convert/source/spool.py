@@ -24,6 +24,7 @@ from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.safetensors_file import read_header
 from streamquant.files.worker import Stopped, Worker
+from streamquant.files.writing import make_folder
 from streamquant.quant.errors import StreamquantError, UsageError
 
 FETCHERS = 2
@@ -98,7 +99,7 @@ class Spool:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._stopping = threading.Event()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, folder.parent)
         self._threads = [Worker(self._fetch_all, f"fetch-{number}") for number in range(fetchers)]
 
     # The contract of Shards

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from streamquant.convert.manifest import MANIFEST
 from streamquant.convert.recipes.container import GGUF, SAFETENSORS
-from streamquant.files.writing import explain, write_atomically
+from streamquant.files.writing import check_folder, explain, write_atomically
 from streamquant.publish.cards.base_card import BaseCard
 from streamquant.publish.cards.card_view import HELPERS, make_card_view
 from streamquant.publish.cards.markdown_helpers import HUB, whole
@@ -223,6 +223,7 @@ def _is_copy(folder: VariantFolder, source: Path | None) -> bool:
 def _write(folder: VariantFolder, text: str, public: PublicReport | None) -> None:
     card, kept = folder.path / CARD, folder.path / BASE_CARD
     if public is not None:
+        check_folder(folder.path / REPORT_FOLDER, folder.path)
         write_report_files(public.files, folder.path / REPORT_FOLDER)
     try:
         if folder.container.is_checkpoint and card.exists() and not is_ours(card) and not kept.exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamquant.files.records import from_json, to_json
-from streamquant.files.writing import explain, write_atomically
+from streamquant.files.writing import explain, make_folder, write_atomically
 from streamquant.quant.errors import UsageError
 from streamquant.validate.report.data import REPORT, Report, check_report_folder, report_bytes
 from streamquant.validate.report.plots import Plot, make_plots
@@ -75,7 +75,7 @@ def write_report_files(files: Mapping[str, bytes], folder: Path) -> None:
     """
     check_report_folder(folder)
     try:
-        (folder / PLOTS).mkdir(parents=True, exist_ok=True)
+        make_folder(folder / PLOTS, folder)
         for name, data in files.items():
             write_atomically(folder / name, data)
         for path in sorted((folder / PLOTS).iterdir()):

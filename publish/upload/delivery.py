@@ -30,6 +30,7 @@ from streamquant.convert.plan.records import Plan
 from streamquant.convert.run.journal import WORK_FOLDER
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.worker import Stopped, Worker
+from streamquant.files.writing import make_folder, open_own
 from streamquant.hub.background import STOP_SECONDS, abort_xet
 from streamquant.hub.client import connect
 from streamquant.hub.outgoing import Held, Outgoing
@@ -303,12 +304,13 @@ class UploadRecord:
     """OUT/.streamquant/uploads.jsonl: a line for each file that the Hub confirmed. A torn last line is dropped."""
 
     def __init__(self, out: Path) -> None:
+        self._out = out
         self.path = out / WORK_FOLDER / UPLOADS
         self._lock = threading.Lock()
         self._file: int | None = None
 
     def add(self, repo: str, commit: str, path: str, size: int, sha256: str) -> None:
-        """Append a line, and sync it. Raises OSError."""
+        """Append a line, and sync it. Raises OSError; StreamquantError if the record is no plain file."""
         line = {"repo": repo, "commit": commit, "path": path, "size": size, "sha256": sha256}
         data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
         with self._lock:
@@ -319,8 +321,8 @@ class UploadRecord:
             os.fsync(self._file)
 
     def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        make_folder(self.path.parent, self._out)
+        self._file = open_own(self.path, append=True)
         size = os.fstat(self._file).st_size
         tail = os.pread(self._file, min(size, 65536), max(0, size - 65536))
         whole = tail.rfind(b"\n") + 1

@@ -13,10 +13,10 @@ from pathlib import Path, PurePosixPath
 
 from streamquant.convert.manifest import MANIFEST, ManifestFile
 from streamquant.convert.run.journal import WORK_FOLDER
-from streamquant.convert.run.output_files import PARTIAL
 from streamquant.convert.source.side_files import is_side_file
 from streamquant.convert.source.weights import CONFIG, INDEX
 from streamquant.files.hashing import READ_BYTES
+from streamquant.files.writing import PARTIAL
 from streamquant.hub.outgoing import Outgoing
 from streamquant.publish.cards.origin import BASE_CARD
 from streamquant.publish.results import CARD, REPORT_FOLDER, VariantFolder

@@ -69,7 +69,7 @@ def plan(
 
         made = replace(made, notes=(*made.notes, *check_plan(made)))
     if out is not None:
-        check_output_folder(made.checkpoint, out, [variant.folder for variant in made.variants])
+        check_output_folder(made, out)
         check_disk(made, out, disk_use(made, run, delete_after_upload=delete_after_upload))
     return made
 

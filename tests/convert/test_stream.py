@@ -16,8 +16,8 @@ from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.run.blocks import Piece, encode_chunk
-from streamquant.convert.run.output_files import write_all
 from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.files.writing import write_all
 from tests.attacks.harness import checksums, write_model
 from tests.listeners import Hears
 

@@ -11,6 +11,7 @@ from gguf.constants import GGUFValueType, Keys
 from gguf.gguf_writer import GGUFValue
 
 from streamquant.files.gguf_file import pack_header, pack_key, pad, read_raw_metadata
+from streamquant.files.writing import replacing
 from streamquant.quant.errors import StreamquantError
 
 _HIDDEN = 32
@@ -42,8 +43,9 @@ def write_vocabulary_gguf(source: Path, target: Path) -> Path:
         )
     kept = {key: value for key, value in raw.items() if key.startswith(_OWN)}
     head = pack_header(kept | _model_keys(), _tensors(len(tokens)))
-    with target.open("wb") as file:
+    with replacing(target) as file:
         file.write(head)
+        file.flush()
         os.ftruncate(file.fileno(), len(head) + sum(pad(nbytes) for _, _, _, nbytes in _tensors(len(tokens))))
     return target
 

@@ -7,7 +7,6 @@ hash of everything that its values depend on.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from streamquant.files.folders import cache_folder
 from streamquant.files.safetensors_file import read_header, write_header
+from streamquant.files.writing import replacing
 from streamquant.model.forward import Lane, Setting, Tokens, scored_positions
 from streamquant.quant.errors import StreamquantError
 
@@ -168,19 +168,15 @@ def write_cached(folder: Path, key: str, states: HiddenStates) -> Path:
     header = write_header([(name, dtype, shapes[name], sizes[name]) for name in shapes], {"key": key})
     folder.mkdir(parents=True, exist_ok=True)
     path = cache_path(folder, key)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with replacing(path, shared=True) as file:
             file.write(header)
             for chunk in range(chunks):
                 file.write(_bytes(states.chunks(chunk, chunk + 1)))
             for sample in states.samples:
                 file.write(_bytes(sample))
-        partial.replace(path)
     except OSError as error:
-        raise StreamquantError("cannot write the cache", where=str(partial), found=error.strerror) from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise StreamquantError("cannot write the cache", where=str(path), found=error.strerror) from error
     return path
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from streamquant.files.writing import explain, write_atomically
+from streamquant.files.writing import explain, make_folder, write_atomically
 from streamquant.quant.printable import visible
 from streamquant.validate.report.plots import Plot, make_plots
 from streamquant.validate.report.text import code, markdown
@@ -23,7 +23,7 @@ def write_pages(report: "Report", folder: str | Path) -> list[Path]:
     """Write report.md, report.html and plots/*.svg, *.png; return their paths. Raises StreamquantError if it fails."""
     files, folder = make_pages(report), Path(folder)
     try:
-        (folder / PLOTS).mkdir(parents=True, exist_ok=True)
+        make_folder(folder / PLOTS, folder)
         for name, data in files.items():
             write_atomically(folder / name, data)
     except OSError as error:

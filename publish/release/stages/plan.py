@@ -24,7 +24,7 @@ class PlanStage(Stage):
     def perform(self) -> StageOutcome:
         """Plan, and check; nothing is written."""
         plan, out = self.release.plan(imatrix_for_planning(self.release)), self.file.out
-        check_output_folder(plan.checkpoint, out, [variant.folder for variant in plan.variants])
+        check_output_folder(plan, out)
         notes = list(plan.notes)
         if self.file.push is not None:
             notes += self._check_push(plan)
