@@ -22,6 +22,8 @@ ELSEWHERE = {
     "calibrate/importance.py .mkdir": "the folder of --out, which is the user's own path",
     "convert/conversion.py .mkdir": "--out itself, which was checked",
     "convert/conversion.py shutil.rmtree": "the spool; rmtree follows no link, those above were checked",
+    "convert/metadata/model_metadata.py .symlink_to": "makes a link in a new folder; writes through none",
+    "convert/metadata/model_metadata.py tempfile.TemporaryDirectory": "a new folder of a random name",
     "convert/recipes/quantization_config.py .mkdir": "the user's cache",
     "convert/run/journal.py open r+b": "the descriptor of open_own",
     "convert/source/hub_checkpoint.py .mkdir": "the user's cache",
