@@ -17,6 +17,7 @@ from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
+from streamquant.convert.architectures import TensorRule
 from streamquant.files.gguf_file import pack_header, pad, read_header
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.reading import read_bytes
@@ -37,25 +38,30 @@ TOKENS_KEY = "streamquant.imatrix.tokens_sha256"
 class InputSums:
     """Sums of squares of the inputs of linear layers; `observe` is a Lane.on_input."""
 
-    names: Mapping[str, str]
-    """HF name of a linear layer -> GGUF name of its weight."""
+    rules: Mapping[str, TensorRule]
+    """HF name of a linear layer -> the rule of its weight."""
     sums: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    """By GGUF name, float64[columns]."""
-    counts: dict[str, int] = field(default_factory=dict)
-    """By GGUF name, tokens."""
+    """By GGUF name, float64[matrices, columns]: one matrix, or those of the experts that are stacked in the tensor."""
+    counts: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    """By GGUF name, tokens of each matrix, int64[matrices]."""
     _last: "tuple[torch.Tensor, NDArray[np.float64]] | None" = None
 
     def observe(self, name: str, x: "torch.Tensor") -> None:
-        """Add an input [chunks, tokens, n]. q, k and v share one, and gate and up: it is squared once."""
-        weight = self.names.get(name)
-        if weight is None:
+        """Add an input [..., n]. q, k and v share one, and gate and up: it is squared once."""
+        rule = self.rules.get(name)
+        if rule is None:
             return
         if self._last is None or self._last[0] is not x:
             squares = x.flatten(0, -2).float().square().sum(0)
             self._last = x, squares.double().cpu().numpy()
-        found = self._last[1]
-        self.sums[weight] = self.sums[weight] + found if weight in self.sums else found
-        self.counts[weight] = self.counts.get(weight, 0) + x.shape[:-1].numel()
+        weight, matrices, number = rule.gguf_name, 1, 0
+        if rule.expert is not None:
+            matrices, number = rule.expert.count, rule.expert.number
+        if weight not in self.sums:
+            self.sums[weight] = np.zeros((matrices, x.shape[-1]))
+            self.counts[weight] = np.zeros(matrices, np.int64)
+        self.sums[weight][number] += self._last[1]
+        self.counts[weight][number] += x.shape[:-1].numel()
 
     def check(self) -> None:
         """Raise StreamquantError if a sum is NaN or infinite."""
@@ -63,7 +69,7 @@ class InputSums:
             if not np.isfinite(values).all():
                 raise StreamquantError(
                     "the inputs of a layer are NaN or infinite",
-                    where=f"tensor {name!r}, column {int(np.argmin(np.isfinite(values)))}",
+                    where=f"tensor {name!r}, column {int(np.argmin(np.isfinite(values).all(0)))}",
                     hint="is the checkpoint whole? verify it",
                 )
 
@@ -106,12 +112,12 @@ def write_importance(
     Raises StreamquantError if the file is another's, for NaN or infinity, and what reading raises.
     """
     options = options or ImportanceOptions()
-    names = {
-        rule.hf_name.removesuffix(".weight"): rule.gguf_name
+    rules = {
+        rule.hf_name.removesuffix(".weight"): rule
         for rule in variant.description.rules.values()
         if rule.gguf_name.startswith("blk.") and rule.gguf_name.endswith(".weight")
     }
-    sums = InputSums(names)
+    sums = InputSums(rules)
     before = _resume(out, corpus, sums) if out.exists() else 0
     step = options.save_every or max(1, len(corpus.tokens))
     rounds = [(at, min(at + step, len(corpus.tokens))) for at in range(before, len(corpus.tokens), step)]
@@ -144,8 +150,10 @@ def save_importance(path: Path, sums: InputSums, corpus: Corpus, chunks: int) ->
     }
     arrays: dict[str, NDArray[np.float32]] = {}
     for name in sorted(sums.sums):
-        arrays[f"{name}.in_sum2"] = sums.sums[name].astype(np.float32)
-        arrays[f"{name}.counts"] = np.array([sums.counts[name]], np.float32)
+        # ggml does not count dimensions of 1
+        matrices = len(sums.counts[name])
+        arrays[f"{name}.in_sum2"] = sums.sums[name].astype(np.float32).reshape((matrices, -1) if matrices > 1 else -1)
+        arrays[f"{name}.counts"] = sums.counts[name].astype(np.float32).reshape((matrices, 1) if matrices > 1 else -1)
     header = pack_header(metadata, [(name, array.shape, "F32", array.nbytes) for name, array in arrays.items()])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,16 +184,16 @@ def _resume(path: Path, corpus: Corpus, sums: InputSums) -> int:
             required="no such file, or one of the same texts, tokenizer and context",
             hint="remove it, or name another --out",
         )
-    known = set(sums.names.values())
+    matrices = {rule.gguf_name: rule.expert.count if rule.expert else 1 for rule in sums.rules.values()}
     for tensor in header.tensors:
         weight, _, what = tensor.name.rpartition(".")
-        if weight not in known:
+        if weight not in matrices:
             raise StreamquantError(
                 "the file is of another model", where=str(path), found=tensor.name, required="its weights"
             )
         values = read_bytes(path, tensor.start, tensor.stop).view(np.float32)
         if what == "in_sum2":
-            sums.sums[weight] = values.astype(np.float64)
+            sums.sums[weight] = values.astype(np.float64).reshape(matrices[weight], -1)
         elif what == "counts":
-            sums.counts[weight] = int(values[0])
+            sums.counts[weight] = values.astype(np.int64)
     return chunks

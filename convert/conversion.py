@@ -17,7 +17,7 @@ from streamquant.convert.options import RunOptions
 from streamquant.convert.plan.disk import Disk, peak_disk
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan, VariantPlan
-from streamquant.convert.recipes.quantization_config import QuantizationConfigs
+from streamquant.convert.recipes.quantization_config import QuantizationConfigs, with_ignored
 from streamquant.convert.run.blocks import Encode
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.device import choose_device, inner_loop
@@ -273,7 +273,10 @@ def _write_checkpoint_files(plan: Plan, variant: VariantPlan, out: Path, configs
         write_atomically(folder / name, content)
     if [Path(plan.files[number].path).name for number in variant.files] != [SINGLE_FILE]:
         write_atomically(folder / INDEX, _json(_index(plan, variant)))
-    config = {**plan.checkpoint.config, "quantization_config": configs[variant.recipe.scheme]}
+    experts = plan.model.family.experts
+    ignored = experts.ignore if experts is not None else ()
+    quantization = with_ignored(configs[variant.recipe.scheme], ignored)
+    config = {**plan.checkpoint.config, "quantization_config": quantization}
     write_atomically(folder / CONFIG, _json(config))
 
 

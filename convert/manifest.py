@@ -94,12 +94,18 @@ class ManifestPart:
 
 @dataclass(frozen=True, slots=True)
 class ManifestTensor:
-    """A tensor of a variant that was made of one of the source."""
+    """A tensor of a variant that was made of one of the source, or of several: the experts of a layer, in order."""
 
-    source: str
+    sources: tuple[str, ...]
     format: str
     reason: str
     parts: tuple[ManifestPart, ...]
+
+    def json(self) -> dict[str, Any]:
+        """As in the file: "source" for one, "sources" for several."""
+        made_of = {"source": self.sources[0]} if len(self.sources) == 1 else {"sources": list(self.sources)}
+        parts = [asdict(part) for part in self.parts]
+        return {**made_of, "format": self.format, "reason": self.reason, "parts": parts}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +156,7 @@ class ManifestVariant:
             "files": [asdict(file) for file in self.files],
             "generated": list(self.generated),
             "dropped": list(self.dropped),
-            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "tensors": [tensor.json() for tensor in self.tensors],
         }
 
 
@@ -317,7 +323,11 @@ def _parse_tensor(record: JsonRecord) -> ManifestTensor:
         )
         for part in record.objects("parts")
     )
-    return ManifestTensor(record.text("source"), record.text("format"), record.text("reason"), parts)
+    source = record.optional_text("source")
+    sources = (source,) if source is not None else record.texts("sources")
+    if not sources:
+        raise record.broken("sources", [], "the names of source tensors")
+    return ManifestTensor(sources, record.text("format"), record.text("reason"), parts)
 
 
 # What a plan has to do with it
@@ -415,7 +425,7 @@ def _tensor(plan: Plan, variant: VariantPlan, tensor: OutputTensor, written: Wri
                 xxh3_128=written.tensors[path][f"{number}:{tensor.name}"],
             )
         )
-    return ManifestTensor(tensor.source, tensor.format, tensor.reason, tuple(parts))
+    return ManifestTensor(tensor.sources, tensor.format, tensor.reason, tuple(parts))
 
 
 def _within(variant: VariantPlan, path: str) -> str:

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from streamquant.convert.architectures import TensorKind
 from streamquant.files.listener import SILENT, Listener
 from streamquant.model.errors import errors_of
+from streamquant.model.experts import separate_experts
 from streamquant.model.variants.variant import EMBEDDINGS, FINAL_NORM, Variant
 from streamquant.quant.errors import StreamquantError, UsageError
 
@@ -64,7 +66,8 @@ def default_setting(device: str = "auto") -> Setting:
 
 
 InputObserver = Callable[[str, "torch.Tensor"], None]
-"""Gets the HF name of a linear layer ("model.layers.0.mlp.up_proj") and its input, [chunks, tokens, n]."""
+"""Gets the HF name of a linear layer ("model.layers.0.mlp.up_proj") and its input, [chunks, tokens, n]; of an expert
+[tokens, n], those that it was chosen for."""
 
 
 @dataclass(eq=False)
@@ -261,9 +264,12 @@ class _Model:
         """Watch and quantize the inputs of the linear layers while `hooks` is open."""
         import torch
 
+        rules = self.lane.variant.description.rules
         last: list[Any] = [None, None, None]  # q, k and v have one input, and gate and up: it is quantized once
         for name, linear in module.named_modules():
-            if not isinstance(linear, torch.nn.Linear):
+            rule = rules.get(f"{prefix}{name}.weight")
+            is_router = rule is not None and rule.kind is TensorKind.ROUTER  # transformers has a class of its own
+            if not is_router and not isinstance(linear, torch.nn.Linear):
                 continue
             observe = self.lane.on_input
             quantize = (
@@ -294,7 +300,11 @@ def build_skeleton(variant: Variant) -> Any:
     settings = {key: value for key, value in variant.config.items() if key not in ("dtype", "torch_dtype")}
     config = CONFIG_MAPPING[variant.config["model_type"]].from_dict(settings)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    experts = variant.description.family.experts
+    if experts is not None:
+        separate_experts(skeleton, experts)
+    return skeleton
 
 
 def rotary_tables(

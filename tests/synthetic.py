@@ -25,6 +25,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "SeedOssForCausalLM",
 )
+MIXTURES = ("Qwen3MoeForCausalLM",)
 
 # What each family's config.json carries besides the sizes (transformers 4.57 and 5 agree on these keys).
 FAMILY_KEYS: Mapping[str, Mapping[str, object]] = {
@@ -43,6 +44,20 @@ FAMILY_KEYS: Mapping[str, Mapping[str, object]] = {
         "sliding_window": None,
         "max_window_layers": 1,
     },
+    "Qwen3MoeForCausalLM": {
+        "model_type": "qwen3_moe",
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": True,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
     "SeedOssForCausalLM": {
         "model_type": "seed_oss",
         "attention_bias": True,
@@ -57,6 +72,7 @@ THETA = {
     "MistralForCausalLM": 1000000.0,
     "Qwen2ForCausalLM": 1000000.0,
     "Qwen3ForCausalLM": 1000000.0,
+    "Qwen3MoeForCausalLM": 1000000.0,
     "SeedOssForCausalLM": 10000000.0,
 }
 SIZES: Mapping[str, Mapping[str, int]] = {
@@ -79,6 +95,8 @@ SIZES: Mapping[str, Mapping[str, int]] = {
 HEAD_DIM = {
     ("Qwen3ForCausalLM", "tiny"): 32,
     ("Qwen3ForCausalLM", "small"): 64,
+    ("Qwen3MoeForCausalLM", "tiny"): 32,
+    ("Qwen3MoeForCausalLM", "small"): 64,
     ("SeedOssForCausalLM", "tiny"): 32,
     ("SeedOssForCausalLM", "small"): 64,
 }
@@ -239,10 +257,13 @@ def weights_of(config: Mapping[str, object]) -> Iterator[Weight]:
 
 def layer_weights(config: Mapping[str, object], sizes: Mapping[str, int]) -> Iterator[Weight]:
     """The tensors of one decoder layer, named inside the layer."""
-    qwen2, qwen3 = (config["model_type"] == name for name in ("qwen2", "qwen3"))
+    qwen2, qwen3_moe = (config["model_type"] == name for name in ("qwen2", "qwen3_moe"))
+    qwen3 = qwen3_moe or config["model_type"] == "qwen3"
     seed_oss = config["model_type"] == "seed_oss"
     hidden, wide, heads = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_attention_heads"]
-    fixed_head_dim = (qwen3 or seed_oss) and "head_dim" not in config  # an explicit null is hidden // heads again
+    fixed_head_dim = (
+        config["model_type"] == "qwen3" or seed_oss
+    ) and "head_dim" not in config  # an explicit null is hidden // heads again
     head_dim = sizes.get("head_dim", 128 if fixed_head_dim else hidden // heads)
     rows = {"q": heads * head_dim, "k": sizes.get("num_key_value_heads", heads) * head_dim}
     rows["v"] = rows["k"]
@@ -258,7 +279,15 @@ def layer_weights(config: Mapping[str, object], sizes: Mapping[str, int]) -> Ite
     if qwen3:
         yield Weight("self_attn.q_norm.weight", (head_dim,), is_norm=True)
         yield Weight("self_attn.k_norm.weight", (head_dim,), is_norm=True)
-    for part, shape in (("gate", (wide, hidden)), ("up", (wide, hidden)), ("down", (hidden, wide))):
+    if qwen3_moe:
+        narrow = sizes["moe_intermediate_size"]
+        yield Weight("mlp.gate.weight", (sizes["num_experts"], hidden))
+        for expert in range(sizes["num_experts"]):
+            for part, shape in (("gate", (narrow, hidden)), ("up", (narrow, hidden)), ("down", (hidden, narrow))):
+                yield Weight(f"mlp.experts.{expert}.{part}_proj.weight", shape)
+    for part, shape in (
+        () if qwen3_moe else (("gate", (wide, hidden)), ("up", (wide, hidden)), ("down", (hidden, wide)))
+    ):
         yield Weight(f"mlp.{part}_proj.weight", shape)
         if config.get("mlp_bias", False):
             yield Weight(f"mlp.{part}_proj.bias", shape[:1])

@@ -17,6 +17,7 @@ from streamquant.convert.architectures.llama import LLAMA
 from streamquant.convert.architectures.mistral import MISTRAL
 from streamquant.convert.architectures.qwen2 import QWEN2
 from streamquant.convert.architectures.qwen3 import QWEN3
+from streamquant.convert.architectures.qwen3_moe import QWEN3_MOE
 from streamquant.convert.architectures.rope import ROPE_FREQS, rope_row_order
 from streamquant.convert.architectures.seed_oss import SEED_OSS
 from streamquant.quant.errors import StreamquantError
@@ -34,7 +35,7 @@ __all__ = [
     "rope_row_order",
 ]
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, SEED_OSS)
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType({family.hf_architecture: family for family in FAMILIES})
 
 

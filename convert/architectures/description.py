@@ -15,6 +15,14 @@ IGNORED_SUFFIXES = (".attention.masked_bias", ".attention.bias", ".rotary_emb.in
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertSlot:
+    """The place of an expert's tensor in the tensor in which GGUF stacks those of a layer, in the experts' order."""
+
+    number: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRule:
     """One tensor of a model: its two names and the shape that config.json demands, in Hugging Face's order.
 
@@ -28,6 +36,16 @@ class TensorRule:
     shape: tuple[int, ...]
     rope_heads: int | None
     required: bool
+    expert: ExpertSlot | None = None
+    """For a tensor of one expert; its GGUF name is that of the stacked tensor."""
+
+    layer: int = -1
+    """The number of its decoder layer; -1 outside of them."""
+
+    @property
+    def gguf_shape(self) -> tuple[int, ...]:
+        """The shape of the GGUF tensor in Hugging Face's order: of a stack, experts first."""
+        return self.shape if self.expert is None else (self.expert.count, *self.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,9 +20,23 @@ class TensorKind(enum.Enum):
     NORM = "norm"
     LINEAR = "linear"
     BIAS = "bias"
+    ROUTER = "router"
+    """The matrix that chooses the experts of a token; runtimes want it unquantized."""
+    EXPERT = "expert"
+    """A projection of one expert. GGUF stacks those of a layer in one tensor."""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a matrix that schemes for "Linear" quantize."""
+        return self in (TensorKind.LINEAR, TensorKind.EXPERT)
 
 
-Size = Literal["hidden", "query", "key_value", "intermediate", "head_dim", "vocabulary"]
+EXPERT_NUMBER = "{expert}"
+"""Stands in the suffix of a tensor of which every expert has one."""
+
+Size = Literal[
+    "hidden", "query", "key_value", "intermediate", "head_dim", "vocabulary", "experts", "expert_intermediate"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +44,7 @@ class LayerTensor:
     """A tensor of one decoder layer; `when` names the boolean of config.json without which it does not exist.
 
     With it, a bias may still be missing, in all layers: it is zero then, in transformers and in llama.cpp.
+    Of a tensor of kind EXPERT there is one for each expert, its number in place of EXPERT_NUMBER in the suffix.
     """
 
     suffix: str
@@ -61,6 +76,7 @@ class LlamaCpp:
     added_keys are the keys that the converter's class writes after the common ones, each with the size that it holds.
     rope_freqs says whether the loader reads rope_freqs.weight, without which rope of type "llama3" would run unscaled.
     unread are the booleans of config.json whose biases the converter writes but the loader does not read.
+    assumed are keys of config.json that no GGUF key carries, with the value that llama.cpp computes with.
     """
 
     arch: gguf.MODEL_ARCH
@@ -68,11 +84,31 @@ class LlamaCpp:
     added_keys: tuple[tuple[str, Size], ...] = ()
     rope_freqs: bool = False
     unread: tuple[str, ...] = ()
+    assumed: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def rope_types(self) -> frozenset[str]:
         """The rope types that llama.cpp computes for the architecture."""
         return frozenset({"default", "linear", "yarn"} | ({"llama3"} if self.rope_freqs else set()))
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The keys of config.json that describe a mixture of experts, as the family's configuration class calls them."""
+
+    count: tuple[str, ...]
+    """Experts of a layer; the first of these keys that config.json has."""
+    used: str
+    """Experts that a token goes through."""
+    intermediate: str
+    """Feed-forward size of one expert."""
+    ignore: tuple[str, ...]
+    """Modules that compressed-tensors must leave alone beside the head and the embeddings, in its spelling."""
+    path: str = "mlp.experts"
+    """The experts within a layer of transformers; their numbers, and then the projections, follow in names."""
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +118,8 @@ class Family:
     defaults are those of the configuration class in transformers, for keys that a config.json may leave out; nullable
     are the keys where null is allowed. A family whose defaults have no head_dim writes key_length only if config.json
     has it. hidden_divides_by_heads: the configuration class refuses a hidden_size that is no multiple of the heads; a
-    GGUF with such sizes is read as the next family of its architecture.
+    GGUF with such sizes is read as the next family of its architecture. required are the values that keys may have:
+    others mean layers that the table does not describe. experts is None for dense models.
     """
 
     hf_architecture: str
@@ -92,6 +129,8 @@ class Family:
     nullable: frozenset[str]
     llama_cpp: LlamaCpp
     hidden_divides_by_heads: bool = False
+    required: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    experts: Experts | None = None
 
     @property
     def gguf_arch(self) -> str:
@@ -113,3 +152,13 @@ def linear(
 def norm(path: str, size: Size = "hidden") -> LayerTensor:
     """The row of a layer table for one norm."""
     return LayerTensor(f"{path}.weight", TensorKind.NORM, (size,))
+
+
+def experts(path: str, shape: tuple[Size, Size]) -> LayerTensor:
+    """The row of a layer table for one projection of all experts; EXPERT_NUMBER stands in the path."""
+    return LayerTensor(f"{path}.weight", TensorKind.EXPERT, shape)
+
+
+def router(path: str) -> LayerTensor:
+    """The row of a layer table for the matrix that chooses the experts."""
+    return LayerTensor(f"{path}.weight", TensorKind.ROUTER, ("experts", "hidden"))

@@ -5,7 +5,7 @@ ModelBase.map_tensor_name): the same names, keys, types and values.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import gguf
@@ -13,8 +13,8 @@ from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from streamquant.convert.architectures.config_values import ConfigValues
-from streamquant.convert.architectures.description import ExtraTensor, ModelDescription, TensorRule
-from streamquant.convert.architectures.family import Family, Size, TensorKind
+from streamquant.convert.architectures.description import ExpertSlot, ExtraTensor, ModelDescription, TensorRule
+from streamquant.convert.architectures.family import EXPERT_NUMBER, Family, LayerTensor, Size, TensorKind
 from streamquant.convert.architectures.rope import (
     ROPE_FREQS,
     RopeSettings,
@@ -28,6 +28,8 @@ from streamquant.quant.errors import StreamquantError
 MAX_LAYERS = 512
 # Far above any model; keeps a hostile config.json from asking for a rope table of gigabytes.
 MAX_HEAD_DIM = 1 << 16
+# llama.cpp's LLAMA_MAX_EXPERTS (src/llama-hparams.h).
+MAX_EXPERTS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,10 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     head_dim_is_written: bool
+    experts: int = 0
+    """Experts of a layer; 0 in dense models."""
+    experts_used: int = 0
+    expert_intermediate: int = 0
 
     def size(self, name: Size) -> int:
         """A size by its name in the tables."""
@@ -53,6 +59,8 @@ class Dimensions:
             "intermediate": self.intermediate,
             "head_dim": self.head_dim,
             "vocabulary": self.vocabulary,
+            "experts": self.experts,
+            "expert_intermediate": self.expert_intermediate,
         }[name]
 
     def named(self) -> dict[str, int]:
@@ -63,6 +71,7 @@ class Dimensions:
             "feed-forward size": self.intermediate,
             "attention heads": self.heads,
             "key-value heads": self.kv_heads,
+            **({"experts": self.experts, "experts of a token": self.experts_used} if self.experts else {}),
         }
 
 
@@ -90,7 +99,7 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     check_rope_type(family, config, rope)
     notes = [*assumed_notes(config), *rope.notes]
     window = read_window(family, config)
-    notes += [*window_notes(family, window, sizes), *unread_notes(family, config)]
+    notes += [*window_notes(family, window, sizes), *unread_notes(family, config), *other_value_notes(family, config)]
     if tied:
         notes.append("tie_word_embeddings: no output.weight unless the checkpoint has lm_head.weight")
     return ModelDescription(
@@ -124,10 +133,20 @@ def refuse_other_models(family: Family, config: ConfigValues) -> None:
         raise config.refuse("model_type", f"not the model type of {family.hf_architecture}", required=family.model_type)
     if config.text("hidden_act") != "silu":
         raise config.refuse("hidden_act", "an activation that llama.cpp does not use for this family", required="silu")
+    own = family.experts.count if family.experts is not None else ()
     for key, (fine, meaning) in REFUSED_KEYS.items():
-        value = config.values.get(key)
-        if not any(value is item or (type(value) is type(item) and value == item) for item in fine):
+        if key not in own and not is_one_of(config.values.get(key), fine):
             raise config.refuse(key, f"{meaning}, which {family.hf_architecture} is not", required="no such key")
+    for key, fine in family.required.items():
+        if not is_one_of(config.raw(key), fine):
+            raise config.refuse(
+                key, "layers of another kind, which this version does not know", required=" or ".join(map(str, fine))
+            )
+
+
+def is_one_of(value: object, fine: tuple[object, ...]) -> bool:
+    """Whether a value of JSON is one of these; true is not 1."""
+    return any(value is item or (type(value) is type(item) and value == item) for item in fine)
 
 
 def read_dimensions(family: Family, config: ConfigValues) -> Dimensions:
@@ -142,6 +161,7 @@ def read_dimensions(family: Family, config: ConfigValues) -> Dimensions:
             required=f"a divisor of num_attention_heads = {heads}",
         )
     head_dim = read_head_dim(family, config, hidden, heads)
+    experts, used, expert_intermediate = read_experts(family, config)
     return Dimensions(
         layers=config.integer("num_hidden_layers", most=MAX_LAYERS),
         vocabulary=config.integer("vocab_size"),
@@ -152,7 +172,20 @@ def read_dimensions(family: Family, config: ConfigValues) -> Dimensions:
         kv_heads=kv_heads,
         head_dim=head_dim,
         head_dim_is_written="head_dim" in family.defaults or config.values.get("head_dim") is not None,
+        experts=experts,
+        experts_used=used,
+        expert_intermediate=expert_intermediate,
     )
+
+
+def read_experts(family: Family, config: ConfigValues) -> tuple[int, int, int]:
+    """(experts of a layer, experts that a token goes through, feed-forward size of one); zeros for a dense family."""
+    if family.experts is None:
+        return 0, 0, 0
+    spelled = next((key for key in family.experts.count if key in config), family.experts.count[0])
+    count = config.integer(spelled, most=MAX_EXPERTS)
+    used = config.integer(family.experts.used, most=count)
+    return count, used, config.integer(family.experts.intermediate)
 
 
 def read_head_dim(family: Family, config: ConfigValues, hidden: int, heads: int) -> int:
@@ -224,6 +257,16 @@ def unread_notes(family: Family, config: ConfigValues) -> Iterator[str]:
             )
 
 
+def other_value_notes(family: Family, config: ConfigValues) -> Iterator[str]:
+    """A warning where llama.cpp computes something else, because GGUF has no key for what config.json says."""
+    for key, assumed in family.llama_cpp.assumed.items():
+        if config.raw(key) != assumed:
+            yield (
+                f"WARNING: {key} = {config.raw(key)}: llama.cpp has no key for it in arch {family.gguf_arch!r} and "
+                f"computes as if it were {assumed}; the GGUF will answer differently"
+            )
+
+
 def make_rules(family: Family, config: ConfigValues, sizes: Dimensions, tied: bool) -> Iterator[TensorRule]:
     """The rules of all tensors, in the order of a state dict."""
     names = gguf.get_tensor_name_map(family.llama_cpp.arch, sizes.layers)
@@ -236,10 +279,25 @@ def make_rules(family: Family, config: ConfigValues, sizes: Dimensions, tied: bo
         for tensor in tensors:
             heads = {"query": sizes.heads, "key": sizes.kv_heads, None: None}[tensor.rope]
             shape = tuple(sizes.size(name) for name in tensor.shape)
-            name, required = f"model.layers.{number}.{tensor.suffix}", tensor.when is None
-            yield make_rule(names, name, tensor.kind, shape, rope_heads=heads, required=required)
+            if tensor.kind is TensorKind.EXPERT:
+                yield from expert_rules(names, number, tensor, shape, sizes.experts)
+            else:
+                name, required = f"model.layers.{number}.{tensor.suffix}", tensor.when is None
+                rule = make_rule(names, name, tensor.kind, shape, required=required)
+                yield replace(rule, rope_heads=heads, layer=number)
     yield make_rule(names, "model.norm.weight", TensorKind.NORM, (sizes.hidden,))
     yield make_rule(names, "lm_head.weight", TensorKind.HEAD, matrix, required=not tied)
+
+
+def expert_rules(
+    names: gguf.TensorNameMap, layer: int, tensor: LayerTensor, shape: tuple[int, ...], count: int
+) -> Iterator[TensorRule]:
+    """The rules of one projection of all experts of a layer: llama.cpp stacks them in one tensor."""
+    name = f"model.layers.{layer}.{tensor.suffix}"
+    stacked = make_rule(names, name.replace(f"{EXPERT_NUMBER}.", ""), tensor.kind, shape)
+    for expert in range(count):
+        slot = ExpertSlot(expert, count)
+        yield replace(stacked, hf_name=name.replace(EXPERT_NUMBER, str(expert)), expert=slot, layer=layer)
 
 
 def make_rule(
@@ -248,7 +306,6 @@ def make_rule(
     kind: TensorKind,
     shape: tuple[int, ...],
     *,
-    rope_heads: int | None = None,
     required: bool = True,
 ) -> TensorRule:
     """A rule, its GGUF name looked up in the table of the package gguf."""
@@ -261,7 +318,7 @@ def make_rule(
             required="gguf 0.19",
             hint="install the version that pyproject.toml asks for",
         )
-    return TensorRule(hf_name, gguf_name, kind, shape, rope_heads, required)
+    return TensorRule(hf_name, gguf_name, kind, shape, None, required)
 
 
 def common_metadata(arch: str, sizes: Dimensions, rope: RopeSettings, epsilon: float) -> dict[str, GGUFValue]:
@@ -275,12 +332,14 @@ def common_metadata(arch: str, sizes: Dimensions, rope: RopeSettings, epsilon: f
         attention.HEAD_COUNT: sizes.heads,
         attention.HEAD_COUNT_KV: sizes.kv_heads,
     }
+    experts = {llm.EXPERT_COUNT: sizes.experts, llm.EXPERT_USED_COUNT: sizes.experts_used} if sizes.experts else {}
     widths = (attention.KEY_LENGTH, attention.VALUE_LENGTH) if sizes.head_dim_is_written else ()
     numbers = {gguf.Keys.Rope.FREQ_BASE: rope.theta, attention.LAYERNORM_RMS_EPS: epsilon}
     return {
         **count_values(arch, counts),
         **rope_scaling_metadata(rope, arch),
         **{key.format(arch=arch): GGUFValue(value, GGUFValueType.FLOAT32) for key, value in numbers.items()},
+        **count_values(arch, experts),
         **count_values(arch, dict.fromkeys(widths, sizes.head_dim)),
     }
 

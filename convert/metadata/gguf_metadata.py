@@ -13,7 +13,7 @@ from gguf.gguf_writer import GGUFValue
 
 from streamquant.convert.architectures import ModelDescription
 from streamquant.convert.metadata.guard_template import guard_gguf_keys
-from streamquant.convert.metadata.model_metadata import read_model_metadata
+from streamquant.convert.metadata.model_metadata import ParameterCounts, read_model_metadata
 from streamquant.convert.metadata.vocabulary import read_vocabulary
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.files.gguf_file import pack_key
@@ -54,12 +54,12 @@ def gguf_metadata(
     checkpoint: Checkpoint,
     model: ModelDescription,
     *,
-    parameter_count: int,
+    counts: ParameterCounts,
     pre: str | None,
     overrides: Mapping[str, Any],
     guard_template: bool = False,
 ) -> GgufMetadata:
-    """Collect the keys. `parameter_count` counts the weights of all GGUF tensors, for general.size_label;
+    """Collect the keys. `counts` are the weights of all GGUF tensors, for general.size_label;
     `guard_template` puts guards into chat templates (convert/metadata/guard_template.py).
 
     Raises StreamquantError for a tokenizer, card or config that cannot be expressed in GGUF.
@@ -67,9 +67,7 @@ def gguf_metadata(
     vocabulary = read_vocabulary(
         checkpoint.folder, model.family.llama_cpp.vocabulary, vocab_size=model.vocab_size, pre=pre
     )
-    general = read_model_metadata(
-        checkpoint.folder, parameter_count=parameter_count, overrides=overrides, name=checkpoint.name
-    )
+    general = read_model_metadata(checkpoint.folder, counts=counts, overrides=overrides, name=checkpoint.name)
     tokenizer: Mapping[str, Any] = vocabulary.metadata
     guards: tuple[str, ...] = ()
     if guard_template:

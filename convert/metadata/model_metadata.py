@@ -6,6 +6,7 @@ import math
 import pathlib
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import gguf
@@ -52,17 +53,40 @@ _MAX_CARD = 4 * 1024 * 1024  # bytes; model cards of 100 kB are long
 _HINT = "set the right value with --metadata, or correct the file"
 
 
+@dataclass(frozen=True, slots=True)
+class ParameterCounts:
+    """Weights of a GGUF, as its general.size_label counts them (GGUFWriter.get_total_parameter_count of gguf-py)."""
+
+    total: int
+    shared: int
+    """Those outside of experts."""
+    expert: int = 0
+    """Those of one expert of every layer."""
+    experts: int = 0
+    """Experts of a layer; 0 in dense models."""
+
+    @property
+    def size_label(self) -> str:
+        """
+        >>> ParameterCounts(8_030_000_000, 8_030_000_000).size_label
+        '8.0B'
+        >>> ParameterCounts(30_532_122_624, 1_541_093_376, 226_492_416, 128).size_label
+        '128x1.8B'
+        """
+        return str(gguf.size_label(self.total, self.shared, self.expert, self.experts))
+
+
 def read_model_metadata(
     folder: pathlib.Path,
     *,
-    parameter_count: int,
+    counts: ParameterCounts,
     overrides: Mapping[str, Any] | None = None,
     name: str | None = None,
 ) -> dict[str, GGUFValue]:
     """Return the general.* keys of a model, as llama.cpp's converter writes them.
 
     folder           the checkpoint: README.md (front matter), config.json, generation_config.json, and its own name
-    parameter_count  weights of the model, for general.size_label where the name holds no size
+    counts           weights of the model, for general.size_label where the name holds no size
     overrides        GGUF key -> value, instead of what was found (--metadata)
     name             the name of the model, where it is not that of the folder
 
@@ -75,7 +99,7 @@ def read_model_metadata(
     path = folder.resolve() if folder.name in ("", "..") else folder.absolute()
     _check_files(path)
     try:
-        metadata = _load(path, name or path.name, parameter_count)
+        metadata = _load(path, name or path.name, counts.total)
     except Exception as fault:  # what the library cannot read although each file was checked
         raise StreamquantError(
             "cannot read the model card metadata",
@@ -86,8 +110,8 @@ def read_model_metadata(
     _override(metadata, overrides or {})
     if metadata.name is None:
         metadata.name = name or path.name
-    if metadata.size_label is None and parameter_count > 0:
-        metadata.size_label = gguf.size_label(parameter_count, parameter_count, 0, 0)
+    if metadata.size_label is None and counts.total > 0:
+        metadata.size_label = counts.size_label
     return _collect(metadata, path)
 
 

@@ -1,8 +1,8 @@
 """What an importance matrix says to a plan: which tensors it weighs, whether a variant can do without, what to tell."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from streamquant.convert.architectures import ModelDescription
+from streamquant.convert.architectures import ModelDescription, TensorRule
 from streamquant.convert.recipes.imatrix import ImportanceMatrix
 from streamquant.convert.recipes.mix import UNQUANTIZED, needs_importance
 from streamquant.convert.recipes.recipe import Recipe
@@ -22,16 +22,16 @@ class PlannedImportance:
         self._names = {rule.gguf_name for rule in model.rules.values()}
         self._missing: set[str] = set()
 
-    def entry(self, name: str, tensor: SourceTensor, format_name: str) -> str | None:
-        """The entry for the tensor of a GGUF name, if there is one and the format asks for it.
+    def entry(self, rule: TensorRule, sources: Sequence[SourceTensor], format_name: str) -> str | None:
+        """The entry for a stored tensor, if there is one and the format asks for it; `rule` is that of a source.
 
         Raises StreamquantError for an entry of another length.
         """
-        format_ = FORMATS[format_name]
-        is_quantized = len(tensor.shape) > 1 and format_.copies != tensor.dtype and not name.endswith("_norm.weight")
-        if self.matrix is None or not is_quantized:
+        format_, name, shape = FORMATS[format_name], rule.gguf_name, rule.gguf_shape
+        is_copied = all(format_.copies == source.dtype for source in sources)
+        if self.matrix is None or is_copied or len(shape) < 2 or name.endswith("_norm.weight"):
             return None
-        found = self.matrix.find(name, tensor.shape)  # of every quantized tensor: another length is another model's
+        found = self.matrix.find(name, shape)  # of every quantized tensor: another length is another model's
         if not format_.uses_importance:
             return None
         if found is None:

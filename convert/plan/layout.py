@@ -56,10 +56,10 @@ class Layout(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor to place: a source tensor with its choice, or a generated one with its bytes."""
+    """A tensor to place: source tensors of one shape with their choice, or a generated one with its bytes."""
 
     name: str
-    source: SourceTensor | None
+    sources: tuple[SourceTensor, ...]
     choice: Choice
     shape: tuple[int, ...]
     rope_heads: int | None = None
@@ -71,14 +71,17 @@ class Entry:
     @property
     def part_bytes(self) -> tuple[int, ...]:
         """Bytes of each part of its format."""
-        rows, n = (1, self.shape[0]) if self.source is None else as_matrix(self.source, self.rope_heads)
-        return tuple(part.nbytes(rows, n) for part in FORMATS[self.choice.format].parts)
+        if not self.sources:
+            return tuple(part.nbytes(1, self.shape[0]) for part in FORMATS[self.choice.format].parts)
+        rows, n = as_matrix(self.sources[0], self.rope_heads)
+        return tuple(len(self.sources) * part.nbytes(rows, n) for part in FORMATS[self.choice.format].parts)
 
     def placed(self, regions: tuple[Region, ...]) -> OutputTensor:
         """The output, now that its place is known; it has a source."""
-        assert self.source is not None, "generated tensors are literals of their file"
+        assert self.sources, "generated tensors are literals of their file"
+        names = tuple(source.name for source in self.sources)
         format_, reason = self.choice.format, self.choice.reason
-        return OutputTensor(self.source.name, self.name, format_, reason, self.rope_heads, regions, self.importance)
+        return OutputTensor(names, self.name, format_, reason, self.rope_heads, regions, self.importance)
 
 
 def as_matrix(tensor: SourceTensor, rope_heads: int | None) -> tuple[int, int]:

@@ -1,9 +1,13 @@
 """The layout of GGUF: tensors one after another, each padded; metadata in the first file of a split set."""
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
+from streamquant.convert.architectures import ModelDescription, TensorRule
 from streamquant.convert.metadata.gguf_metadata import GgufMetadata, gguf_metadata
+from streamquant.convert.metadata.model_metadata import ParameterCounts
 from streamquant.convert.plan.layout import Draft, Entry, Layout, split, too_large
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
 from streamquant.convert.recipes.mix import Choice
@@ -43,7 +47,7 @@ class GgufLayout(Layout):
             stored = [(e.name, e.shape, FORMATS[e.choice.format].parts[0].stored_as, sum(e.part_bytes)) for e in group]
             tensors += self._place(path, gguf_file.pack_header(keys, stored), group)
         files = tuple(range(first, len(draft.files)))
-        generated = tuple(entry.name for entry in entries if entry.source is None)
+        generated = tuple(entry.name for entry in entries if not entry.sources)
         return VariantPlan(recipe, folder, files, tuple(tensors), generated, dropped, imatrix is not None)
 
     def _entries(self, recipe: Recipe) -> Iterator[Entry]:
@@ -51,11 +55,13 @@ class GgufLayout(Layout):
         for extra in draft.model.extra_tensors:
             data = extra.values.astype("<f4").tobytes()
             made = Choice("F32", "made from config.json")
-            yield Entry(extra.gguf_name, None, made, extra.values.shape, data=data)
-        for name, choice in draft.choices(recipe).items():
-            tensor, rule = draft.checkpoint.tensors[name], draft.model.rules[name]
-            importance = draft.importance.entry(rule.gguf_name, tensor, choice.format)
-            yield Entry(rule.gguf_name, tensor, choice, tensor.shape, rule.rope_heads, importance=importance)
+            yield Entry(extra.gguf_name, (), made, extra.values.shape, data=data)
+        choices = draft.choices(recipe)
+        for rules in stored_order(draft.model, choices):
+            first, choice = rules[0], choices[rules[0].hf_name]
+            sources = tuple(draft.checkpoint.tensors[rule.hf_name] for rule in rules)
+            importance = draft.importance.entry(first, sources, choice.format)
+            yield Entry(first.gguf_name, sources, choice, first.gguf_shape, first.rope_heads, importance=importance)
 
     def _shared_metadata(self, entries: list[Entry]) -> GgufMetadata:
         """The keys that all variants share; tokenizers are large, so they are read once."""
@@ -64,7 +70,7 @@ class GgufLayout(Layout):
             self._metadata = gguf_metadata(
                 draft.checkpoint,
                 draft.model,
-                parameter_count=sum(math.prod(entry.shape) for entry in entries),
+                counts=count_parameters(entries),
                 guard_template=draft.options.guard_template,
                 pre=draft.options.pre,
                 overrides=draft.options.metadata,
@@ -79,10 +85,46 @@ class GgufLayout(Layout):
         placed = []
         for entry in group:
             nbytes = sum(entry.part_bytes)
-            if entry.source is None:
+            if not entry.sources:
                 literals.append((at, entry.data))
             else:
                 placed.append(entry.placed((Region(len(self.draft.files), at, nbytes),)))
             at += gguf_file.pad(nbytes)
         self.draft.files.append(OutputFile(path, at, tuple(literals)))
         return placed
+
+
+def count_parameters(entries: Iterable[Entry]) -> ParameterCounts:
+    """The weights of a file, those of stacked experts apart."""
+    total = shared = expert = experts = 0
+    for entry in entries:
+        size = math.prod(entry.shape)
+        total += size
+        if len(entry.sources) > 1:
+            experts = len(entry.sources)
+            expert += size // experts
+        else:
+            shared += size
+    return ParameterCounts(total, shared, expert, experts)
+
+
+def stored_order(model: ModelDescription, names: Iterable[str]) -> Iterator[tuple[TensorRule, ...]]:
+    """Source tensors in the order of the source -> the tensors of a GGUF in its order, each with its sources' rules.
+
+    The experts of a layer stand where the last of them was read, stacked, in the order of the family's table
+    (modify_tensors of the converter's classes for mixtures of experts).
+    """
+    waiting: dict[int, list[TensorRule]] = {}
+    missing = Counter(rule.layer for rule in model.rules.values() if rule.expert is not None)
+    order = {name: number for number, name in enumerate(model.rules)}
+    for name in names:
+        rule = model.rules[name]
+        if rule.expert is None:
+            yield (rule,)
+            continue
+        found = waiting.setdefault(rule.layer, [])
+        found.append(rule)
+        if len(found) == missing[rule.layer]:
+            found.sort(key=lambda rule: order[rule.hf_name])
+            for _, stacked in groupby(found, key=lambda rule: rule.gguf_name):
+                yield tuple(stacked)

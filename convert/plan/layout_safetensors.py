@@ -28,7 +28,7 @@ class SafetensorsLayout(Layout):
     def _block_runtimes(self, tensors: list[OutputTensor]) -> BlockRuntimes | None:
         """Which programs run the variant, where tensors have a scale for each block; None where none has."""
         source = self.draft.checkpoint.tensors
-        blocks = {t.source: source[t.source].shape for t in tensors if FORMATS[t.format].pads_rows}
+        blocks = {t.name: source[t.sources[0]].shape for t in tensors if FORMATS[t.format].pads_rows}
         return block_runtimes(self.draft.model, blocks) if blocks else None
 
     def _shards(self, recipe: Recipe) -> list[tuple[str, list[Entry]]]:
@@ -38,7 +38,7 @@ class SafetensorsLayout(Layout):
         shards: dict[str, list[Entry]] = {file.name: [] for file in checkpoint.files}
         for tensor in checkpoint.tensors.values():
             kept = Choice(copy_of(tensor.dtype).name, "not a weight of the model: kept as in the source")
-            entry = Entry(tensor.name, tensor, choices.get(tensor.name, kept), tensor.shape)
+            entry = Entry(tensor.name, (tensor,), choices.get(tensor.name, kept), tensor.shape)
             shards[tensor.file].append(entry)
         if max_shard_size is None:
             return list(shards.items())

@@ -14,7 +14,7 @@ from streamquant.convert.plan.importance import PlannedImportance
 from streamquant.convert.plan.layout import Draft, Layout, as_matrix
 from streamquant.convert.plan.layout_gguf import GgufLayout
 from streamquant.convert.plan.layout_safetensors import SafetensorsLayout
-from streamquant.convert.plan.records import Matrix, OutputTensor, Plan, VariantPlan
+from streamquant.convert.plan.records import Matrix, Placement, Plan, VariantPlan
 from streamquant.convert.recipes.container import GGUF, SAFETENSORS, Container
 from streamquant.convert.recipes.mix import UNQUANTIZED
 from streamquant.convert.recipes.overrides import Overrides
@@ -73,10 +73,11 @@ def _overrides_notes(recipes: Sequence[Recipe], overrides: Overrides, model: Mod
 
 
 def _matrices(checkpoint: Checkpoint, variants: Sequence[VariantPlan]) -> Iterator[Matrix]:
-    uses: dict[str, list[OutputTensor]] = {}
+    uses: dict[str, list[Placement]] = {}
     for variant in variants:
-        for output in variant.tensors:
-            uses.setdefault(output.source, []).append(output)
+        for stored in variant.tensors:
+            for output in stored.placements():
+                uses.setdefault(output.source, []).append(output)
     for tensor in checkpoint.tensors.values():
         outputs = tuple(uses.get(tensor.name, ()))
         if outputs:

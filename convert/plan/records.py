@@ -45,21 +45,71 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A source tensor as one variant stores it; one region per part of its format."""
+    """A tensor as one variant stores it; one region per part of its format.
 
-    source: str
+    Its rows are those of its sources, one source after another: GGUF stacks the experts of a layer. All sources have
+    the same shape, and so the same share of every region.
+    """
+
+    sources: tuple[str, ...]
     name: str
     format: str
     reason: str
     rope_heads: int | None
     regions: tuple[Region, ...]
     importance: str | None = None
-    """The entry of the importance matrix that its encoder is given."""
+    """The entry of the importance matrix that its encoder is given: float32[sources * n]."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(region.nbytes for region in self.regions)
+
+    def placements(self) -> "Iterator[Placement]":
+        """Where each source goes, in their order."""
+        count = len(self.sources)
+        for number in range(count):
+            regions = []
+            for whole in self.regions:
+                share = whole.nbytes // count
+                regions.append(Region(whole.file, whole.offset + number * share, share))
+            yield Placement(self, number, tuple(regions))
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A source tensor in a tensor of a variant: the whole of it, or one of its experts."""
+
+    tensor: OutputTensor
+    number: int
+    """Which of the tensor's sources it is."""
+    regions: tuple[Region, ...]
+
+    @property
+    def source(self) -> str:
+        """The source tensor's name."""
+        return self.tensor.sources[self.number]
+
+    @property
+    def name(self) -> str:
+        """The stored tensor's name."""
+        return self.tensor.name
+
+    @property
+    def format(self) -> str:
+        """The name of its format."""
+        return self.tensor.format
+
+    @property
+    def rope_heads(self) -> int | None:
+        """The heads whose rows change places."""
+        return self.tensor.rope_heads
+
+    @property
+    def importance(self) -> tuple[str, int, int] | None:
+        """(entry of the importance matrix, number of the share of this source, number of shares)."""
+        entry = self.tensor.importance
+        return None if entry is None else (entry, self.number, len(self.tensor.sources))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +148,7 @@ class Matrix:
     n: int
     row_step: int
     """Rows that have to stay together: those of an attention head, of a 128x128 block."""
-    outputs: tuple[OutputTensor, ...]
+    outputs: tuple[Placement, ...]
 
     def rows_within(self, weights: int) -> int:
         """The largest run of rows, a multiple of row_step, with at most `weights` weights; at least row_step."""
@@ -168,11 +218,14 @@ class Plan:
         imatrix = self.options.imatrix.nbytes if self.options.imatrix is not None else 0
         return LIBRARY_MEMORY + vocabulary + imatrix + 2 * headers + jobs * worker
 
-    def importance(self, output: OutputTensor) -> Importance | None:
+    def importance(self, output: Placement) -> Importance | None:
         """What an encoder is given beside the rows of a tensor: float32[n], or None."""
         if output.importance is None or self.options.imatrix is None:
             return None
-        return self.options.imatrix.entries[output.importance]
+        entry, number, count = output.importance
+        values = self.options.imatrix.entries[entry]
+        n = values.size // count
+        return values[number * n : (number + 1) * n]
 
     def options_of(self, variant: VariantPlan) -> ConversionOptions:
         """The options as they count for one variant, with the model's name."""
@@ -199,7 +252,7 @@ class Plan:
             files.append([file.path, file.size, literals])
         first = min(variant.files)
         tensors = [
-            [t.source, t.name, t.format, t.rope_heads, [[r.file - first, r.offset] for r in t.regions]]
+            [*t.sources, t.name, t.format, t.rope_heads, [[r.file - first, r.offset] for r in t.regions]]
             for t in variant.tensors
         ]
         more = self.options_of(variant).fingerprint()

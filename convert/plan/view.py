@@ -60,7 +60,7 @@ def _variant_json(plan: Plan, variant: VariantPlan) -> dict[str, Any]:
 
 def _tensor_json(plan: Plan, tensor: OutputTensor) -> dict[str, Any]:
     return {
-        "source": tensor.source,
+        **source_json(tensor.sources),
         "format": tensor.format,
         "reason": tensor.reason,
         "parts": [
@@ -74,6 +74,11 @@ def _tensor_json(plan: Plan, tensor: OutputTensor) -> dict[str, Any]:
             for part, region in zip(FORMATS[tensor.format].parts, tensor.regions, strict=True)
         ],
     }
+
+
+def source_json(sources: tuple[str, ...]) -> dict[str, Any]:
+    """The source tensor of a stored one as JSON, or its sources where it has several."""
+    return {"source": sources[0]} if len(sources) == 1 else {"sources": list(sources)}
 
 
 def plan_view(plan: Plan, jobs: int, disk: Disk | None = None, *, tensors: bool = False) -> RenderableType:

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,11 @@ def _write_cache(scheme: str, config: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(config).encode(), shared=True)
+
+
+def with_ignored(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """A quantization_config with more modules to leave alone, in compressed-tensors' spelling; as if made with them."""
+    return {**config, "ignore": [*config["ignore"], *modules]}
 
 
 def quantization_config(scheme: str) -> dict[str, Any]:

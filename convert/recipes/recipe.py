@@ -8,6 +8,7 @@ F32, F16, BF16 and Q8_0, those of llama-quantize (mix.py) for the rest. The rule
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import gguf
 from gguf.constants import LlamaFileType
 
 from streamquant.convert.architectures import ModelDescription, TensorKind, TensorRule
@@ -96,6 +97,8 @@ def _gguf_fixed(tensor: SourceTensor, rule: TensorRule) -> Choice | None:
         return Choice("F32", "one-dimensional tensors are F32")
     if rule.gguf_name.endswith("_norm.weight"):
         return Choice("F32", "norms are F32")
+    if rule.kind is TensorKind.ROUTER:
+        return Choice("F32", "routers are F32")
     if not rule.gguf_name.endswith(".weight"):
         return Choice("F32", "only weights are quantized")
     return None
@@ -106,7 +109,8 @@ def _gguf_choice(file_type: str, own: Overrides, reason_of_ends: str | None = No
 
     def choose(tensors: Tensors, model: ModelDescription, options: ChoiceOptions) -> dict[str, Choice]:
         overrides = _joined(own, options.overrides)
-        every = [MixTensor(rule.gguf_name, tensor.shape) for tensor, rule in tensors]
+        stored = {rule.gguf_name: rule.gguf_shape for _, rule in tensors}
+        every = [MixTensor(name, shape) for name, shape in stored.items()]
         mixed = choose_mix(file_type, every, _mix_model(model), imatrix=options.imatrix, overrides=overrides)
         choices = {}
         for tensor, rule in tensors:
@@ -140,7 +144,9 @@ def _mix_model(model: ModelDescription) -> MixModel:
     heads = {
         key: int(model.metadata[f"{model.gguf_arch}.attention.{key}"].value) for key in ("head_count", "head_count_kv")
     }
-    return MixModel(model.gguf_arch, model.block_count, heads["head_count"], heads["head_count_kv"])
+    experts = model.metadata.get(gguf.Keys.LLM.EXPERT_COUNT.format(arch=model.gguf_arch))
+    expert_count = int(experts.value) if experts is not None else 0
+    return MixModel(model.gguf_arch, model.block_count, heads["head_count"], heads["head_count_kv"], expert_count)
 
 
 def _fp8_choice(formats: Mapping[str, Format]) -> Choose:
@@ -149,7 +155,7 @@ def _fp8_choice(formats: Mapping[str, Format]) -> Choose:
     def choose(tensors: Tensors, _model: ModelDescription, _options: ChoiceOptions) -> dict[str, Choice]:
         return {
             tensor.name: Choice(formats[tensor.dtype].name, "linear layer")
-            if rule.kind is TensorKind.LINEAR
+            if rule.kind.is_linear
             else Choice(copy_of(tensor.dtype).name, f"{rule.kind.value}: kept as in the source")
             for tensor, rule in tensors
         }

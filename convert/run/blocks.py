@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, OutputTensor, Plan, place_rows
+from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, Placement, Plan, place_rows
 from streamquant.files.reading import read_into
 from streamquant.quant.errors import StreamquantError
 from streamquant.quant.format import Encoded, Importance
@@ -89,9 +89,9 @@ def widen_rows(matrix: Matrix, first: int, raw: Bytes, scratch: Scratch) -> NDAr
     return rows
 
 
-def shared_encodings(matrix: Matrix, wanted: frozenset[int]) -> Iterator[tuple[OutputTensor, list[int]]]:
+def shared_encodings(matrix: Matrix, wanted: frozenset[int]) -> Iterator[tuple[Placement, list[int]]]:
     """Outputs that store the matrix in the same way share one encoding: the first of each, and the numbers of all."""
-    groups: dict[tuple[str, int | None, str | None], list[int]] = {}
+    groups: dict[tuple[str, int | None, tuple[str, int, int] | None], list[int]] = {}
     for number, output in enumerate(matrix.outputs):
         if number in wanted:
             groups.setdefault((output.format, output.rope_heads, output.importance), []).append(number)
@@ -115,7 +115,7 @@ def encode_block(
         yield pieces(matrix, numbers, first, encoded)
 
 
-def is_copied(matrix: Matrix, output: OutputTensor) -> bool:
+def is_copied(matrix: Matrix, output: Placement) -> bool:
     """Whether the bytes of the source are those of the output."""
     return FORMATS[output.format].copies == matrix.source.dtype and output.rope_heads is None
 
@@ -164,7 +164,7 @@ def pieces(matrix: Matrix, numbers: list[int], first: int, encoded: Encoded) -> 
     return [piece for number in numbers for piece in _pieces(number, matrix.outputs[number], matrix.n, first, encoded)]
 
 
-def _pieces(number: int, output: OutputTensor, n: int, first: int, encoded: Encoded) -> Iterator[Piece]:
+def _pieces(number: int, output: Placement, n: int, first: int, encoded: Encoded) -> Iterator[Piece]:
     for part_number, part in enumerate(FORMATS[output.format].parts):
         region = output.regions[part_number]
         start, _ = place_rows(part, n, first, first)

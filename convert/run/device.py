@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamquant.convert.plan.records import Chunk, Matrix, OutputTensor, Plan
+from streamquant.convert.plan.records import Chunk, Matrix, Placement, Plan
 from streamquant.convert.run import blocks
 from streamquant.convert.run.blocks import Bytes, Encode, Piece, Scratch
 from streamquant.quant import gpu
@@ -182,7 +182,7 @@ class _Slot:
             self._flags = self._to_host("flags", flags)
 
     def _encode(
-        self, number: int, output: OutputTensor, rows: torch.Tensor, overflow: torch.Tensor
+        self, number: int, output: Placement, rows: torch.Tensor, overflow: torch.Tensor
     ) -> tuple[torch.Tensor, ...] | None:
         """Queue one encoder and the copies back. None if it is the CPU's work."""
         import torch

@@ -121,7 +121,8 @@ class CompressedVariant(FolderVariant):
         """Match a rule with what the files hold."""
         name = rule.hf_name
         module, _, _ = name.rpartition(".")
-        quantizable = rule.kind in (TensorKind.LINEAR, TensorKind.HEAD, TensorKind.EMBEDDING)
+        others = (TensorKind.HEAD, TensorKind.EMBEDDING, TensorKind.ROUTER)
+        quantizable = rule.kind.is_linear or rule.kind in others
         scheme = self._scheme(module, rule.kind) if quantizable else None
         if scheme is not None and scheme.weights is not None and self._add_quantized(rule, module, scheme):
             return

@@ -4,6 +4,7 @@ Hyperparameters and rotary frequencies are those that llama.cpp would take from 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ class GgufVariant(Variant):
                 raise missing_tensor(rule, self.path, rule.gguf_name)
             return
         file, tensor = self._stored[rule.gguf_name]
-        if tensor.shape != rule.shape:
+        if tensor.shape != rule.gguf_shape:
             raise wrong_shape(rule, file, rule.gguf_name, tensor.shape)
         if tensor.stored_as in NOT_DECODED:
             raise StreamquantError(
@@ -85,9 +86,16 @@ class GgufVariant(Variant):
                 found=tensor.stored_as,
                 required="a float type, or a quantized type with a decoder in gguf.quants",
             )
+        part = part_of(rule, tensor)
         self.tensors[rule.hf_name] = VariantTensor(  # type: ignore[index] # filled here, read-only outside
-            rule.hf_name, tensor.stored_as, tensor.shape, tensor.stop - tensor.start
+            rule.hf_name, part.stored_as, part.shape, part.stop - part.start
         )
+
+    def _find(self, name: str) -> tuple[TensorRule, Path, GgufTensor]:
+        """The rule of an HF name, and where its values are: a whole tensor, or one expert's part of it."""
+        rule = self.description.rules[name]
+        file, tensor = self._stored[rule.gguf_name]
+        return rule, file, part_of(rule, tensor)
 
     def _note_unread(self) -> None:
         known = {rule.gguf_name for rule in self.description.rules.values()}
@@ -111,8 +119,7 @@ class GgufVariant(Variant):
         """See Variant.blocks."""
         import torch
 
-        rule = self.description.rules[name]
-        file, tensor = self._stored[rule.gguf_name]
+        rule, file, tensor = self._find(name)
         if len(tensor.shape) == 1:
             block = torch.from_numpy(self._decode(file, tensor, 0, 1)[0])
             if rule.rope_heads is not None:
@@ -147,9 +154,8 @@ class GgufVariant(Variant):
         """See Variant.rows."""
         import torch
 
-        rule = self.description.rules[name]
+        rule, file, tensor = self._find(name)
         assert rule.rope_heads is None, "rows of q and k are read as a whole"
-        file, tensor = self._stored[rule.gguf_name]
         row_bytes = (tensor.stop - tensor.start) // tensor.shape[0]
         raw = np.empty((len(ids), row_bytes), np.uint8)
         for at, number in enumerate(ids):
@@ -178,6 +184,15 @@ class GgufVariant(Variant):
         kinds = {stored_type(tensor.stored_as).dot_type for tensor in self.tensors.values() if len(tensor.shape) > 1}
         names = sorted(kind for kind in kinds if kind is not None)
         return f"{', '.join(names)}, as llama.cpp's CPU backend" if names else None
+
+
+def part_of(rule: TensorRule, tensor: GgufTensor) -> GgufTensor:
+    """The part of a stored tensor that a rule is about: all of it, or the rows of one expert."""
+    if rule.expert is None:
+        return tensor
+    nbytes = (tensor.stop - tensor.start) // rule.expert.count
+    start = tensor.start + rule.expert.number * nbytes
+    return replace(tensor, shape=rule.shape, start=start, stop=start + nbytes)
 
 
 def decode_rows(raw: NDArray[np.uint8], stored_as: str) -> NDArray[np.float32]:

@@ -124,8 +124,8 @@ def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Gg
             required=", ".join(sorted({family.gguf_arch for family in ARCHITECTURES.values()})),
         )
     keys = Keys(path, metadata, str(arch))
-    if metadata.get(f"{arch}.expert_count"):
-        raise keys.refuse("expert_count", "a mixture of experts", "no experts")
+    if metadata.get(f"{arch}.expert_count") and families[0].experts is None:
+        raise keys.refuse("expert_count", "a mixture of experts, which this architecture is not here", "no experts")
     problems: list[Problem] = []
     config = read_config(keys, families, tensors)
     rope = read_rope(keys, config, problems)
@@ -169,7 +169,20 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
         "rope_parameters": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)},
         "tie_word_embeddings": "output.weight" not in tensors,
         **{key: value for key, value in no_window.items() if key in family.defaults},
+        **read_experts(family, keys),
         **read_switches(family, tensors),
+    }
+
+
+def read_experts(family: Family, keys: Keys) -> dict[str, Any]:
+    """The keys of config.json about experts, and those that no GGUF key carries as llama.cpp takes them."""
+    if family.experts is None:
+        return {}
+    return {
+        family.experts.count[0]: keys.count("expert_count"),
+        family.experts.used: keys.count("expert_used_count"),
+        family.experts.intermediate: keys.count("expert_feed_forward_length"),
+        **family.llama_cpp.assumed,
     }
 
 
@@ -292,7 +305,7 @@ def check_file_type(path: Path, metadata: Mapping[str, Any], tensors: Iterable[G
     counts: Counter[str] = Counter()
     lengths: dict[str, list[GgufTensor]] = {}
     for tensor in tensors:
-        if len(tensor.shape) == 2 and tensor.name.startswith("blk."):
+        if len(tensor.shape) in (2, 3) and tensor.name.startswith("blk."):
             counts[tensor.stored_as] += math.prod(tensor.shape)
             lengths.setdefault(tensor.stored_as, []).append(tensor)
     problems = []

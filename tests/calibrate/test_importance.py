@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from streamquant.calibrate.importance import ImportanceOptions, InputSums, write_importance
+from streamquant.convert.architectures import TensorKind, TensorRule
 from streamquant.convert.recipes.imatrix import read_imatrix
 from streamquant.model.corpus import Corpus, read_corpus
 from streamquant.model.forward import Setting
@@ -108,7 +109,8 @@ def test_inputs_are_summed_before_they_are_quantized(models: Models, corpus: Cor
 
 
 def test_infinite_inputs_are_an_error() -> None:
-    sums = InputSums({"a": "blk.0.attn_q.weight"})
+    rule = TensorRule("a.weight", "blk.0.attn_q.weight", TensorKind.LINEAR, (1, 2), None, required=True)
+    sums = InputSums({"a": rule})
     sums.observe("a", torch.tensor([[[1.0, float("inf")]]]))
     with pytest.raises(StreamquantError, match=r"NaN or infinite[\s\S]*column 1"):
         sums.check()

@@ -96,7 +96,7 @@ def test_plans_converts_and_reads_back(added: Format, tmp_path: Path, spec: str,
     checkpoint = open_checkpoint(write_model(tmp_path / "Model"))
     chosen, options = parse_variants([spec]), ConversionOptions(overrides=overrides)
     plan = make_plan(checkpoint, chosen, options)
-    formats = {tensor.source: tensor.format for tensor in plan.variants[0].tensors}
+    formats = {tensor.sources[0]: tensor.format for tensor in plan.variants[0].tensors}
     name = "model.layers.0.self_attn.q_proj.weight"
     assert formats[name] == NAME
     convert(make_plan(checkpoint, chosen, options), tmp_path / "out", RunOptions(jobs=1))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from streamquant.convert.metadata.model_metadata import read_model_metadata
+from streamquant.convert.metadata.model_metadata import ParameterCounts, read_model_metadata
 from streamquant.quant.errors import StreamquantError, UsageError
 from tests.peers import DATA, KV, Job, converter_vocab_kvs, requires_converter, requires_data, spelled
 
@@ -65,6 +65,10 @@ def add_model(folder: pathlib.Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **given}))
 
 
+def dense(count: int) -> ParameterCounts:
+    return ParameterCounts(count, count)
+
+
 def read(folder: pathlib.Path, **options: Any) -> dict[str, Any]:
     """The values alone."""
     found = read_model_metadata(folder, **{"parameter_count": 0, **options})
@@ -91,13 +95,13 @@ def test_equals_the_reference_converter(folders: dict[str, pathlib.Path], refere
     others = {"general.architecture", "general.file_type", "general.quantization_version"}
     reference = {k: v for k, v in references[name].items() if k.startswith("general.") and k not in others}
     assert "error" not in references[name]
-    assert spelled(read_model_metadata(folders[name], parameter_count=0)) == reference
+    assert spelled(read_model_metadata(folders[name], counts=dense(0))) == reference
     assert others <= references[name].keys()
 
 
 @requires_data
 def test_stories() -> None:
-    assert read(DATA / "models" / "stories260K-bf16", parameter_count=260032) == {
+    assert read(DATA / "models" / "stories260K-bf16", counts=dense(260032)) == {
         "general.type": "model",
         "general.name": "stories260K Bf16",
         "general.size_label": "260K",
@@ -108,13 +112,13 @@ def test_stories() -> None:
     ("count", "label"), [(405_853_388_800, "406B"), (36_151_104_512, "36B"), (1_500_000_000, "1.5B"), (0, None)]
 )
 def test_size_label_from_the_count(folders: dict[str, pathlib.Path], count: int, label: str | None) -> None:
-    assert read(folders["plain"], parameter_count=count).get("general.size_label") == label
+    assert read(folders["plain"], counts=dense(count)).get("general.size_label") == label
 
 
 def test_the_name_tells_the_size_if_it_can_be_true(folders: dict[str, pathlib.Path]) -> None:
     folder = folders["Meta-Llama-3.1-8B"]
-    assert read(folder, parameter_count=8_030_000_000)["general.size_label"] == "8B"
-    assert read(folder, parameter_count=8_030_000_000)["general.finetune"] == "128k"
+    assert read(folder, counts=dense(8_030_000_000))["general.size_label"] == "8B"
+    assert read(folder, counts=dense(8_030_000_000))["general.finetune"] == "128k"
 
 
 def test_names(folders: dict[str, pathlib.Path], monkeypatch: pytest.MonkeyPatch) -> None:

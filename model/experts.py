@@ -1,0 +1,57 @@
+"""The experts of a layer as linear layers of their own.
+
+transformers keeps the experts of a layer as fused three-dimensional parameters. Here each is a module with the names
+that checkpoints have, so that what watches and quantizes the inputs of linear layers sees those of every expert.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from streamquant.convert.architectures.family import Experts
+
+if TYPE_CHECKING:
+    import torch
+
+
+def separate_experts(skeleton: Any, experts: Experts) -> None:
+    """Put `make_experts` in the place of the fused experts of every layer of a model on the meta device."""
+    for layer in skeleton.model.layers:
+        parent_name, _, name = experts.path.rpartition(".")
+        parent = layer.get_submodule(parent_name)
+        setattr(parent, name, make_experts(getattr(parent, name), experts))
+
+
+def make_experts(fused: Any, experts: Experts) -> "torch.nn.Module":
+    """A module that computes what transformers' experts compute: act(gate(x)) * up(x), through down, weighted.
+
+    `fused` has the parameters gate_up_proj [experts, 2 * intermediate, hidden] and down_proj [experts, hidden,
+    intermediate], and act_fn. (Qwen3MoeExperts in transformers/models/qwen3_moe/modeling_qwen3_moe.py)
+    """
+    import torch
+
+    count, hidden, intermediate = fused.down_proj.shape
+
+    class Separate(torch.nn.ModuleList):  # type: ignore[misc] # torch is imported lazily
+        def forward(
+            self, hidden_states: "torch.Tensor", top_k_index: "torch.Tensor", top_k_weights: "torch.Tensor"
+        ) -> "torch.Tensor":
+            """[tokens, hidden], int64[tokens, k], [tokens, k] -> [tokens, hidden]."""
+            out = torch.zeros_like(hidden_states)
+            for number in torch.unique(top_k_index).tolist():
+                token, place = torch.where(top_k_index == number)
+                expert, x = self[number], hidden_states[token]
+                y = fused.act_fn(expert[experts.gate](x)) * expert[experts.up](x)
+                y = expert[experts.down](y) * top_k_weights[token, place, None]
+                out.index_add_(0, token, y.to(out.dtype))
+            return out
+
+    def expert() -> torch.nn.ModuleDict:
+        with torch.device("meta"):
+            return torch.nn.ModuleDict(
+                {
+                    experts.gate: torch.nn.Linear(hidden, intermediate, bias=False),
+                    experts.up: torch.nn.Linear(hidden, intermediate, bias=False),
+                    experts.down: torch.nn.Linear(intermediate, hidden, bias=False),
+                }
+            )
+
+    return Separate(expert() for _ in range(count)).eval()
