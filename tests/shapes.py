@@ -148,6 +148,37 @@ SHAPES: Mapping[str, Shape] = {
 """By name. The parts of sizes whose source is memory of the base model are marked [M] in hermes4.md; all sums agree."""
 
 
+_QWEN3_MOE: dict[str, object] = {
+    **{"head_dim": 128, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8},
+    **{"rope_theta": 1000000.0, "rope_scaling": None, "rms_norm_eps": 1e-06, "max_position_embeddings": 40960},
+    **{"vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151645},
+}
+MIXTURES: Mapping[str, Shape] = {
+    name: Shape(
+        name, "Qwen3MoeForCausalLM", {**_QWEN3_MOE, **sizes}, "hermes4-14b", shards, "apache-2.0", f"Qwen/{name}"
+    )
+    for name, shards, sizes in (
+        (
+            "Qwen3-30B-A3B",
+            13,
+            {
+                **{"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32},
+                **{"intermediate_size": 6144, "moe_intermediate_size": 768},
+            },
+        ),
+        (
+            "Qwen3-235B-A22B",
+            96,
+            {
+                **{"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64},
+                **{"intermediate_size": 12288, "moe_intermediate_size": 1536},
+            },
+        ),
+    )
+}
+"""Mixtures of experts by name; shards as they come out at MAX_SHARD_SIZE, which is not how they were published."""
+
+
 def shards_of(shape: Shape) -> dict[str, SparseFile]:
     """The shards by file name: header and full size."""
     weights = {weight.name: weight for weight in shape.weights}

@@ -1,0 +1,225 @@
+"""Mixtures of experts: how their tensors are placed, what is refused, and what published ones need.
+
+Bytes are compared where those of dense models are: test_gguf_parity.py, test_fp8_parity.py, test_llama_quantize.py.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamquant.convert.conversion import convert
+from streamquant.convert.manifest import MANIFEST
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.imatrix import ImportanceMatrix
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.quant.errors import StreamquantError
+from streamquant.validate.readback.verify import verify
+from tests import synthetic
+from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
+from tests.gguf_peer import read_gguf
+from tests.shapes import MIXTURES, write_shape
+from tests.synthetic import Weight
+
+(QWEN3_MOE,) = synthetic.MIXTURES
+OPTIONS = ConversionOptions(pre=TINY_PRE)
+
+
+def write_model(folder: Path, **settings: Any) -> Path:
+    """A checkpoint of 5 experts of which a token uses 2."""
+    tokenizer = write_small_tokenizer(folder.parent / "tokenizer")
+    return synthetic.write_checkpoint(folder, architecture=QWEN3_MOE, tokenizer=tokenizer, **settings)
+
+
+def rewrite(folder: Path, **changes: tuple[int, ...] | None) -> None:
+    """Write the weights of a checkpoint again: tensors with other shapes, added, or left out (None)."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = {weight.name: weight for weight in synthetic.weights_of(config)}
+    for name, shape in changes.items():
+        weights.pop(name, None)
+        if shape is not None:
+            weights[name] = Weight(name, shape)
+    synthetic.write_weights(folder, list(weights.values()), "BF16", 1, 0)
+
+
+# --- places ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_expert_has_its_part_of_the_stack(tmp_path: Path) -> None:
+    """Random order of shards and names; the values of expert e are at [e]."""
+    source = open_checkpoint(write_model(tmp_path / "Model", shards=4))
+    plan = make_plan(source, parse_variants(["gguf:F32"]), OPTIONS)
+    convert(plan, tmp_path / "out", RunOptions(jobs=2))
+    _, tensors = read_gguf(tmp_path / "out" / plan.files[0].path)
+    for layer in range(2):
+        for part, shape in (("down", (64, 96)), ("gate", (96, 64)), ("up", (96, 64))):
+            kind, found, raw = tensors[f"blk.{layer}.ffn_{part}_exps.weight"]
+            assert (kind.name, found) == ("F32", (5, *shape))
+            stack = np.frombuffer(raw, np.float32).reshape(found)
+            for expert in range(5):
+                tensor = source.tensors[f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"]
+                content = (source.folder / tensor.file).read_bytes()[tensor.start : tensor.stop]
+                bits = np.frombuffer(content, np.uint16).astype(np.uint32) << 16
+                assert np.array_equal(stack[expert], bits.view(np.float32).reshape(shape))
+
+
+def test_no_chunk_crosses_an_expert(tmp_path: Path) -> None:
+    source = open_checkpoint(write_model(tmp_path / "Model"))
+    plan = make_plan(source, parse_variants(["gguf:Q8_0", "fp8-dynamic"]), OPTIONS)
+    experts = [matrix for matrix in plan.matrices if ".experts." in matrix.source.name]
+    assert len(experts) == 2 * 3 * 5
+    for matrix in experts:
+        assert {len(output.tensor.sources) for output in matrix.outputs} == {1, 5}
+        assert all(output.source == matrix.source.name for output in matrix.outputs)
+    regions = sorted(
+        (region.file, region.offset, region.nbytes)
+        for matrix in plan.matrices
+        for output in matrix.outputs
+        for region in output.regions
+    )
+    assert all(a[0] != b[0] or a[1] + a[2] <= b[1] for a, b in pairwise(regions))
+
+
+def test_each_expert_is_given_its_own_importance(tmp_path: Path) -> None:
+    """Only the slice of expert 3 is not flat: only the bytes of expert 3 change."""
+    source = open_checkpoint(write_model(tmp_path / "Model", size="small", moe_intermediate_size=256))
+    name = "blk.1.ffn_up_exps.weight"
+
+    def made(folder: str, entry: np.ndarray[Any, np.dtype[np.float32]]) -> list[bytes]:
+        matrix = ImportanceMatrix("i.gguf", "0" * 64, ("text",), 1, {name: entry.reshape(-1)})
+        plan = make_plan(source, parse_variants(["gguf:Q4_K_M"]), ConversionOptions(pre=TINY_PRE, imatrix=matrix))
+        convert(plan, tmp_path / folder, RunOptions(jobs=1))
+        raw = read_gguf(tmp_path / folder / plan.files[0].path)[1][name][2]
+        return [raw[at : at + len(raw) // 5] for at in range(0, len(raw), len(raw) // 5)]
+
+    flat = np.ones((5, 256), np.float32)
+    other = flat.copy()
+    other[3] = np.linspace(0.01, 10, 256, dtype=np.float32)
+    before, after = made("flat", flat), made("other", other)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, True, False, True]
+
+
+def test_importance_of_another_number_of_experts_is_refused(tmp_path: Path) -> None:
+    source = open_checkpoint(write_model(tmp_path / "Model", size="small", moe_intermediate_size=256))
+    entries = {"blk.0.ffn_up_exps.weight": np.ones(4 * 256, np.float32)}
+    matrix = ImportanceMatrix("i.gguf", "0" * 64, ("text",), 1, entries)
+    with pytest.raises(StreamquantError, match=r"importance of another length[\s\S]*1,280"):
+        make_plan(source, parse_variants(["gguf:Q4_K_M"]), ConversionOptions(pre=TINY_PRE, imatrix=matrix))
+
+
+def test_what_was_made_verifies_against_the_source(tmp_path: Path) -> None:
+    source = open_checkpoint(write_model(tmp_path / "Model", shards=2))
+    specs = ["gguf:Q8_0", "gguf:BF16", "fp8-dynamic"]
+    convert(make_plan(source, parse_variants(specs), OPTIONS), tmp_path / "out", RunOptions(jobs=2))
+    assert [problem for result in verify(tmp_path / "out", source) for problem in result.problems] == []
+    manifest = json.loads((tmp_path / "out" / "Model-GGUF" / MANIFEST).read_text())
+    stacks = [t for t in manifest["variants"]["gguf:Q8_0"]["tensors"] if "sources" in t]
+    assert [len(tensor["sources"]) for tensor in stacks] == [5] * 6
+    (damaged,) = (tmp_path / "out" / "Model-GGUF").glob("*Q8_0.gguf")
+    content = bytearray(damaged.read_bytes())
+    place = stacks[0]["parts"][0]
+    content[place["offset"] + place["size"] - 1] ^= 1
+    damaged.write_bytes(content)
+    (problem,) = (problem for result in verify(tmp_path / "out", source) for problem in result.problems)
+    assert place["name"] in problem
+
+
+def test_routers_are_left_alone(tmp_path: Path) -> None:
+    source = open_checkpoint(write_model(tmp_path / "Model"))
+    plan = make_plan(source, parse_variants(["fp8-dynamic"]), OPTIONS)
+    convert(plan, tmp_path / "out", RunOptions(jobs=1))
+    config = json.loads((tmp_path / "out" / "Model-FP8-dynamic" / "config.json").read_text())
+    assert config["quantization_config"]["ignore"] == ["lm_head", "model.embed_tokens", "re:.*mlp.gate$"]
+    formats = {tensor.name: tensor.format for tensor in plan.variants[0].tensors}
+    assert formats["model.layers.0.mlp.gate.weight"] == "BF16"
+    assert formats["model.layers.1.mlp.experts.4.down_proj.weight"].startswith("FP8")
+
+
+# --- refused --------------------------------------------------------------------------------------------------------
+
+EXPERT = "model.layers.1.mlp.experts.{}.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({EXPERT.format(2): None}, r"lacks tensors[\s\S]*experts\.2\.up_proj"),
+        ({EXPERT.format(4): None}, r"lacks tensors[\s\S]*experts\.4\.up_proj"),
+        ({EXPERT.format(5): (96, 64)}, r"does not explain[\s\S]*experts\.5\.up_proj"),
+        ({EXPERT.format(2): (64, 96)}, r"shape does not fit[\s\S]*experts\.2\.up_proj"),
+        ({EXPERT.format(2): (95, 64)}, r"shape does not fit[\s\S]*\[95, 64\]"),
+        ({"model.layers.0.mlp.gate.weight": (6, 64)}, r"shape does not fit[\s\S]*mlp\.gate"),
+        ({"model.layers.0.mlp.gate.weight": None}, r"lacks tensors[\s\S]*mlp\.gate"),
+        ({"model.layers.0.mlp.experts.gate_up_proj": (5, 192, 64)}, r"does not explain[\s\S]*gate_up_proj"),
+        ({"model.layers.0.mlp.up_proj.weight": (160, 64)}, r"does not explain[\s\S]*mlp\.up_proj"),
+    ],
+)
+def test_tensors_that_do_not_fit(tmp_path: Path, changes: Mapping[str, tuple[int, ...] | None], message: str) -> None:
+    folder = write_model(tmp_path / "Model")
+    rewrite(folder, **changes)
+    with pytest.raises(StreamquantError, match=message):
+        make_plan(open_checkpoint(folder), parse_variants(["gguf:Q8_0"]), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_experts", 0, "out of range"),
+        ("num_experts", 513, "out of range"),
+        ("num_experts", "5", "a string where an integer"),
+        ("num_experts_per_tok", 6, "out of range"),
+        ("moe_intermediate_size", None, "null where"),
+        ("decoder_sparse_step", 2, "layers of another kind"),
+        ("mlp_only_layers", [0], "layers of another kind"),
+        ("n_routed_experts", 5, "a mixture of experts, which Qwen3MoeForCausalLM is not"),
+    ],
+)
+def test_configs_that_are_refused(tmp_path: Path, key: str, value: object, message: str) -> None:
+    folder = write_model(tmp_path / "Model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(StreamquantError, match=message) as error:
+        make_plan(open_checkpoint(folder), parse_variants(["gguf:Q8_0"]), OPTIONS)
+    assert key in str(error.value)
+
+
+def test_weights_that_llama_cpp_would_normalise_are_a_warning(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "Model", norm_topk_prob=False)
+    plan = make_plan(open_checkpoint(folder), parse_variants(["gguf:Q8_0"]), OPTIONS)
+    assert any(note.startswith("WARNING: norm_topk_prob = False") for note in plan.notes)
+    plan = make_plan(open_checkpoint(write_model(tmp_path / "Other")), parse_variants(["gguf:Q8_0"]), OPTIONS)
+    assert not any("norm_topk_prob" in note for note in plan.notes)
+
+
+# --- published models -----------------------------------------------------------------------------------------------
+
+# bartowski's table of Qwen_Qwen3-30B-A3B-GGUF, GB of 10^9 bytes. (His K-quants of it are 10 to 20 MB larger than
+# llama-quantize's: about what attn_k at Q8_0 would take.)
+PUBLISHED = {"gguf:BF16": 61.10, "gguf:Q8_0": 32.48}
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("Qwen3-30B-A3B", 30.53), pytest.param("Qwen3-235B-A22B", 235.09, marks=pytest.mark.long)],
+)
+def test_published_mixtures(shelf: Shelf, data: Path, name: str, billions: float) -> None:
+    folder = shelf.get(f"shape-{name}", lambda place: write_shape(MIXTURES[name], place / name, data)) / name
+    started = time.process_time()
+    source = open_checkpoint(folder)
+    plan = make_plan(source, parse_variants([*PUBLISHED, "fp8-dynamic"]), ConversionOptions())
+    chunks = len(plan.chunks)
+    seconds = time.process_time() - started
+    assert source.parameter_count / 1e9 == pytest.approx(billions, abs=0.005)
+    assert chunks >= MIXTURES[name].sizes["num_hidden_layers"] * 128 * 3  # type: ignore[operator]
+    assert plan.memory_bytes(16) < 1.2 * 2**30
+    if name == "Qwen3-30B-A3B":
+        sizes = {variant.recipe.spec: plan.variant_bytes(variant) / 1e9 for variant in plan.variants}
+        assert {spec: round(sizes[spec], 2) for spec in PUBLISHED} == PUBLISHED
+    assert seconds < 15  # of CPU
