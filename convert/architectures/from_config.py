@@ -71,7 +71,14 @@ class Dimensions:
             "feed-forward size": self.intermediate,
             "attention heads": self.heads,
             "key-value heads": self.kv_heads,
-            **({"experts": self.experts, "experts of a token": self.experts_used} if self.experts else {}),
+            **(self._named_experts() if self.experts else {}),
+        }
+
+    def _named_experts(self) -> dict[str, int]:
+        return {
+            "experts": self.experts,
+            "experts of a token": self.experts_used,
+            "expert feed-forward size": self.expert_intermediate,
         }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamquant.convert.architectures import ModelDescription
+from streamquant.convert.architectures import ModelDescription, TensorKind
 from streamquant.files.json_record import JsonRecord
 
 DEGREES = (1, 2, 4, 8, 16, 32)
@@ -129,6 +129,11 @@ def _refusal(
             if name in shapes and shapes[name][1] // degree % block[1]:
                 length = shapes[name][1] // degree
                 return f"rows of {name} have {length} weights{share}, required a multiple of {block[1]}"
+    if any(name in shapes for name, rule in model.rules.items() if rule.kind is TensorKind.EXPERT):
+        # vLLM's compressed_tensors_moe, create_weights: gate and up of an expert are merged, down is divided by columns
+        size = model.hyperparameters["expert feed-forward size"] // degree
+        if size % block[0]:
+            return f"gate and up of an expert have {size} rows each{share}, required a multiple of {block[0]}"
     return None
 
 

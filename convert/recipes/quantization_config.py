@@ -94,7 +94,7 @@ def _write_cache(scheme: str, config: dict[str, Any]) -> None:
 
 def with_ignored(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """A quantization_config with more modules to leave alone, in compressed-tensors' spelling; as if made with them."""
-    return {**config, "ignore": [*config["ignore"], *modules]}
+    return {**config, "ignore": [*config["ignore"], *modules]} if modules else {**config}
 
 
 def quantization_config(scheme: str) -> dict[str, Any]:

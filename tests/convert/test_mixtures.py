@@ -223,3 +223,23 @@ def test_published_mixtures(shelf: Shelf, data: Path, name: str, billions: float
         sizes = {variant.recipe.spec: plan.variant_bytes(variant) / 1e9 for variant in plan.variants}
         assert {spec: round(sizes[spec], 2) for spec in PUBLISHED} == PUBLISHED
     assert seconds < 15  # of CPU
+
+
+def test_fp8_block_of_experts_that_servers_refuse(tmp_path: Path) -> None:
+    """vLLM demands whole blocks of each expert's gate and up, on every GPU."""
+    sizes = {"size": "small", "num_key_value_heads": 4, "num_attention_heads": 4, "head_dim": 128}
+    plans = [
+        make_plan(
+            open_checkpoint(write_model(tmp_path / str(narrow), **sizes, moe_intermediate_size=narrow)),
+            parse_variants(["fp8-block"]),
+            OPTIONS,
+        )
+        for narrow in (96, 256)
+    ]
+    refused, runs = (plan.variants[0].blocks for plan in plans)
+    assert refused is not None
+    assert runs is not None
+    assert refused.is_refused
+    assert "96 rows each" in str(refused.refusal)
+    assert runs.tensor_parallel == (1, 2)
+    assert "64 rows each on each of 4 GPUs" in str(runs.refusal)

@@ -71,7 +71,7 @@ def dense(count: int) -> ParameterCounts:
 
 def read(folder: pathlib.Path, **options: Any) -> dict[str, Any]:
     """The values alone."""
-    found = read_model_metadata(folder, **{"parameter_count": 0, **options})
+    found = read_model_metadata(folder, **{"counts": dense(0), **options})
     return {key: value.value for key, value in found.items()}
 
 
