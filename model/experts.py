@@ -24,7 +24,7 @@ def make_experts(fused: Any, experts: Experts) -> "torch.nn.Module":
     """A module that computes what transformers' experts compute: act(gate(x)) * up(x), through down, weighted.
 
     `fused` has the parameters gate_up_proj [experts, 2 * intermediate, hidden] and down_proj [experts, hidden,
-    intermediate], and act_fn. (Qwen3MoeExperts in transformers/models/qwen3_moe/modeling_qwen3_moe.py)
+    intermediate], and act_fn. (the class of experts in transformers/models/*/modeling_*.py)
     """
     import torch
 
