@@ -13,7 +13,7 @@ from streamquant.model.variants.open import open_variant
 from streamquant.model.variants.variant import Variant
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.engines.agreement import EngineAgreement
-from streamquant.validate.engines.engine import EngineLoadError
+from streamquant.validate.engines.engine import EngineError, EngineLoadError
 from streamquant.validate.options import ValidationOptions
 from streamquant.validate.readback.measured_files import MeasuredFile, measured_files, weight_files
 from streamquant.validate.report.data import NotRun, VariantReport
@@ -38,6 +38,8 @@ class Candidate:
     lints: tuple[Lint, ...] | None = None
     engine: EngineAgreement | None = None
     behaviour: BehaviourReport | None = None
+    unloadable: StreamquantError | None = None
+    """Why its engine does not load tokenizer and chat template; then it loads the whole model no better."""
 
     @property
     def readable(self) -> bool:
@@ -79,21 +81,29 @@ class ValidationRun:
         """Note why a section does not run, for one candidate or for all."""
         self.not_run.append(NotRun(section, candidate.label if candidate is not None else None, reason))
 
+    def nothing_to_check(self, section: Section, reason: str) -> None:
+        """Note that a section has nothing to do, so that nothing remains unchecked."""
+        self.not_run.append(NotRun(section, None, reason, nothing_to_check=True))
+
     def skip_unreadable(self, candidate: Candidate, sections: Sequence[Section]) -> None:
         """Note that sections do not run because the candidate cannot be read."""
         for section in sections:
             self.skip(section, "the variant cannot be read", candidate)
 
-    def skip_unloadable(self, candidate: Candidate, error: StreamquantError, sections: Sequence[Section]) -> None:
-        """Note that sections do not run because an engine does not start.
+    def failed(self, sections: Sequence[Section], error: StreamquantError, candidate: Candidate | None) -> None:
+        """Note that sections ended with an error; one of the engine at work on the candidate is a problem of it.
 
-        That the engine refuses the file is a problem of the file; a package that is missing, or a time limit, is none.
+        A package that is missing is none, nor what another model does to its engine.
         """
         for section in sections:
             self.skip(section, one_line(error), candidate)
-        if isinstance(error, EngineLoadError):
-            problem = Problem("engine", "error", "the engine refuses the file", found=one_line(error))
-            candidate.problems.append(problem)
+        if candidate is not None and isinstance(error, EngineError) and error.model == candidate.file:
+            what = "the engine fails on the file"
+            if isinstance(error, EngineLoadError):
+                what = "the engine refuses the file"
+            problem = Problem("engine", "error", what, found=one_line(error))
+            if problem not in candidate.problems:  # an engine that has ended says so in every section
+                candidate.problems.append(problem)
 
     @contextmanager
     def section(self, section: Section, candidate: Candidate | None) -> Iterator[None]:
@@ -101,7 +111,7 @@ class ValidationRun:
         try:
             yield
         except StreamquantError as error:
-            self.skip(section, one_line(error), candidate)
+            self.failed((section,), error, candidate)
 
 
 def one_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ from streamquant.publish.cards.public_report import PublicReport
 from streamquant.publish.results import PublishedVariant, VariantFolder
 from streamquant.validate.gates import GATES, option
 from streamquant.validate.report.text import MISSING, code, estimate, number
-from streamquant.validate.report.view import View, cell, engine_name, make_view, short, wrong_chats
+from streamquant.validate.report.view import View, cell, engine_name, make_view, rendered_chats, short
 
 MARKS = {"pass": "✅", "warn": "⚠️", "fail": "❌", "none": "⚪"}
 
@@ -168,5 +168,5 @@ HELPERS: Mapping[str, Callable[..., object] | object] = {
     "number": number,
     "option": option,
     "python_example": python_example,
-    "wrong_chats": wrong_chats,
+    "rendered_chats": rendered_chats,
 }

@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 from gguf import GGUFValueType, TokenType
 from gguf.gguf_writer import GGUFValue
+from rich.console import Console
 
 from streamquant.convert.metadata.guard_template import guard_template
+from streamquant.model.variants.open import open_variant
 from streamquant.validate.engines.engine import TemplateRequest
 from streamquant.validate.engines.process import EngineProcess
-from streamquant.validate.text.chat import compare_chat, read_template
+from streamquant.validate.report.console import chat_view
+from streamquant.validate.report.make import measured_numbers
+from streamquant.validate.text.chat import compare_chat, expected_chat, read_template
 from streamquant.validate.text.chat_suite import CONVERSATIONS, chat_cases
+from streamquant.validate.validation import chat_check
 from tests.peers import requires_llama_cpp
 from tests.validate.engine_fixtures import Model, with_keys
 
@@ -102,7 +107,7 @@ def test_planted_faults_are_found(
     broken = with_keys(hermes_llama.gguf, tmp_path / "x.gguf", faulty(hermes_llama, fault, data))
     cases = list(chat_cases(CONVERSATIONS[:4]))
     with EngineProcess(broken, tokenizer_only=True) as variant:
-        report = compare_chat(llama_source, variant, cases)
+        report = compare_chat(llama_source, variant, expected_chat(llama_source, cases))
     wrong = [item for item in report.differences if item.cause == "file"]
     if kind is None:  # llama.cpp knows <|eot_id|> by its text and mends its type: nothing to find here
         assert not wrong
@@ -119,11 +124,63 @@ def test_a_flipped_bos_flag_is_found(qwen_source: EngineProcess, hermes_14b: Mod
     }
     broken = with_keys(hermes_14b.gguf, tmp_path / "x.gguf", keys)
     with EngineProcess(broken, tokenizer_only=True) as variant:
-        report = compare_chat(qwen_source, variant, list(chat_cases(CONVERSATIONS[:2])))
+        report = compare_chat(qwen_source, variant, expected_chat(qwen_source, list(chat_cases(CONVERSATIONS[:2]))))
     assert report.agreeing == 0
     assert report.differences[0].cause == "file"
     assert report.differences[0].found.startswith("<|endoftext|><|im_start|>")
     assert report.problems[0].startswith("text: 24 of 24 cases differ")
+
+
+ALTERNATE = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content ", ALTERNATE])
+def test_chats_that_the_original_cannot_render_are_counted_apart(
+    template: str, hermes_14b: Model, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "original", tmp_path / "variant"]
+    for folder, model in zip(folders, (hermes_14b.source, hermes_14b.fp8), strict=True):
+        shutil.copytree(model, folder)
+        (folder / "chat_template.jinja").write_text(template)
+    found = chat_check(open_variant(folders[0]), folders[1:])
+    (variant,) = found.variants
+    assert variant.chat is not None
+    assert variant.chat.right + variant.chat.original_fails == variant.chat.cases == 360
+    assert (variant.chat.wrong, variant.errors) == (0, 0)
+    numbers = measured_numbers(variant, None)
+    console = Console(width=250)
+    with console.capture() as shown:
+        console.print(chat_view(found))
+    if template is ALTERNATE:
+        # conversations of user and assistant in turn, none of which has a system prompt or a tool's result
+        alternating = sum(
+            all((message["role"] == "user") == (at % 2 == 0) for at, message in enumerate(talk.messages))
+            for talk in CONVERSATIONS
+        )
+        assert 0 < variant.chat.right == alternating * 12 < 360
+        assert f"{variant.chat.right} of 360, {variant.chat.original_fails} fail in the original too" in shown.get()
+        assert numbers["chat mismatches"] == 0
+    else:
+        assert variant.chat.right == 0
+        assert "0 of 360, 360 fail in the original too" in shown.get()
+        assert "not checked: chat templates" in shown.get()
+        assert numbers["chat mismatches"] is None  # what was not measured passes no gate
+        assert "fails" in {lint.name for lint in found.original_lints}
+
+
+def test_a_mended_template_is_a_warning(llama_source: EngineProcess, hermes_llama: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "fp8"
+    shutil.copytree(hermes_llama.fp8, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(guard_template(template.read_text(), "<|begin_of_text|>").text)
+    found = chat_check(open_variant(hermes_llama.source), [folder])
+    (variant,) = found.variants
+    assert variant.chat is not None
+    assert (variant.chat.wrong, variant.chat.original_fails, variant.chat.right) == (0, 48, 312)
+    assert [(problem.check, problem.severity) for problem in variant.problems] == [("chat", "warning")]
 
 
 @pytest.mark.parametrize("name", ["hermes4_llama3", "hermes4_chatml"])

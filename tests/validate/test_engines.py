@@ -2,6 +2,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_an_engine_that_dies_or_hangs_is_an_error(hermes_14b: Model, tmp_path: P
     assert "endless loop" in str(caught.value)
     with EngineProcess(hermes_14b.gguf, tokenizer_only=True) as engine:
         pid = engine._child.pid
-        engine._child.kill()
+        os.kill(pid, signal.SIGKILL)
         with pytest.raises(StreamquantError, match="ended during tokenize") as caught:
             engine.tokenize(["a"], add_special=False, parse_special=False)
         assert "SIGKILL" in str(caught.value)

@@ -56,6 +56,39 @@ def test_faults_of_a_gguf(
     assert fault in names(lint_gguf(broken, llama_source))
 
 
+TALK = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for call in m.tool_calls or () %}ARGUMENTS{% endfor %}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (
+            "{% for key, value in call.function.arguments | items %}{{ key }}={{ value }}{% endfor %}",
+            "string-arguments",
+        ),
+        ("{{ call.function.arguments | tojson }}", "string-arguments"),
+        ("{{ call.function.arguments }}", "mapping-arguments"),
+        ("{{ '' + call.function.arguments }}", "mapping-arguments"),
+        (
+            "{% set a = call.function.arguments %}{{ a if a is string else a | tojson }}",
+            None,
+        ),
+        ("", None),
+    ],
+)
+def test_the_forms_of_arguments(
+    arguments: str, found: str | None, qwen_source: EngineProcess, hermes_14b: Model, tmp_path: Path
+) -> None:
+    """Only one of the two forms that histories have can be rendered."""
+    keys = {"tokenizer.chat_template": GGUFValue(TALK.replace("ARGUMENTS", arguments), GGUFValueType.STRING)}
+    file = with_keys(hermes_14b.gguf, tmp_path / "x.gguf", keys)
+    kinds = {"string-arguments", "mapping-arguments"}
+    assert names(lint_gguf(file, qwen_source)) & kinds == ({found} if found else set())
+
+
 def test_guarded_templates_have_neither_fault(
     llama_source: EngineProcess, hermes_llama: Model, data: Path, tmp_path: Path
 ) -> None:

@@ -232,7 +232,7 @@ def test_what_cannot_run_is_stated(
     def fail(self: EngineProcess, path: Path, **options: object) -> None:
         if path.suffix == ".gguf":
             raise UsageError("the engine llama.cpp is not installed", required="the Python package xllamacpp")
-        raise EngineLoadError("it does not start", where=str(path), found="it is strange")
+        raise EngineLoadError("it does not start", model=path, where=str(path), found="it is strange")
 
     monkeypatch.setattr(EngineProcess, "__init__", fail)
     options = small_options(text, skip=frozenset(SKIPPABLE) - {"engines", "tokens"})
@@ -314,7 +314,8 @@ def test_a_model_without_a_chat_template(run: Run, tmp_path: Path) -> None:
     done = run("chat-check", model, tmp_path / "out" / "Base-GGUF" / "Base-Q8_0.gguf", "--json")
     assert done.code == 0, done.out
     reason = "the original has no chat template"
-    assert {"section": "chat", "variant": None, "reason": reason, "requested": False} in json.loads(done.out)["not_run"]
+    note = {"section": "chat", "variant": None, "reason": reason, "requested": False, "nothing_to_check": True}
+    assert note in json.loads(done.out)["not_run"]
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------

@@ -46,6 +46,9 @@ def _check_engine(
 ) -> None:
     variant = candidate.variant
     assert variant is not None
+    if candidate.unloadable is not None:
+        run.failed(wanted, candidate.unloadable, candidate)
+        return
     if (reason := too_large(variant)) is not None:
         for section in wanted:
             run.skip(section, reason, candidate)
@@ -57,7 +60,7 @@ def _check_engine(
                 EngineProcess(candidate.file, options=LoadOptions(context=context, threads=usable_cores()))
             )
         except StreamquantError as error:
-            run.skip_unloadable(candidate, error, wanted)
+            run.failed(wanted, error, candidate)
             return
         run.versions[engine.facts.kind] = engine.facts.version
         if "engines" in wanted:

@@ -75,14 +75,29 @@ class EngineFacts:
     vocabulary: int
 
 
-class EngineLoadError(StreamquantError):
-    """The engine refuses the model: a fault of the file, and not of the engine's installation or its time limit."""
+class EngineError(StreamquantError):
+    """An engine that runs does not do with a model what it is made for: it ended, hung, failed, or answered nonsense.
+
+    A package that is not installed is none: that is a UsageError.
+    """
+
+    def __init__(
+        self, what: str, *, model: Path, where: str | None = None, found: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(what, where=where, found=found, hint=hint)
+        self.model = model
+        """The file or folder that the engine was at work on."""
+
+
+class EngineLoadError(EngineError):
+    """The engine refuses the model."""
 
 
 class Engine(Protocol):
     """An engine with a model, or only a model's tokenizer and chat template, loaded.
 
-    Every method raises StreamquantError if the engine ends, fails, or takes longer than its time limit.
+    Every method raises EngineError if the engine ends, fails, takes longer than its time limit, or answers something
+    else than was asked.
     """
 
     @property

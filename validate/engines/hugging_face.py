@@ -6,12 +6,8 @@ weights are safetensors, templates run in Jinja's immutable sandbox.
 
 import contextlib
 import json
-import resource
 from pathlib import Path
 from typing import Any
-
-TEMPLATE_MEMORY = 8 << 30
-"""Bytes of data that a process with a tokenizer alone may have: a template can ask for strings of any length."""
 
 
 class HuggingFaceTokenizer:
@@ -94,7 +90,6 @@ class Jinja:
         """Nothing is loaded; the fields of EngineFacts."""
         import transformers
 
-        _limit_memory()
         version = f"transformers {transformers.__version__}"
         facts = {"kind": "jinja", "version": version, "model": path, "bos": None, "eos": None}
         return {**facts, "adds_bos": False, "vocabulary": 0}
@@ -123,11 +118,6 @@ def _render(template: str, requests: list[dict[str, Any]], special: dict[str, st
     return results
 
 
-def _limit_memory() -> None:
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (TEMPLATE_MEMORY, hard))
-
-
 class Transformers(HuggingFaceTokenizer):
     """The adapter; methods are those of Engine, with plain JSON in and out."""
 
@@ -137,7 +127,6 @@ class Transformers(HuggingFaceTokenizer):
         """Load tokenizer and model; the fields of EngineFacts. Other options are not needed here."""
         facts = self.load_tokenizer(path)
         if tokenizer_only:
-            _limit_memory()
             return facts
         import torch
         import transformers

@@ -1,24 +1,18 @@
-"""An engine in a process of its own: whatever happens there, a broken file or an endless template, ends as an error."""
+"""An engine in a process of its own, behind the interface of validate/engines/engine.py."""
 
 import contextlib
-import json
-import os
-import selectors
-import signal
-import subprocess
-import sys
+import glob
+import math
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.validate.engines.child import EngineChild, memory_limit
 from streamquant.validate.engines.engine import (
     EngineFacts,
-    EngineLoadError,
     Generation,
     Kind,
     Rendered,
@@ -27,7 +21,8 @@ from streamquant.validate.engines.engine import (
     kind_of,
 )
 from streamquant.validate.engines.vocabulary_gguf import write_vocabulary_gguf
-from streamquant.validate.engines.worker import ADAPTERS
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +41,12 @@ class LoadOptions:
 class TimeLimits:
     """Seconds until an engine that does not answer is given up."""
 
-    load: float = 1800.0
-    """For the model: hundreds of GB from a slow disk."""
+    load: float = 300.0
+    """To start and to load tokenizer and chat template."""
     request: float = 600.0
     """For one request."""
+    bytes_per_second: float = 50e6
+    """Of weights, from a slow disk: what a whole model may take beside `load`."""
 
 
 class EngineProcess:
@@ -60,7 +57,7 @@ class EngineProcess:
     tokenizer_only   load tokenizer and chat template alone, in little time and memory whatever the model's size
                      (llama.cpp: a stand-in with the file's own tokenizer keys, see vocabulary_gguf.py)
 
-    Raises UsageError if the engine's package is not installed or there is no such file, StreamquantError if the engine
+    Raises UsageError if the engine's package is not installed or there is no such file, EngineError if the engine
     cannot load it.
     """
 
@@ -75,22 +72,11 @@ class EngineProcess:
     ) -> None:
         self.kind: Kind = kind or kind_of(path)
         self.path, self.limits = path, limits or TimeLimits()
+        self._tokenizer_only, self._options = tokenizer_only, options or LoadOptions()
         self._resources = contextlib.ExitStack()
-        self._errors = self._resources.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
-        self._buffer = b""
         try:
-            model = self._stand_in(path) if tokenizer_only and self.kind == "llama.cpp" else path
-            self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "streamquant.validate.engines.worker", self.kind],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                env=_environment(),
-            )
-            self._resources.callback(self._end)
-            loading = {"tokenizer_only": tokenizer_only, **asdict(options or LoadOptions())}
-            found = self.call("load", self.limits.load, path=str(model), **loading)
-            self._facts = EngineFacts(**{**found, "model": str(path)})
+            self._model = self._stand_in(path) if tokenizer_only and self.kind == "llama.cpp" else path
+            self._child = self._start()
         except BaseException:
             self.close()
             raise
@@ -99,6 +85,36 @@ class EngineProcess:
         folder = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="streamquant-"))
         return write_vocabulary_gguf(path, Path(folder) / "vocabulary.gguf")
 
+    def _start(self) -> EngineChild:
+        child = EngineChild(self.kind, self.path)
+        try:
+            loading = {
+                "path": str(self._model),
+                "tokenizer_only": self._tokenizer_only,
+                "memory": memory_limit(tokenizer_only=self._tokenizer_only),
+                **asdict(self._options),
+            }
+            size = 0 if self._tokenizer_only else sum(path.stat().st_size for path in _weights(self.path))
+            found = child.ask("load", self.limits.load + size / self.limits.bytes_per_second, loading)
+            try:
+                self._facts = EngineFacts(**{**found, "model": str(self.path)})
+            except TypeError:
+                raise child.wrong_answer("load", f"{found!r:.120}") from None
+        except BaseException:
+            child.close()
+            raise
+        return child
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone, and every request an error, until `restart`."""
+        return self._child.ended is not None
+
+    def restart(self) -> None:
+        """Load again in a new process. Raises what the constructor raises."""
+        self._child.close()
+        self._child = self._start()
+
     @property
     def facts(self) -> EngineFacts:
         """What the engine says of itself and the file."""
@@ -106,125 +122,80 @@ class EngineProcess:
 
     def tokenize(self, texts: Sequence[str], *, add_special: bool, parse_special: bool) -> list[tuple[int, ...]]:
         """See Engine.tokenize."""
-        found = self.call("tokenize", texts=list(texts), add_special=add_special, parse_special=parse_special)
-        return [tuple(ids) for ids in found]
+        arguments = {"texts": list(texts), "add_special": add_special, "parse_special": parse_special}
+        return self._all("tokenize", len(texts), _ids, arguments)
 
     def detokenize(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """See Engine.detokenize."""
-        return [str(text) for text in self.call("detokenize", ids=[list(run) for run in ids])]
+        return self._all("detokenize", len(ids), _text, {"ids": [list(run) for run in ids]})
 
     def apply_template(self, requests: Sequence[TemplateRequest]) -> list[Rendered]:
         """See Engine.apply_template."""
-        found = self.call("apply_template", requests=[asdict(request) for request in requests])
-        return [_rendered(item) for item in found]
+        asked = [asdict(request) for request in requests]
+        return self._all("apply_template", len(requests), _rendered, {"requests": asked})
 
     def next_token_logprobs(self, prompts: Sequence[Sequence[int]], top: int) -> list[TopLogprobs]:
         """See Engine.next_token_logprobs."""
         results = []
         for prompt in prompts:  # one by one: the time limit is for a prompt
-            (found,) = self.call("next_token_logprobs", prompts=[list(map(int, prompt))], top=top)
-            results.append(TopLogprobs(tuple(found["ids"]), tuple(found["logprobs"])))
+            arguments = {"prompts": [list(map(int, prompt))], "top": top}
+            results += self._all("next_token_logprobs", 1, _logprobs, arguments)
         return results
 
     def generate_greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Generation]:
         """See Engine.generate_greedy."""
         results = []
         for prompt in prompts:
-            (found,) = self.call("generate_greedy", prompts=[list(map(int, prompt))], max_tokens=max_tokens)
-            results.append(Generation(tuple(found["ids"]), found["text"], found["stopped"]))
+            arguments = {"prompts": [list(map(int, prompt))], "max_tokens": max_tokens}
+            results += self._all("generate_greedy", 1, _generation, arguments)
         return results
 
     def render(
-        self, template: str, requests: Sequence[TemplateRequest], special: Mapping[str, str] | None = None
+        self,
+        template: str,
+        requests: Sequence[TemplateRequest],
+        special: Mapping[str, str] | None = None,
+        *,
+        model: Path | None = None,
     ) -> list[Rendered]:
         """Render with another template in this engine; transformers and jinja only. ids are empty.
 
         special  bos_token, eos_token ... as the template sees them; by default the tokenizer's own (jinja has none)
+        model    the file that the template is of: what it does to the engine is an error of that file
         """
-        asked = [asdict(request) for request in requests]
-        found = self.call("render", template=template, requests=asked, special=special and dict(special))
-        return [_rendered(item) for item in found]
+        arguments = {
+            "template": template,
+            "requests": [asdict(request) for request in requests],
+            "special": special and dict(special),
+        }
+        return self._all("render", len(requests), _rendered, arguments, model)
 
     def special_tokens(self) -> list[tuple[int, str, bool]]:
         """(id, text, flagged special) of every token that was added to the base vocabulary; transformers only."""
-        return [(number, text, flag) for number, text, flag in self.call("special_tokens")]
+        return self._all("special_tokens", None, _special_token, {})
 
-    def call(self, method: str, seconds: float | None = None, /, **arguments: Any) -> Any:
-        """One request to the child, and its result. Raises StreamquantError if there is none."""
-        seconds = self.limits.request if seconds is None else seconds
-        assert self._child.stdin is not None
+    def _all(
+        self,
+        method: str,
+        count: int | None,
+        read: Callable[[Any], T],
+        arguments: dict[str, Any],
+        model: Path | None = None,
+    ) -> list[T]:
+        """One request, and the list that it is answered with: `count` items (None: any number), each read by `read`."""
+        found = self._child.ask(method, self.limits.request, arguments, model)
+        if not isinstance(found, list) or (count is not None and len(found) != count):
+            size = f"{len(found)} answers to {count} questions" if isinstance(found, list) else f"{found!r:.120}"
+            raise self._child.wrong_answer(method, size, model)
         try:
-            self._child.stdin.write(json.dumps({"method": method, "arguments": arguments}).encode() + b"\n")
-            self._child.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            raise self._died(method) from None
-        answer = json.loads(self._read_line(method, seconds))
-        if "missing" in answer:
-            raise self._missing(answer["missing"])
-        if "error" in answer:
-            where, found = f"{self.kind}, {self.path}", answer["error"]
-            if method == "load":
-                raise EngineLoadError("the engine cannot load the model", where=where, found=found, hint=self._said())
-            raise StreamquantError(f"the engine failed in {method}", where=where, found=found, hint=self._said())
-        return answer["result"]
-
-    def _read_line(self, method: str, seconds: float) -> bytes:
-        assert self._child.stdout is not None
-        limit = time.monotonic() + seconds
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._child.stdout, selectors.EVENT_READ)
-            parts = [self._buffer]
-            while b"\n" not in parts[-1]:
-                if not selector.select(max(0.0, limit - time.monotonic())):
-                    self.close()
-                    raise StreamquantError(
-                        f"the engine did not answer {method} in time",
-                        where=f"{self.kind}, {self.path}",
-                        found=f"no answer after {seconds:.0f} s",
-                        hint="give a longer time limit, or look for an endless loop in the chat template",
-                    )
-                data = os.read(self._child.stdout.fileno(), 1 << 20)
-                if not data:
-                    raise self._died(method)
-                parts.append(data)
-        line, _, self._buffer = b"".join(parts).partition(b"\n")
-        return line
-
-    def _missing(self, module: str) -> StreamquantError:
-        package = ADAPTERS[self.kind][2]
-        return UsageError(
-            f"the engine {self.kind} is not installed",
-            where=str(self.path),
-            found=f"no module {module!r}",
-            required=f"the Python package {package}",
-            hint=f"pip install {package}",
-        )
-
-    def _died(self, method: str) -> StreamquantError:
-        code = self._child.wait(10)
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return StreamquantError(
-            f"the engine ended during {method}", where=f"{self.kind}, {self.path}", found=how, hint=self._said()
-        )
-
-    def _said(self) -> str | None:
-        """The last lines that the child wrote to standard error, as a hint."""
-        size = self._errors.seek(0, os.SEEK_END)
-        self._errors.seek(max(0, size - 4000))
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        told = [line for line in lines if "rror" in line or "ailed" in line or "ASSERT" in line] or lines
-        return "it said: " + " / ".join(line.strip() for line in told[-3:])[:600] if told else None
-
-    def _end(self) -> None:
-        self._child.kill()
-        self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+            return [read(item) for item in found]
+        except (TypeError, ValueError, KeyError) as error:
+            raise self._child.wrong_answer(method, f"{type(error).__name__}: {error}"[:200], model) from error
 
     def close(self) -> None:
         """End the child. Safe to call again."""
+        if hasattr(self, "_child"):
+            self._child.close()
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -236,13 +207,52 @@ class EngineProcess:
         self.close()
 
 
-def _rendered(found: Mapping[str, Any]) -> Rendered:
-    return Rendered(found["text"], tuple(found["ids"]), found["error"])
+# What a child may answer: plain JSON -> records; TypeError, ValueError and KeyError for anything else.
 
 
-def _environment() -> dict[str, str]:
-    """The parent's, with this package on the path and no way to a model hub."""
-    package = str(Path(__file__).parents[3])
-    path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH")) if part)
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return {**os.environ, **offline, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r:.60} is no token id")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.60} is no text")
+    return value
+
+
+def _ids(found: Any) -> tuple[int, ...]:
+    return tuple(_whole(number) for number in found)
+
+
+def _rendered(found: Any) -> Rendered:
+    error = found["error"]
+    return Rendered(_text(found["text"]), _ids(found["ids"]), None if error is None else _text(error))
+
+
+def _logprobs(found: Any) -> TopLogprobs:
+    """Tokens that the engine rules out (minus infinity) are left out."""
+    pairs = zip(_ids(found["ids"]), found["logprobs"], strict=True)
+    kept = [(number, value) for number, value in pairs if value != -math.inf]
+    wrong = [value for _, value in kept if not isinstance(value, int | float) or not math.isfinite(value)]
+    if wrong or not kept:
+        raise ValueError(f"{wrong[0]!r:.60} is no log-probability" if wrong else "no token has a probability")
+    return TopLogprobs(tuple(number for number, _ in kept), tuple(float(value) for _, value in kept))
+
+
+def _generation(found: Any) -> Generation:
+    return Generation(_ids(found["ids"]), _text(found["text"]), found["stopped"] is True)
+
+
+def _special_token(found: Any) -> tuple[int, str, bool]:
+    number, text, flag = found
+    return _whole(number), _text(text), flag is True
+
+
+def _weights(path: Path) -> list[Path]:
+    """The files that an engine reads: all safetensors of a folder, all files of a split set."""
+    if path.is_dir():
+        return list(path.glob("*.safetensors"))
+    stem, separator, count = path.name.rpartition("-of-")
+    return list(path.parent.glob(f"{glob.escape(stem[:-5])}?????-of-{count}")) if separator else [path]

@@ -8,6 +8,7 @@ standard input ends, and so does the process.
 import importlib
 import json
 import os
+import resource
 import sys
 import traceback
 from typing import Any, BinaryIO, Protocol
@@ -42,6 +43,7 @@ def main() -> None:
         request = json.loads(line)
         try:
             if request["method"] == "load":
+                _limit_memory(request["arguments"].pop("memory"))
                 adapter = _import(sys.argv[1])
                 result: Any = adapter.load(**request["arguments"])
             elif adapter is None or request["method"] not in METHODS:
@@ -51,11 +53,20 @@ def main() -> None:
             _answer(answers, {"result": result})
         except ModuleNotFoundError as error:
             _answer(answers, {"missing": error.name or str(error)})
+        except ImportError as error:  # it is there, and cannot be used: nothing that a model could be blamed for
+            _answer(answers, {"missing": ADAPTERS[sys.argv[1]][2], "why": f"cannot be used: {error}"})
         except Exception as error:
             traceback.print_exc()
             _answer(answers, {"error": f"{type(error).__name__}: {error}"})
     # Threads of native libraries may hang at a regular exit.
     os._exit(0)
+
+
+def _limit_memory(nbytes: int) -> None:
+    """Let this process have so many bytes of data: a template can ask for strings of any length."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    soft = nbytes if hard == resource.RLIM_INFINITY else min(nbytes, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _import(kind: str) -> Adapter:

@@ -1,5 +1,6 @@
 """A report, and the checks of tokens and chat alone, for a terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -8,9 +9,9 @@ from rich.text import Text
 
 from streamquant.files.records import to_json
 from streamquant.quant.printable import visible
-from streamquant.validate.report.data import ChatCheck, Report, VariantReport
+from streamquant.validate.report.data import ChatCheck, NotRun, Report, VariantReport
 from streamquant.validate.report.text import MISSING
-from streamquant.validate.report.view import cell, grouped, make_view, wrong_chats
+from streamquant.validate.report.view import cell, grouped, make_view, rendered_chats, unchecked
 from streamquant.validate.sections import SECTIONS
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red", "error": "red", "warning": "yellow", "note": ""}
@@ -37,7 +38,7 @@ def report_view(report: Report) -> RenderableType:
     problems = [_problems(row.name, row.variant) for row in view.rows]
     skipped = [
         Text(visible(f"not checked: {section} ({variants}): {reason}"), "dim")
-        for section, variants, reason in grouped(note for note in report.not_run if not note.requested)
+        for section, variants, reason in grouped(note for note in report.not_run if note.unchecked)
     ]
     headline = Text(view.verdict.headline, COLOURS[view.verdict.status])
     return Group(headline, table, *[line for lines in problems for line in lines], *skipped)
@@ -61,18 +62,28 @@ def chat_view(found: ChatCheck) -> RenderableType:
         table.add_row(
             Text(visible(variant.label)),
             MISSING if tokens is None else f"{tokens.texts - tokens.different} of {tokens.texts}",
-            MISSING if chat is None else f"{chat.cases - wrong_chats(chat)} of {chat.cases}",
-            MISSING if chat is None else str(len(chat.differences) - wrong_chats(chat)),
-            Text(f"{variant.errors} errors", "bold red") if variant.errors else Text("ok", "green"),
+            rendered_chats(chat),
+            MISSING if chat is None else str(chat.engine_differs),
+            _result(variant, found.not_run),
         )
     lines = [line for variant in found.variants for line in _problems(variant.label, variant)]
     for lint in found.original_lints:
         text = f"the original: {lint.severity} {lint.check}: {lint.found}: {lint.consequence}; to do: {lint.fix}"
         lines.append(Text(visible(text), COLOURS[lint.severity]))
     for note in found.not_run:
-        text = f"not checked: {SECTIONS[note.section]} ({note.variant or 'all variants'}): {note.reason}"
+        state = "nothing to check" if note.nothing_to_check else "not checked"
+        text = f"{state}: {SECTIONS[note.section]} ({note.variant or 'all variants'}): {note.reason}"
         lines.append(Text(visible(text), "dim"))
     return Group(table, *lines)
+
+
+def _result(variant: VariantReport, notes: Sequence[NotRun]) -> Text:
+    """In a word: ok is what was checked, all of it."""
+    if variant.errors:
+        return Text(f"{variant.errors} errors", COLOURS["fail"])
+    if missing := unchecked(notes, variant):
+        return Text(f"not checked: {', '.join(SECTIONS[section] for section in missing)}", COLOURS["warn"])
+    return Text("ok", COLOURS["pass"])
 
 
 def chat_json(found: ChatCheck) -> dict[str, Any]:

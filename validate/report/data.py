@@ -40,6 +40,13 @@ class NotRun:
     reason: str
     requested: bool = False
     """Left out because the options say so."""
+    nothing_to_check: bool = False
+    """The original has nothing of the kind, such as a chat template."""
+
+    @property
+    def unchecked(self) -> bool:
+        """Whether something remains that nobody has looked at, and nobody wanted to leave out."""
+        return not self.requested and not self.nothing_to_check
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def judge_again(report: Report, gates: Gates) -> Report:
 
 def measured_numbers(variant: VariantReport, result: VariantResult | None) -> Measured:
     """What the gates are about (validate/gates.py): number by name, None where it was not measured."""
-    chat = None if variant.chat is None else sum(item.cause == "file" for item in variant.chat.differences)
+    chat = None if variant.chat is None or not variant.chat.right + variant.chat.wrong else variant.chat.wrong
     numbers: dict[str, float | None] = {
         "errors": variant.errors,
         "token mismatches": None if variant.tokens is None else variant.tokens.different,

@@ -11,7 +11,7 @@ from streamquant.validate.gates import GateResult, failed, option
 from streamquant.validate.logits.comparison import VariantResult
 from streamquant.validate.report.plots import SERIES
 from streamquant.validate.report.text import MISSING, error_digits, estimate, human_bytes, number, percent
-from streamquant.validate.sections import SECTIONS
+from streamquant.validate.sections import SECTIONS, Section
 from streamquant.validate.text.chat import ChatReport
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def _row(number_: int, name: str, variant: "VariantReport", report: "Report") ->
     result = report.measured(variant)
     severities = {problem.severity for problem in variant.problems}
     gates = any(found.variant == variant.label for found in failed(report.gate_results))
-    status: Status = "fail" if gates or "error" in severities else "warn" if "warning" in severities else "pass"
+    doubtful = "warning" in severities or unchecked(report.not_run, variant)
+    status: Status = "fail" if gates or "error" in severities else "warn" if doubtful else "pass"
     if result is None:
         nothing = (MISSING, "")
         return Row(name, variant.label, variant.path, number_, status, MISSING, MISSING, nothing, nothing, MISSING,
@@ -164,6 +165,8 @@ def _verdict(report: "Report", rows: Sequence[Row], wrong: Sequence[GateResult])
         sentences += _reasons(rows, wrong)
     elif measured:
         headline = "No fault was found" + (f" in {count} variants" if count > 1 else "")
+        if any(unchecked(report.not_run, row.variant) for row in rows):
+            headline += ", but not everything was checked"
     else:
         headline = "Nothing was measured"
     if not wrong and [gate for gate in report.gates.limits() if gate != "max_errors"]:
@@ -180,9 +183,15 @@ def _verdict(report: "Report", rows: Sequence[Row], wrong: Sequence[GateResult])
     warnings = sum(problem.severity == "warning" for row in rows for problem in row.variant.problems)
     if warnings:
         sentences.append("1 warning." if warnings == 1 else f"{warnings} warnings.")
-    if missing := sorted({note.section for note in report.not_run}, key=list(SECTIONS).index):
+    unloaded = [row.name for row in rows if "engines" in unchecked(report.not_run, row.variant)]
+    if unloaded:
+        sentences.append(f"No engine has run {_list(unloaded)}.")
+    if missing := sorted(
+        {note.section for note in report.not_run if not note.nothing_to_check}, key=list(SECTIONS).index
+    ):
         sentences.append(f"Not checked, or not for every variant: {_list([SECTIONS[section] for section in missing])}.")
-    status: Status = "fail" if bad or not measured else "warn" if warnings else "pass"
+    doubtful = any(row.status == "warn" for row in rows)
+    status: Status = "fail" if bad or not measured else "warn" if doubtful else "pass"
     return Verdict(status, headline, tuple(sentences))
 
 
@@ -286,9 +295,22 @@ def engine_name(engine: str) -> str:
     return version if version.startswith(kind) else engine
 
 
-def wrong_chats(chat: ChatReport) -> int:
-    """Conversations that the file, and not the engine, renders differently."""
-    return sum(difference.cause == "file" for difference in chat.differences)
+def rendered_chats(chat: ChatReport | None) -> str:
+    """Conversations that are rendered right, of all, and how many of these the original cannot render."""
+    if chat is None:
+        return MISSING
+    shown = f"{chat.right} of {chat.cases}"
+    if chat.original_fails:
+        shown += f", {chat.original_fails} fail in the original" + (
+            " too" if chat.failing == chat.original_fails else ""
+        )
+    return shown
+
+
+def unchecked(notes: "Iterable[NotRun]", variant: "VariantReport") -> tuple[Section, ...]:
+    """Sections of a variant that nobody has checked and nobody has left out, in the order of a report."""
+    missing = {note.section for note in notes if note.unchecked and note.variant in (None, variant.label)}
+    return tuple(section for section in SECTIONS if section in missing)
 
 
 def short(problem: Problem) -> str:
@@ -307,7 +329,7 @@ HELPERS = {
     "cell": cell,
     "engine_name": engine_name,
     "short": short,
-    "wrong_chats": wrong_chats,
+    "rendered_chats": rendered_chats,
     "MOST": MOST,
     "MISSING": MISSING,
     "SERIES": len(SERIES),

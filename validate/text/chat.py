@@ -35,6 +35,7 @@ class ChatDifference:
     at               character, or index of the id, where they first differ
     expected, found  what is there, with a window around it: original, variant
     expected_ids, found_ids  the same of ids, where kind is 'ids'
+    original_fails   the original's template fails, so that nobody can say what is right
     """
 
     case: str
@@ -45,6 +46,7 @@ class ChatDifference:
     found: str
     expected_ids: tuple[int, ...] = ()
     found_ids: tuple[int, ...] = ()
+    original_fails: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,28 +69,65 @@ class ChatReport:
     problems: tuple[str, ...]
 
     @property
+    def wrong(self) -> int:
+        """Cases that the file is at fault for."""
+        return sum(item.cause == "file" and not item.original_fails for item in self.differences)
+
+    @property
+    def original_fails(self) -> int:
+        """Cases in which the original's template fails, whatever the variant's does: nobody can say what is right."""
+        return self.failing + sum(item.original_fails for item in self.differences)
+
+    @property
+    def right(self) -> int:
+        """All other cases: the same text and ids, or a difference of the engines."""
+        return self.cases - self.wrong - self.original_fails
+
+    @property
+    def engine_differs(self) -> int:
+        """Those of the right ones that the engine renders otherwise."""
+        return sum(item.cause == "engine" and not item.original_fails for item in self.differences)
+
+    @property
     def agrees(self) -> bool:
         """Whether the file is right: every difference is one of the engines."""
         return not self.problems
 
 
+@dataclass(frozen=True, slots=True)
+class ExpectedChat:
+    """The cases, and the original's rendering of each."""
+
+    cases: tuple[ChatCase, ...]
+    rendered: tuple[Rendered, ...]
+
+
+def expected_chat(original: Engine, cases: Sequence[ChatCase] | None = None) -> ExpectedChat:
+    """Render every case (by default the whole suite) with the original's template.
+
+    Raises EngineError if the engine fails as a whole; a template that fails is in `Rendered.error`.
+    """
+    cases = tuple(chat_cases()) if cases is None else tuple(cases)
+    return ExpectedChat(cases, tuple(original.apply_template([case.request for case in cases])))
+
+
 def compare_chat(
-    original: EngineProcess, variant: Engine, cases: Sequence[ChatCase] | None = None, *, template: str | None = None
+    original: EngineProcess, variant: Engine, chat: ExpectedChat | None = None, *, template: str | None = None
 ) -> ChatReport:
-    """Render every case in both engines and compare.
+    """Render every case in the variant's engine and compare it with the original's rendering.
 
     original  transformers with the original's tokenizer
+    chat      `expected_chat` of the original
     template  the variant's chat template; by default read from its file
 
-    Raises StreamquantError if an engine fails as a whole; a template that fails is a difference.
+    Raises EngineError if an engine fails as a whole; a template that fails is a difference.
     """
-    cases = list(chat_cases()) if cases is None else list(cases)
-    requests = [case.request for case in cases]
+    chat = expected_chat(original) if chat is None else chat
     path = Path(variant.facts.model)
     template = template if template is not None else read_template(path)
     source = read_template(original.path)
-    expected, found = original.apply_template(requests), variant.apply_template(requests)
-    pairs = list(zip(cases, expected, found, strict=True))
+    found = variant.apply_template([case.request for case in chat.cases])
+    pairs = list(zip(chat.cases, chat.rendered, found, strict=True))
     wrong = [(case, want, got) for case, want, got in pairs if not _same(want, got)]
     control = _control(original, variant, template, [case for case, _, _ in wrong])
     differences = tuple(
@@ -99,12 +138,12 @@ def compare_chat(
         original=original.facts.model,
         variant=variant.facts.model,
         engine=f"{variant.facts.kind}, {variant.facts.version}",
-        cases=len(cases),
-        agreeing=len(cases) - len(differences) - failing,
+        cases=len(chat.cases),
+        agreeing=len(chat.cases) - len(differences) - failing,
         failing=failing,
         template_equal=None if template is None or source is None else template == source,
         differences=differences,
-        problems=tuple(_problems(differences, len(cases))),
+        problems=tuple(_problems(differences, len(chat.cases))),
     )
 
 
@@ -153,21 +192,25 @@ def _control(
     """A GGUF's template as transformers renders it, with the original's special tokens."""
     if variant.facts.kind != "llama.cpp" or template is None or not cases:
         return [None for _ in cases]
-    return list(original.render(template, [case.request for case in cases]))
+    requests = [case.request for case in cases]
+    return list(original.render(template, requests, model=Path(variant.facts.model)))
 
 
 def _difference(
     original: Engine, variant: Engine, case: ChatCase, expected: Rendered, found: Rendered, control: Rendered | None
 ) -> ChatDifference:
+    cause: Cause
     same_template = control is not None and (control.text, control.error) == (expected.text, expected.error)
     if expected.error is not None or found.error is not None:
         want, got = (item.error or item.text[-2 * TEXT_WINDOW :] for item in (expected, found))
-        return ChatDifference(case.name, "error", "engine" if same_template else "file", 0, want, got)
+        cause = "engine" if same_template else "file"
+        fails = expected.error is not None
+        return ChatDifference(case.name, "error", cause, 0, want, got, original_fails=fails)
     if expected.text != found.text:
         at = first_difference(expected.text, found.text)
         # What llama.cpp adds or lacks at the front is BOS, which is the file's flag and not the engine's Jinja.
         bos = expected.text.endswith(found.text) or found.text.endswith(expected.text)
-        cause: Cause = "engine" if same_template and not bos else "file"
+        cause = "engine" if same_template and not bos else "file"
         around = slice(max(0, at - TEXT_WINDOW), at + TEXT_WINDOW)
         return ChatDifference(case.name, "text", cause, at, expected.text[around], found.text[around])
     at = first_difference(expected.ids, found.ids)
@@ -188,7 +231,7 @@ def _ids_cause(variant: Engine, expected: Rendered) -> Cause:
 
 def _problems(differences: Sequence[ChatDifference], cases: int) -> Iterator[str]:
     for kind, what in (("text", "text"), ("ids", "tokens of the same text"), ("error", "a template that fails")):
-        wrong = [item for item in differences if item.cause == "file" and item.kind == kind]
+        wrong = [item for item in differences if item.cause == "file" and item.kind == kind and not item.original_fails]
         if wrong:
             first = wrong[0]
             yield (

@@ -5,6 +5,7 @@ a marked reply that is gone from the text is lost, whatever the template looks l
 hermes4.md's list of known bugs; vllm PR #25281; src/llama-vocab.cpp and common/chat.cpp of llama.cpp.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def lint_checkpoint(engine: EngineProcess) -> list[Lint]:
         adds_bos=engine.facts.adds_bos,
         stops=frozenset(stop_ids(_json(folder / "config.json"), generation, folder)),
         sampling=frozenset(name for name in _SAMPLING if generation.get(name) is not None),
-        render=_renderer(engine, templates.get("default")),
+        render=_renderer(engine, templates.get("default"), folder),
     )
     return _lint(subject)
 
@@ -128,7 +129,7 @@ def lint_gguf(path: Path, engine: EngineProcess) -> list[Lint]:
         adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
         stops=engine_tokens(metadata).stops,
         sampling=frozenset(name for name, key in _GGUF_SAMPLING.items() if key in metadata),
-        render=_renderer(engine, template if isinstance(template, str) else None),
+        render=_renderer(engine, template if isinstance(template, str) else None, path),
     )
     return _lint(subject)
 
@@ -142,10 +143,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _renderer(
-    engine: EngineProcess, template: str | None
+    engine: EngineProcess, template: str | None, model: Path
 ) -> Callable[[list[TemplateRequest], Mapping[str, str]], list[Rendered]]:
     def render(requests: list[TemplateRequest], special: Mapping[str, str]) -> list[Rendered]:
-        return engine.render(template or "", requests, special)
+        return engine.render(template or "", requests, special, model=model)
 
     return render
 
@@ -347,6 +348,55 @@ def _fails(subject: _Subject) -> Iterator[Lint]:
             return
 
 
+_ARGUMENTS = {"city": "MARKED-CITY-4713"}
+
+
+def _call_rendered(subject: _Subject, arguments: object) -> Rendered:
+    """A history with a tool call whose arguments are in the given form."""
+    call = {"id": "call_000000000", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    answer = {"role": "tool", "content": "sunny", "tool_call_id": call["id"], "name": "get_weather"}
+    talk = (_USER, {"role": "assistant", "content": "", "tool_calls": [call]}, answer)
+    (found,) = subject.render([TemplateRequest(talk, TOOLS, {}, False)], subject.special)
+    return found
+
+
+def _string_arguments(subject: _Subject) -> Iterator[Lint]:
+    """Arguments of a tool call as OpenAI's API has them, a string of JSON: the template fails, or quotes them again."""
+    mapping, string = _call_rendered(subject, _ARGUMENTS), _call_rendered(subject, json.dumps(_ARGUMENTS))
+    if mapping.error is not None or _ARGUMENTS["city"] not in mapping.text:
+        return
+    quoted = '\\"city' in string.text and '\\"city' not in mapping.text
+    lost = _ARGUMENTS["city"] not in string.text
+    if string.error is not None or quoted or lost:
+        what = string.error or ("they are quoted once more" if quoted else "they are gone")
+        yield _found(
+            subject,
+            "string-arguments",
+            f"arguments of a tool call that are a string of JSON: {what}",
+            "transformers gives the template the history as it is, so one that was kept as OpenAI's API sends it is"
+            " rendered wrong; vLLM's and llama.cpp's servers parse the string before",
+            "write {{ arguments if arguments is string else arguments | tojson }}",
+        )
+
+
+def _mapping_arguments(subject: _Subject) -> Iterator[Lint]:
+    """Arguments of a tool call as an object: the template takes them for a string."""
+    mapping, string = _call_rendered(subject, _ARGUMENTS), _call_rendered(subject, json.dumps(_ARGUMENTS))
+    if string.error is not None or _ARGUMENTS["city"] not in string.text:
+        return
+    spelled = "{'city'" in mapping.text
+    if mapping.error is not None or spelled:
+        yield _found(
+            subject,
+            "mapping-arguments",
+            "arguments of a tool call that are an object: "
+            + (mapping.error or "they are written as Python spells them, {'city': ...}"),
+            "vLLM parses the arguments of OpenAI's API into an object before the template sees them, and transformers'"
+            " own tools pass objects: a history with a tool call fails, or is no JSON",
+            "write {{ arguments if arguments is string else arguments | tojson }}",
+        )
+
+
 LINTS: Mapping[str, Callable[[_Subject], Iterator[Lint]]] = {
     "fails": _fails,
     "bos-undefined": _bos_undefined,
@@ -355,6 +405,8 @@ LINTS: Mapping[str, Callable[[_Subject], Iterator[Lint]]] = {
     "empty-assistant": _empty_assistant,
     "special-tags": _special_tags,
     "wrong-family": _wrong_family,
+    "string-arguments": _string_arguments,
+    "mapping-arguments": _mapping_arguments,
     "stop-token": _stop_token,
     "sampling-defaults": _sampling,
     "two-templates": _two_templates,
