@@ -120,12 +120,10 @@ class ModelDescription:
                     required=f"a tensor of {self.hf_architecture}",
                     hint="check config.json (number of layers, *_bias, architectures)",
                 )
-        absent = {rule.hf_name: rule for rule in self.rules.values() if rule.hf_name not in shapes}
-        nowhere = self.absent_biases(shapes)
-        biases = {
-            name for name, rule in absent.items() if rule.kind is TensorKind.BIAS and of_any_layer(name) not in nowhere
-        }
-        missing = [name for name, rule in absent.items() if rule.required or name in biases]
+        partial = self.partial_biases(shapes)
+        missing = [
+            name for name, rule in self.rules.items() if name not in shapes and (rule.required or name in partial)
+        ]
         if missing:
             raise StreamquantError(
                 "the checkpoint lacks tensors that its config.json demands",
@@ -138,9 +136,17 @@ class ModelDescription:
 
     def absent_biases(self, names: Collection[str]) -> list[str]:
         """The biases that config.json switches on and no layer has, as "self_attn.o_proj.bias"."""
-        biases = [name for name, rule in self.rules.items() if rule.kind is TensorKind.BIAS and not rule.required]
-        present = {of_any_layer(name) for name in biases if name in names}
-        return sorted({of_any_layer(name) for name in biases} - present)
+        switched = self._switched_biases()
+        return sorted({of_any_layer(name) for name in switched} - {of_any_layer(n) for n in switched if n in names})
+
+    def partial_biases(self, names: Collection[str]) -> set[str]:
+        """The biases that config.json switches on and that are missing although other layers have them."""
+        switched = self._switched_biases()
+        present = {of_any_layer(name) for name in switched if name in names}
+        return {name for name in switched if name not in names and of_any_layer(name) in present}
+
+    def _switched_biases(self) -> list[str]:
+        return [name for name, rule in self.rules.items() if rule.kind is TensorKind.BIAS and not rule.required]
 
 
 def of_any_layer(name: str) -> str:

@@ -247,7 +247,10 @@ def stat_shard(path: Path) -> os.stat_result:
 
 
 def _place(folder: Path) -> Place:
-    names = frozenset(path.name for path in folder.iterdir() if path.is_file() or path.is_symlink())
+    try:
+        names = frozenset(path.name for path in folder.iterdir() if path.is_file() or path.is_symlink())
+    except OSError as error:
+        raise StreamquantError("cannot read a file", where=str(folder), found=error.strerror) from error
     return Place(str(folder), names, lambda name: read_json_object(folder / name))
 
 

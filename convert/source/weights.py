@@ -97,7 +97,8 @@ def _numbered(place: Place) -> Weights:
     """A whole set of numbered shards without an index. Raises StreamquantError if there is none."""
     sets: dict[tuple[str, int], set[int]] = {}
     for name in place.names:
-        if found := _NUMBERED.fullmatch(name):
+        found = _NUMBERED.fullmatch(name)
+        if found and not _MISTRAL.fullmatch(name) and not name.startswith("adapter_"):
             sets.setdefault((found["stem"], int(found["count"])), set()).add(int(found["number"]))
     if len(sets) != 1:
         raise _no_weights(place)
@@ -107,7 +108,7 @@ def _numbered(place: Place) -> Weights:
         raise StreamquantError(
             "shards without an index, and not all of them",
             where=place.where,
-            found=f"{len(numbers)} of {count}; {missing[0]} is missing" if missing else None,
+            found=f"{len(numbers)} of {count}; {missing[0]} is missing",
             required=f"all {count}, or {INDEX}",
             hint="download the missing files",
         )

@@ -21,9 +21,10 @@ class CheckpointVariant(FolderVariant):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         self.tensors = {}
+        partial = self.description.partial_biases(checkpoint.tensors)
         for rule in self.description.rules.values():
             tensor = checkpoint.tensors.get(rule.hf_name)
-            if tensor is None and rule.required:
+            if tensor is None and (rule.required or rule.hf_name in partial):
                 raise missing_tensor(rule, self.path, rule.hf_name)
             if tensor is not None:
                 if tensor.shape != rule.shape:

@@ -49,6 +49,7 @@ class CompressedVariant(FolderVariant):
         self._quantizers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         """Of modules whose inputs are quantized in the same way the same, so that q, k and v can share the result."""
         self.tensors = {}
+        self._partial_biases = self.description.partial_biases(checkpoint.tensors)
         for rule in self.description.rules.values():
             self._add(rule)
         stored = {t.name for module in self._modules.values() for t in module.stored.values()}
@@ -128,7 +129,7 @@ class CompressedVariant(FolderVariant):
             return
         tensor = self.checkpoint.tensors.get(name)
         if tensor is None:
-            if rule.required:
+            if rule.required or name in self._partial_biases:
                 raise missing_tensor(rule, self.path, name)
             return
         if tensor.shape != rule.shape:

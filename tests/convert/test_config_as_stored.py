@@ -175,6 +175,16 @@ def test_biases_that_no_layer_has_are_zero(endings: tuple[str, ...], tmp_path: P
 def test_a_bias_that_some_layers_have_is_missed(tmp_path: Path) -> None:
     source = without(write(tmp_path / "Tiny", attention_bias=True), "layers.1.self_attn.o_proj.bias")
     run("plan", source, "--to", "fp8-dynamic").refused(1, "lacks tensors", "layers.1.self_attn.o_proj.bias")
+    with pytest.raises(StreamquantError, match=r"layers\.1\.self_attn\.o_proj\.bias"):
+        open_variant(source)
+
+
+def test_a_bias_that_some_layers_of_a_variant_have_is_missed(tmp_path: Path) -> None:
+    """Else it would be taken for zero."""
+    fp8 = fp8_of(convert(write(tmp_path / "Tiny", attention_bias=True), tmp_path / "out", "fp8-dynamic"))
+    without(fp8, "layers.1.self_attn.o_proj.bias")
+    with pytest.raises(StreamquantError, match=r"layers\.1\.self_attn\.o_proj\.bias"):
+        open_variant(fp8)
 
 
 def test_a_bias_that_a_class_always_has_is_missed(tmp_path: Path) -> None:

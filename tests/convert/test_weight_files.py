@@ -226,8 +226,13 @@ def test_mistral_s_own_layout(tmp_path: Path, hub: Hub) -> None:
     words = ("Mistral's own layout", "consolidated.safetensors", "convert_mistral_weights_to_hf.py")
     (source / SINGLE_FILE).rename(source / "consolidated.safetensors")
     run("plan", source, *TO).refused(1, *words)
+    for number in (1, 2):
+        shutil.copy(source / "consolidated.safetensors", source / f"consolidated-0000{number}-of-00002.safetensors")
+    run("plan", source, *TO).refused(1, words[0])
     (source / "config.json").rename(source / "params.json")
-    run("plan", source, *TO).refused(1, *words)
+    run("plan", source, *TO).refused(1, words[0])
+    for number in (1, 2):
+        (source / f"consolidated-0000{number}-of-00002.safetensors").unlink()
     hub.add_repo(REPO, files(source))
     run("plan", REPO, *TO).refused(1, *words)
 
