@@ -6,7 +6,7 @@ that checkpoints have, so that what watches and quantizes the inputs of linear l
 
 from typing import TYPE_CHECKING, Any
 
-from streamquant.convert.architectures.family import Experts
+from streamquant.convert.architectures.family import Experts, Family
 
 if TYPE_CHECKING:
     import torch
@@ -15,9 +15,21 @@ if TYPE_CHECKING:
 def separate_experts(skeleton: Any, experts: Experts) -> None:
     """Put `make_experts` in the place of the fused experts of every layer of a model on the meta device."""
     for layer in skeleton.model.layers:
-        parent_name, _, name = experts.path.rpartition(".")
-        parent = layer.get_submodule(parent_name)
-        setattr(parent, name, make_experts(getattr(parent, name), experts))
+        block = layer.get_submodule(experts.path)
+        block.experts = make_experts(block.experts, experts)
+
+
+def module_name(stored: str, family: Family) -> str:
+    """The name that transformers has for a parameter of a layer that checkpoints store under another.
+
+    >>> from streamquant.convert.architectures import ARCHITECTURES
+    >>> module_name("block_sparse_moe.experts.3.w1.weight", ARCHITECTURES["MixtralForCausalLM"])
+    'mlp.experts.3.w1.weight'
+    """
+    experts = family.experts
+    if experts is None or not stored.startswith(f"{experts.stored_path}."):
+        return stored
+    return experts.path + stored.removeprefix(experts.stored_path)
 
 
 def make_experts(fused: Any, experts: Experts) -> "torch.nn.Module":

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from streamquant.convert.architectures import TensorKind
 from streamquant.files.listener import SILENT, Listener
 from streamquant.model.errors import errors_of
-from streamquant.model.experts import separate_experts
+from streamquant.model.experts import module_name, separate_experts
 from streamquant.model.variants.variant import EMBEDDINGS, FINAL_NORM, Variant
 from streamquant.quant.errors import StreamquantError, UsageError
 
@@ -221,7 +221,7 @@ class _Model:
         for name in variant.layer_names(layer):
             with errors_of(variant):
                 whole = variant.read(name, self.dtype, self._observer(name))
-            weights[name.removeprefix(prefix)] = whole.to(self.device)
+            weights[module_name(name.removeprefix(prefix), variant.description.family)] = whole.to(self.device)
             self.lane.bytes_read += variant.tensors[name].nbytes if name in variant.tensors else 0
         return weights
 
@@ -264,24 +264,28 @@ class _Model:
         """Watch and quantize the inputs of the linear layers while `hooks` is open."""
         import torch
 
-        rules = self.lane.variant.description.rules
+        family = self.lane.variant.description.family
+        rules = {
+            module_name(name.removeprefix(prefix), family): rule
+            for name, rule in self.lane.variant.description.rules.items()
+            if name.startswith(prefix)
+        }
         last: list[Any] = [None, None, None]  # q, k and v have one input, and gate and up: it is quantized once
         for name, linear in module.named_modules():
-            rule = rules.get(f"{prefix}{name}.weight")
+            rule = rules.get(f"{name}.weight")
             is_router = rule is not None and rule.kind is TensorKind.ROUTER  # transformers has a class of its own
-            if not is_router and not isinstance(linear, torch.nn.Linear):
+            if rule is None or not (is_router or isinstance(linear, torch.nn.Linear)):
                 continue
+            stored = rule.hf_name.removesuffix(".weight")
             observe = self.lane.on_input
-            quantize = (
-                self.lane.variant.input_quantizer(prefix + name) if self.lane.quantizes_inputs(self.setting) else None
-            )
+            quantize = self.lane.variant.input_quantizer(stored) if self.lane.quantizes_inputs(self.setting) else None
 
             def before(
-                _module: Any, arguments: Any, name: str = name, observe: Any = observe, quantize: Any = quantize
+                _module: Any, arguments: Any, name: str = stored, observe: Any = observe, quantize: Any = quantize
             ) -> Any:
                 (x,) = arguments
                 if observe is not None:
-                    observe(prefix + name, x)
+                    observe(name, x)
                 if quantize is None:
                     return None
                 if last[0] is not x or last[1] is not quantize:

@@ -20,7 +20,7 @@ from tests import synthetic
 from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
 
 LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS = synthetic.ARCHITECTURES
-(QWEN3_MOE,) = synthetic.MIXTURES
+QWEN3_MOE, MIXTRAL = synthetic.MIXTURES
 CASES: Mapping[str, Mapping[str, Any]] = {
     "llama3.1": {"architecture": LLAMA, "rope": "llama3"},
     "llama-biased": {"architecture": LLAMA, "attention_bias": True, "mlp_bias": True, "tied": True},
@@ -29,6 +29,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {"architecture": QWEN2, "tied": True},
     "qwen2-yarn": {"architecture": QWEN2, "rope": "yarn"},
     "qwen3": {"architecture": QWEN3, "dtype": "F16"},
+    "mixtral": {"architecture": MIXTRAL, "intermediate_size": 256},
     "qwen3-moe": {"architecture": QWEN3_MOE, "moe_intermediate_size": 256},
     "seed-oss": {"architecture": SEED_OSS, "dtype": "F32"},
 }

@@ -25,7 +25,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "SeedOssForCausalLM",
 )
-MIXTURES = ("Qwen3MoeForCausalLM",)
+MIXTURES = ("Qwen3MoeForCausalLM", "MixtralForCausalLM")
 
 # What each family's config.json carries besides the sizes (transformers 4.57 and 5 agree on these keys).
 FAMILY_KEYS: Mapping[str, Mapping[str, object]] = {
@@ -43,6 +43,15 @@ FAMILY_KEYS: Mapping[str, Mapping[str, object]] = {
         "use_sliding_window": False,
         "sliding_window": None,
         "max_window_layers": 1,
+    },
+    "MixtralForCausalLM": {
+        "model_type": "mixtral",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
+        "sliding_window": None,
     },
     "Qwen3MoeForCausalLM": {
         "model_type": "qwen3_moe",
@@ -72,6 +81,7 @@ THETA = {
     "MistralForCausalLM": 1000000.0,
     "Qwen2ForCausalLM": 1000000.0,
     "Qwen3ForCausalLM": 1000000.0,
+    "MixtralForCausalLM": 1000000.0,
     "Qwen3MoeForCausalLM": 1000000.0,
     "SeedOssForCausalLM": 10000000.0,
 }
@@ -281,18 +291,26 @@ def layer_weights(config: Mapping[str, object], sizes: Mapping[str, int]) -> Ite
         yield Weight("self_attn.k_norm.weight", (head_dim,), is_norm=True)
     if qwen3_moe:
         narrow = sizes["moe_intermediate_size"]
-        yield Weight("mlp.gate.weight", (sizes["num_experts"], hidden))
-        for expert in range(sizes["num_experts"]):
-            for part, shape in (("gate", (narrow, hidden)), ("up", (narrow, hidden)), ("down", (hidden, narrow))):
-                yield Weight(f"mlp.experts.{expert}.{part}_proj.weight", shape)
-    for part, shape in (
-        () if qwen3_moe else (("gate", (wide, hidden)), ("up", (wide, hidden)), ("down", (hidden, wide)))
-    ):
-        yield Weight(f"mlp.{part}_proj.weight", shape)
-        if config.get("mlp_bias", False):
-            yield Weight(f"mlp.{part}_proj.bias", shape[:1])
+        names = {"gate_proj": (narrow, hidden), "up_proj": (narrow, hidden), "down_proj": (hidden, narrow)}
+        yield from expert_weights("mlp", sizes["num_experts"], hidden, names)
+    elif config["model_type"] == "mixtral":
+        names = {"w1": (wide, hidden), "w2": (hidden, wide), "w3": (wide, hidden)}
+        yield from expert_weights("block_sparse_moe", sizes["num_local_experts"], hidden, names)
+    else:
+        for part, shape in (("gate", (wide, hidden)), ("up", (wide, hidden)), ("down", (hidden, wide))):
+            yield Weight(f"mlp.{part}_proj.weight", shape)
+            if config.get("mlp_bias", False):
+                yield Weight(f"mlp.{part}_proj.bias", shape[:1])
     yield Weight("input_layernorm.weight", (hidden,), is_norm=True)
     yield Weight("post_attention_layernorm.weight", (hidden,), is_norm=True)
+
+
+def expert_weights(path: str, count: int, hidden: int, names: Mapping[str, tuple[int, int]]) -> Iterator[Weight]:
+    """The router and the experts of a layer, in the order of a state dict before transformers fused them."""
+    yield Weight(f"{path}.gate.weight", (count, hidden))
+    for expert in range(count):
+        for name, shape in names.items():
+            yield Weight(f"{path}.experts.{expert}.{name}.weight", shape)
 
 
 def write_weights(folder: Path, weights: list[Weight], dtype: str, shards: int, seed: int) -> None:

@@ -15,6 +15,7 @@ from streamquant.convert.architectures.family import Family, TensorKind, Vocabul
 from streamquant.convert.architectures.from_config import describe_model
 from streamquant.convert.architectures.llama import LLAMA
 from streamquant.convert.architectures.mistral import MISTRAL
+from streamquant.convert.architectures.mixtral import MIXTRAL
 from streamquant.convert.architectures.qwen2 import QWEN2
 from streamquant.convert.architectures.qwen3 import QWEN3
 from streamquant.convert.architectures.qwen3_moe import QWEN3_MOE
@@ -35,7 +36,7 @@ __all__ = [
     "rope_row_order",
 ]
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, SEED_OSS)
+FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, SEED_OSS)
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType({family.hf_architecture: family for family in FAMILIES})
 
 

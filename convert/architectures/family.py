@@ -104,8 +104,10 @@ class Experts:
     """Feed-forward size of one expert."""
     ignore: tuple[str, ...]
     """Modules that compressed-tensors must leave alone beside the head and the embeddings, in its spelling."""
-    path: str = "mlp.experts"
-    """The experts within a layer of transformers; their numbers, and then the projections, follow in names."""
+    path: str = "mlp"
+    """The block with router and experts within a layer of transformers."""
+    stored_path: str = "mlp"
+    """What checkpoints call that block."""
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"

@@ -115,8 +115,8 @@ def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Gg
     for what is not a dense decoder.
     """
     arch = metadata.get("general.architecture")
-    families = [family for family in ARCHITECTURES.values() if family.gguf_arch == arch]
-    if not families:
+    known = [family for family in ARCHITECTURES.values() if family.gguf_arch == arch]
+    if not known:
         raise StreamquantError(
             "unknown architecture",
             where=f"{path}, key 'general.architecture'",
@@ -124,8 +124,11 @@ def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Gg
             required=", ".join(sorted({family.gguf_arch for family in ARCHITECTURES.values()})),
         )
     keys = Keys(path, metadata, str(arch))
-    if metadata.get(f"{arch}.expert_count") and families[0].experts is None:
+    is_mixture = bool(metadata.get(f"{arch}.expert_count"))
+    families = [family for family in known if (family.experts is not None) is is_mixture]
+    if is_mixture and not families:
         raise keys.refuse("expert_count", "a mixture of experts, which this architecture is not here", "no experts")
+    families = families or known
     problems: list[Problem] = []
     config = read_config(keys, families, tensors)
     rope = read_rope(keys, config, problems)
@@ -178,10 +181,11 @@ def read_experts(family: Family, keys: Keys) -> dict[str, Any]:
     """The keys of config.json about experts, and those that no GGUF key carries as llama.cpp takes them."""
     if family.experts is None:
         return {}
+    own_size = keys.count("expert_feed_forward_length", keys.count("feed_forward_length"))
     return {
         family.experts.count[0]: keys.count("expert_count"),
         family.experts.used: keys.count("expert_used_count"),
-        family.experts.intermediate: keys.count("expert_feed_forward_length"),
+        family.experts.intermediate: own_size,
         **family.llama_cpp.assumed,
     }
 

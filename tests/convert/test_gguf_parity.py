@@ -44,7 +44,7 @@ DEVIATIONS = {
 OUTTYPES: tuple[OutType, ...] = ("f32", "f16", "bf16", "q8_0")
 LEGACY = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")
 LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS = synthetic.ARCHITECTURES
-(QWEN3_MOE,) = synthetic.MIXTURES
+QWEN3_MOE, MIXTRAL = synthetic.MIXTURES
 Setting = dict[str, Any]
 SEVEN_EXPERTS: Setting = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 256, "head_dim": ...}
 METADATA = {"general.author": "Somebody", "general.version": "v7", "general.tags": ["a", "b"]}
@@ -62,6 +62,7 @@ DEFAULT: dict[str, Setting] = {
     "llama-f32-shards": {"dtype": "F32", "shards": 2, "tokenizer": "llama-bpe"},
     "qwen3-moe": {"architecture": QWEN3_MOE, "tokenizer": "hermes4-14b", "shards": 3},
     "qwen3-moe-tied": {"architecture": QWEN3_MOE, "tokenizer": "qwen2", "size": "small", "tied": True, **SEVEN_EXPERTS},
+    "mixtral": {"architecture": MIXTRAL, "tokenizer": "llama-bpe", "shards": 2, "num_local_experts": 8},
     "llama-biases-yarn": {"tokenizer": "llama-bpe", "rope": "yarn", "attention_bias": True, "mlp_bias": True},
 }
 ALL_OUTTYPES = ("smollm2", "stories260K", "mistral")

@@ -28,7 +28,7 @@ from tests.gguf_peer import read_gguf
 from tests.shapes import MIXTURES, write_shape
 from tests.synthetic import Weight
 
-(QWEN3_MOE,) = synthetic.MIXTURES
+QWEN3_MOE, _ = synthetic.MIXTURES
 OPTIONS = ConversionOptions(pre=TINY_PRE)
 
 

@@ -1,0 +1,49 @@
+"""MixtralForCausalLM: Mixtral 8x7B and 8x22B and their fine-tunes (Nous Hermes 2). Llama with experts.
+
+The converter treats it as Llama (LlamaModel in conversion/llama.py), GGUF arch "llama" included, and stacks the experts
+of a layer when it has read the last of them: w1 (gate), w2 (down), w3 (up). Defaults: MixtralConfig of transformers,
+which leaves head_dim open (see qwen2.py), and whose modules are called mlp where checkpoints say block_sparse_moe.
+"""
+
+from streamquant.convert.architectures.family import Experts, Family, experts, linear, norm, router
+from streamquant.convert.architectures.llama import LLAMA_MODEL
+
+MIXTRAL = Family(
+    hf_architecture="MixtralForCausalLM",
+    model_type="mixtral",
+    layer=(
+        *linear("self_attn.q_proj", ("query", "hidden"), rope="query"),
+        *linear("self_attn.k_proj", ("key_value", "hidden"), rope="key"),
+        *linear("self_attn.v_proj", ("key_value", "hidden")),
+        *linear("self_attn.o_proj", ("hidden", "query")),
+        router("block_sparse_moe.gate"),
+        experts("block_sparse_moe.experts.{expert}.w1", ("expert_intermediate", "hidden")),
+        experts("block_sparse_moe.experts.{expert}.w2", ("hidden", "expert_intermediate")),
+        experts("block_sparse_moe.experts.{expert}.w3", ("expert_intermediate", "hidden")),
+        norm("input_layernorm"),
+        norm("post_attention_layernorm"),
+    ),
+    defaults={
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    nullable=frozenset({"head_dim", "sliding_window"}),
+    experts=Experts(
+        count=("num_local_experts", "num_experts"),
+        used="num_experts_per_tok",
+        intermediate="intermediate_size",
+        ignore=("re:.*block_sparse_moe.gate$",),
+        stored_path="block_sparse_moe",
+        gate="w1",
+        up="w3",
+        down="w2",
+    ),
+    llama_cpp=LLAMA_MODEL,
+)
