@@ -6,7 +6,7 @@ that checkpoints have, so that what watches and quantizes the inputs of linear l
 
 from typing import TYPE_CHECKING, Any
 
-from streamquant.convert.architectures.family import Experts, Family
+from streamquant.convert.architectures.family import Experts
 
 if TYPE_CHECKING:
     import torch
@@ -19,14 +19,13 @@ def separate_experts(skeleton: Any, experts: Experts) -> None:
         block.experts = make_experts(block.experts, experts)
 
 
-def module_name(stored: str, family: Family) -> str:
+def module_name(stored: str, experts: Experts | None) -> str:
     """The name that transformers has for a parameter of a layer that checkpoints store under another.
 
-    >>> from streamquant.convert.architectures import ARCHITECTURES
-    >>> module_name("block_sparse_moe.experts.3.w1.weight", ARCHITECTURES["MixtralForCausalLM"])
+    >>> experts = Experts(("num_experts",), "top_k", "intermediate_size", (), stored_path="block_sparse_moe")
+    >>> module_name("block_sparse_moe.experts.3.w1.weight", experts)
     'mlp.experts.3.w1.weight'
     """
-    experts = family.experts
     if experts is None or not stored.startswith(f"{experts.stored_path}."):
         return stored
     return experts.path + stored.removeprefix(experts.stored_path)

@@ -221,7 +221,7 @@ class _Model:
         for name in variant.layer_names(layer):
             with errors_of(variant):
                 whole = variant.read(name, self.dtype, self._observer(name))
-            weights[module_name(name.removeprefix(prefix), variant.description.family)] = whole.to(self.device)
+            weights[module_name(name.removeprefix(prefix), variant.description.family.experts)] = whole.to(self.device)
             self.lane.bytes_read += variant.tensors[name].nbytes if name in variant.tensors else 0
         return weights
 
@@ -264,9 +264,9 @@ class _Model:
         """Watch and quantize the inputs of the linear layers while `hooks` is open."""
         import torch
 
-        family = self.lane.variant.description.family
+        experts = self.lane.variant.description.family.experts
         rules = {
-            module_name(name.removeprefix(prefix), family): rule
+            module_name(name.removeprefix(prefix), experts): rule
             for name, rule in self.lane.variant.description.rules.items()
             if name.startswith(prefix)
         }
