@@ -77,6 +77,7 @@ class LlamaCpp:
     rope_freqs says whether the loader reads rope_freqs.weight, without which rope of type "llama3" would run unscaled.
     unread are the booleans of config.json whose biases the converter writes but the loader does not read.
     assumed are keys of config.json that no GGUF key carries, with the value that llama.cpp computes with.
+    pooling says whether the converter writes and the loader reads how an embedding model pools.
     """
 
     arch: gguf.MODEL_ARCH
@@ -85,6 +86,7 @@ class LlamaCpp:
     rope_freqs: bool = False
     unread: tuple[str, ...] = ()
     assumed: Mapping[str, object] = field(default_factory=dict)
+    pooling: bool = False
 
     @property
     def rope_types(self) -> frozenset[str]:

@@ -32,5 +32,5 @@ QWEN2 = Family(
         "sliding_window": 4096,
     },
     nullable=frozenset({"num_key_value_heads", "head_dim", "sliding_window"}),
-    llama_cpp=LlamaCpp(arch=gguf.MODEL_ARCH.QWEN2, vocabulary=VocabularyRules(sentencepiece=True)),
+    llama_cpp=LlamaCpp(arch=gguf.MODEL_ARCH.QWEN2, vocabulary=VocabularyRules(sentencepiece=True), pooling=True),
 )

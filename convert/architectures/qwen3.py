@@ -36,6 +36,9 @@ QWEN3 = Family(
     },
     nullable=frozenset({"num_key_value_heads", "sliding_window"}),
     llama_cpp=LlamaCpp(
-        arch=gguf.MODEL_ARCH.QWEN3, vocabulary=VocabularyRules(sentencepiece=True), unread=("attention_bias",)
+        arch=gguf.MODEL_ARCH.QWEN3,
+        vocabulary=VocabularyRules(sentencepiece=True),
+        unread=("attention_bias",),
+        pooling=True,
     ),
 )

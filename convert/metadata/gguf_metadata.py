@@ -12,6 +12,7 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFValueType, Keys
 from gguf.gguf_writer import GGUFValue
 
 from streamquant.convert.architectures import ModelDescription
+from streamquant.convert.metadata.embedding import pooling_keys
 from streamquant.convert.metadata.guard_template import guard_gguf_keys
 from streamquant.convert.metadata.model_metadata import ParameterCounts, read_model_metadata
 from streamquant.convert.metadata.vocabulary import read_vocabulary
@@ -77,9 +78,11 @@ def gguf_metadata(
         **general,
         **model.metadata,
     }
+    pooling, told = pooling_keys(checkpoint.folder, model)
     after = {
         **model.added_metadata,
+        **pooling,
         Keys.General.QUANTIZATION_VERSION: GGUFValue(GGML_QUANT_VERSION, GGUFValueType.UINT32),
         **tokenizer,
     }
-    return GgufMetadata(before, after, (*vocabulary.notes, *guards))
+    return GgufMetadata(before, after, (*vocabulary.notes, *guards, *told))
