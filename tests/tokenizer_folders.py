@@ -55,8 +55,10 @@ def write_config(folder: pathlib.Path, arch: str, vocab_size: int, **more: Any) 
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def byte_level(regex: str | None, *, ignore_merges: bool = False, special: tuple[str, ...] = ()) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on TEXT; regex None means GPT-2's, which is built into ByteLevel."""
+def byte_level(
+    regex: str | None, *, ignore_merges: bool = False, special: tuple[str, ...] = (), text: str = TEXT
+) -> Tokenizer:
+    """A byte-level BPE tokenizer trained on a text; regex None means GPT-2's, which is built into ByteLevel."""
     backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)
     from tokenizers import Regex
@@ -67,7 +69,7 @@ def byte_level(regex: str | None, *, ignore_merges: bool = False, special: tuple
     trainer = trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, min_frequency=1
     )
-    backend.train_from_iterator([TEXT], trainer)
+    backend.train_from_iterator([text], trainer)
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     return backend
 

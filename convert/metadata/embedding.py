@@ -1,6 +1,7 @@
-"""What sentence-transformers says of an embedding model, as GGUF keys: how hidden states become one vector.
+"""Embedding models and rerankers: the keys that tell llama.cpp how hidden states become one vector, or a score.
 
-Source: _try_set_pooling_type of llama.cpp's converter (conversion/base.py), which the classes of qwen2 and qwen3 call.
+Source: _try_set_pooling_type of llama.cpp's converter (conversion/base.py), which the classes of qwen2 and qwen3 call,
+and Qwen3Model (conversion/qwen.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf.constants import GGUFValueType, Keys, PoolingType
+from gguf.constants import MODEL_ARCH, GGUFValueType, Keys, PoolingType
 from gguf.gguf_writer import GGUFValue
 
 from streamquant.convert.architectures import ModelDescription
@@ -116,3 +117,60 @@ def _notes_on_others(modules: Sequence[Module]) -> Iterator[str]:
     for module in modules:
         if not module.kind.endswith(_KNOWN):
             yield f"WARNING: {MODULES} has a step {module.kind} ({module.path}) that GGUF does not hold"
+
+
+# --- rerankers --------------------------------------------------------------------------------------------------------
+
+CLASSIFIER = "cls.output.weight"
+"""Two rows, one for each answer: llama.cpp scores a document by them (pooling type RANK)."""
+ANSWERS = ("yes", "no")
+_HINTS = ("qwen3-reranker", "qwen3-vl-reranker")
+_RERANK = (
+    "<|im_start|>system\n"
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided."
+    ' Note that the answer can only be "yes" or "no".<|im_end|>\n'
+    "<|im_start|>user\n<Instruct>: Given a web search query, retrieve relevant passages that answer the query\n"
+    "<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
+
+
+def is_reranker(folder: Path, name: str, config: Mapping[str, Any], model: ModelDescription) -> bool:
+    """Whether llama.cpp's converter takes a checkpoint for Qwen3-Reranker: by its card or its name.
+
+    (_is_qwen3_reranker of conversion/qwen.py. `name` is the model's.)
+    """
+    if model.family.llama_cpp.arch != MODEL_ARCH.QWEN3:
+        return False
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace").lower() if card.is_file() else ""
+    names = (name, str(config.get("_name_or_path") or ""))
+    return any(f"# {hint}" in text or any(hint in part.lower() for part in names) for hint in _HINTS)
+
+
+def reranker_keys(arch: str) -> dict[str, GGUFValue]:
+    """The keys of a reranker, in the converter's order."""
+    texts = GGUFValueType.ARRAY, GGUFValueType.STRING
+    return {
+        Keys.LLM.POOLING_TYPE.format(arch=arch): GGUFValue(PoolingType.RANK.value, GGUFValueType.UINT32),
+        Keys.Classifier.OUTPUT_LABELS.format(arch=arch): GGUFValue([*ANSWERS], *texts),
+        Keys.Tokenizer.CHAT_TEMPLATE_N.format(name="rerank"): GGUFValue(_RERANK, GGUFValueType.STRING),
+        Keys.Tokenizer.CHAT_TEMPLATES: GGUFValue(["rerank"], *texts),
+    }
+
+
+def answer_ids(folder: Path) -> tuple[int, ...]:
+    """The ids of ANSWERS in tokenizer.json. Raises StreamquantError if one is no token."""
+    tokenizer = read_json(folder / "tokenizer.json")
+    model = tokenizer.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    found = [vocab.get(text) if isinstance(vocab, dict) else None for text in ANSWERS]
+    ids = tuple(number for number in found if type(number) is int)
+    if len(ids) != len(ANSWERS):
+        raise StreamquantError(
+            "a reranker whose answers are no tokens",
+            where=str(folder / "tokenizer.json"),
+            found=", ".join(f"{text!r}: {number}" for text, number in zip(ANSWERS, found, strict=True)),
+            required="a token each",
+            hint="its name or card say Qwen3-Reranker; rename the model if it is none",
+        )
+    return ids

@@ -3,11 +3,13 @@
 A container is one file layout_NAME.py with a `Layout`, and one line in LAYOUTS (convert/plan/planner.py).
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from streamquant.convert.architectures import ModelDescription
 from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.classifier import Classifier
 from streamquant.convert.plan.importance import PlannedImportance
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
 from streamquant.convert.recipes.mix import Choice
@@ -34,10 +36,14 @@ class Draft:
         """The model's name in file names."""
         return self.options.name or self.checkpoint.name
 
-    def choices(self, recipe: Recipe) -> dict[str, Choice]:
-        """The format of every tensor of the model, by source name."""
+    def choices(self, recipe: Recipe, classifier: Classifier | None = None) -> dict[str, Choice]:
+        """The format of every tensor of the model, by source name, and of the classifier of a reranker."""
         rules = self.model.rules
         known = [(tensor, rules[name]) for name, tensor in self.checkpoint.tensors.items() if name in rules]
+        if classifier is not None:
+            left = classifier.head.name if classifier.replaces_head else None
+            known = [(tensor, rule) for tensor, rule in known if tensor.name != left]
+            known.append((classifier.tensor, classifier.rule))
         overrides = self.options.overrides if recipe.takes_overrides else NO_OVERRIDES
         return recipe.choose(known, self.model, ChoiceOptions(self.importance.matrix is not None, overrides))
 
@@ -72,7 +78,8 @@ class Entry:
     def part_bytes(self) -> tuple[int, ...]:
         """Bytes of each part of its format."""
         if not self.sources:
-            return tuple(part.nbytes(1, self.shape[0]) for part in FORMATS[self.choice.format].parts)
+            rows, n = math.prod(self.shape[:-1]), self.shape[-1]
+            return tuple(part.nbytes(rows, n) for part in FORMATS[self.choice.format].parts)
         rows, n = as_matrix(self.sources[0], self.rope_heads)
         return tuple(len(self.sources) * part.nbytes(rows, n) for part in FORMATS[self.choice.format].parts)
 

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from streamquant.convert.architectures import ModelDescription, TensorRule
+from streamquant.convert.metadata.embedding import CLASSIFIER
 from streamquant.convert.metadata.gguf_metadata import GgufMetadata, gguf_metadata
 from streamquant.convert.metadata.model_metadata import ParameterCounts
+from streamquant.convert.plan.classifier import Classifier, find_classifier
 from streamquant.convert.plan.layout import Draft, Entry, Layout, split, too_large
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
 from streamquant.convert.recipes.mix import Choice
@@ -22,13 +24,15 @@ class GgufLayout(Layout):
     def __init__(self, draft: Draft) -> None:
         super().__init__(draft)
         self._metadata: GgufMetadata | None = None
+        self._classifier = find_classifier(draft.checkpoint, draft.model)
 
     def lay_out(self, recipe: Recipe) -> VariantPlan:
         """See Layout.lay_out."""
         draft, importance = self.draft, self.draft.importance
         entries = list(self._entries(recipe))
         importance.check(recipe, ((entry.name, entry.choice.format) for entry in entries if entry.importance is None))
-        dropped = tuple(name for name in draft.checkpoint.tensors if name not in draft.model.rules)
+        stored = {source.name for entry in entries for source in entry.sources}
+        dropped = tuple(name for name in draft.checkpoint.tensors if name not in stored)
         metadata = self._shared_metadata(entries).for_file_type(recipe.file_type)
         imatrix = importance.uses(recipe, (entry.importance for entry in entries))
         if imatrix is not None:
@@ -44,8 +48,8 @@ class GgufLayout(Layout):
             if len(groups) > 1:
                 keys |= GgufMetadata.split_keys(number, len(groups), len(entries))
                 path = f"{folder}/{stem}/{stem}-{number + 1:05d}-of-{len(groups):05d}.gguf"
-            stored = [(e.name, e.shape, FORMATS[e.choice.format].parts[0].stored_as, sum(e.part_bytes)) for e in group]
-            tensors += self._place(path, gguf_file.pack_header(keys, stored), group)
+            infos = [(e.name, e.shape, FORMATS[e.choice.format].parts[0].stored_as, sum(e.part_bytes)) for e in group]
+            tensors += self._place(path, gguf_file.pack_header(keys, infos), group)
         files = tuple(range(first, len(draft.files)))
         generated = tuple(entry.name for entry in entries if not entry.sources)
         return VariantPlan(recipe, folder, files, tuple(tensors), generated, dropped, imatrix is not None)
@@ -56,12 +60,31 @@ class GgufLayout(Layout):
             data = extra.values.astype("<f4").tobytes()
             made = Choice("F32", "made from config.json")
             yield Entry(extra.gguf_name, (), made, extra.values.shape, data=data)
-        choices = draft.choices(recipe)
+        classifier = self._classifier
+        choices = draft.choices(recipe, classifier)
+        made_of_rows = choices.pop(CLASSIFIER, None)
+        place = {name: number for number, name in enumerate(draft.checkpoint.tensors)}
         for rules in stored_order(draft.model, choices):
             first, choice = rules[0], choices[rules[0].hf_name]
+            if (
+                classifier is not None
+                and made_of_rows is not None
+                and place[first.hf_name] >= place[classifier.head.name]
+            ):
+                yield self._classifier_entry(classifier, made_of_rows)  # where the converter has it
+                made_of_rows = None
             sources = tuple(draft.checkpoint.tensors[rule.hf_name] for rule in rules)
             importance = draft.importance.entry(first, sources, choice.format)
             yield Entry(first.gguf_name, sources, choice, first.gguf_shape, first.rope_heads, importance=importance)
+        if classifier is not None and made_of_rows is not None:
+            yield self._classifier_entry(classifier, made_of_rows)
+
+    def _classifier_entry(self, classifier: Classifier, choice: Choice) -> Entry:
+        tensor, importance = classifier.tensor, self.draft.importance
+        entry = importance.entry(classifier.rule, (tensor,), choice.format)
+        weights = importance.matrix.entries[entry] if importance.matrix is not None and entry is not None else None
+        data = classifier.encode(choice.format, weights)
+        return Entry(tensor.name, (), choice, tensor.shape, data=data, importance=entry)
 
     def _shared_metadata(self, entries: list[Entry]) -> GgufMetadata:
         """The keys that all variants share; tokenizers are large, so they are read once."""

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from streamquant.convert.metadata.embedding import CLASSIFIER
 from streamquant.convert.plan.disk import Disk
 from streamquant.convert.plan.records import OutputTensor, Plan, VariantPlan
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint
@@ -128,7 +129,8 @@ def _formats_table(plan: Plan) -> Table:
             size = human_bytes(sum(tensor.nbytes for tensor in members))
             table.add_row(variant.recipe.spec, name, str(len(members)), size, reason)
         for name in variant.generated:
-            table.add_row(variant.recipe.spec, "F32", "1", "", f"{name}: made from config.json")
+            made = "rows of the head, for a reranker" if name == CLASSIFIER else "made from config.json"
+            table.add_row(variant.recipe.spec, "" if name == CLASSIFIER else "F32", "1", "", f"{name}: {made}")
         if variant.dropped:
             table.add_row(variant.recipe.spec, "-", str(len(variant.dropped)), "", "known, not part of a GGUF")
     return table

@@ -133,6 +133,18 @@ class Checkpoint:
         """A shard as messages name it."""
         return str(self.folder / shard)
 
+    def read_range(self, shard: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a shard. Raises StreamquantError if it cannot be read, or ends before."""
+        try:
+            with (self.folder / shard).open("rb") as file:
+                file.seek(start)
+                found = file.read(stop - start)
+        except OSError as error:
+            raise StreamquantError("cannot read a shard", where=self.where(shard), found=error.strerror) from error
+        if len(found) != stop - start:
+            raise StreamquantError("cannot read a shard", where=self.where(shard), found="it ends before")
+        return found
+
     @property
     def source(self) -> str:
         """The whole as messages name it."""

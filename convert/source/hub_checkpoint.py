@@ -50,6 +50,10 @@ class HubCheckpoint(Checkpoint):
         """See Checkpoint.where."""
         return f"{self.hub}/{shard}"
 
+    def read_range(self, shard: str, start: int, stop: int) -> bytes:
+        """See Checkpoint.read_range."""
+        return self.hub.read_range(shard, start, stop)
+
     @property
     def source(self) -> str:
         """See Checkpoint.source."""
