@@ -33,7 +33,15 @@ from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE
 from streamquant.files.folders import nearest_folder, real_path
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.strict_json import read_json_object
-from streamquant.files.writing import PARTIAL, check_folder, explain, make_folder, partial_of, write_atomically
+from streamquant.files.writing import (
+    PARTIAL,
+    check_folder,
+    check_writable,
+    explain,
+    make_folder,
+    partial_of,
+    write_atomically,
+)
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.formats import FORMATS
 
@@ -116,6 +124,8 @@ def _check_output_folder(plan: Plan, out: Path) -> None:
             )
     for folder in places:
         check_folder(folder, out)
+        names = [Path(file.path).name + PARTIAL for file in plan.files if out / Path(file.path).parent == folder]
+        check_writable(folder, names)
 
 
 def _is_inside(folder: Path, source: Path) -> bool:

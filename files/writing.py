@@ -14,7 +14,8 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -167,6 +168,41 @@ def explain(error: OSError, out: Path) -> StreamquantError:
         found=error.strerror or str(error),
         hint="check the disk and the permissions of the folder; then run the same command again",
     )
+
+
+@contextmanager
+def os_errors_told() -> Iterator[None]:
+    """Raises StreamquantError for an OSError inside: a name too long, a loop of links, no permission, a folder that is
+    gone. Also a decorator. A closed pipe stays what it is, and ends the command without a word.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise explain(error, Path(error.filename or os.curdir)) from error
+
+
+def check_writable(folder: Path, names: Iterable[str] = (), *, try_it: bool = False) -> None:
+    """Raise StreamquantError if a folder, there or not, cannot be made, or takes no files of these names.
+
+    Nothing is made. `try_it`: a file without a name is opened, for what permissions do not tell (root in /proc).
+    """
+    try:
+        there = next(above for above in (folder, *folder.absolute().parents) if os.path.lexists(above))
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+        if not os.access(there, os.W_OK | os.X_OK):
+            code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(code, os.strerror(code), str(there))
+        longest = os.pathconf(there, "PC_NAME_MAX")
+        for name in (*folder.absolute().relative_to(there.absolute()).parts, *names):
+            if len(os.fsencode(name)) > longest:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), name)
+        if try_it:
+            tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise explain(error, folder) from error
 
 
 def _is_plain(found: os.stat_result) -> bool:

@@ -41,6 +41,8 @@ ELSEWHERE = {
     "publish/release/stages/convert.py shutil.rmtree": "a report that is made again; rmtree follows no link",
     "publish/release/stages/imatrix.py .replace": "a matrix that was there gets another name; renaming follows no link",
     "validate/engines/process.py tempfile.TemporaryFile": "a file without a name",
+    "streamquant/cli/console.py .open w": "/dev/null",
+    "streamquant/cli/console.py os.open": "/dev/null",
     "validate/engines/process.py tempfile.TemporaryDirectory": "a new folder of a random name",
     "validate/logits/hidden_states.py .mkdir": "the user's cache, or --cache",
     "validate/report/data.py .mkdir": "--out, which is the user's own path",

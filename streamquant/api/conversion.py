@@ -18,6 +18,7 @@ from streamquant.convert.recipes.recipe_extract import ExtractedRecipe, extract_
 from streamquant.convert.recipes.recipe_file import RecipeFile, read_recipe
 from streamquant.convert.run.device import choose_device, with_notes
 from streamquant.files.listener import SILENT, Listener
+from streamquant.files.writing import os_errors_told
 
 Variants = str | Sequence[str | Path | RecipeFile]
 """What to make: "fp8-dynamic", "gguf:Q8_0,Q4_K_M", the path of a recipe file, or the recipe that `recipe` returns."""
@@ -36,6 +37,7 @@ def formats() -> Formats:
     return Formats(catalogue.variants(), catalogue.families())
 
 
+@os_errors_told()
 def plan(
     model: Model,
     to: Variants,
@@ -83,6 +85,7 @@ def disk_use(plan: Plan, run: RunOptions | None = None, *, delete_after_upload: 
     return conversion.disk_of(plan, run or RunOptions(), ROOM)
 
 
+@os_errors_told()
 def convert(
     model: Model,
     to: Variants,
@@ -114,6 +117,7 @@ def convert(
     return conversion.convert(plan_of(model, to, options, out), out, run, listener)
 
 
+@os_errors_told()
 def recipe(path: str | Path, label: str | None = None) -> ExtractedRecipe:
     """Extract the recipe of a GGUF file of any publisher, for use as a variant. Reads the header only.
 

@@ -1,20 +1,25 @@
 """`validate`, `chat_check`, reports, and `imatrix`: what runs a model or its tokenizer."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from streamquant.api.models import Model, local_weights, without_weights
 from streamquant.calibrate.importance import ImportanceOptions, ImportanceRun, write_importance
 from streamquant.files.listener import SILENT, Listener
+from streamquant.files.writing import check_writable, os_errors_told, partial_of
 from streamquant.model.corpus import read_corpus
 from streamquant.model.variants.open import open_variant
+from streamquant.quant.errors import UsageError
 from streamquant.validate import validation
 from streamquant.validate.logits.hidden_states import prune_cache
 from streamquant.validate.options import ValidationOptions
 from streamquant.validate.report import render
 from streamquant.validate.report.data import ChatCheck, Report, check_report_folder, write_report
+from streamquant.validate.report.render import PLOTS
 
 
+@os_errors_told()
 def validate(
     original: Model,
     variants: Sequence[str | Path],
@@ -42,6 +47,7 @@ def validate(
     folder = None if out is None else Path(out)
     if folder is not None:
         check_report_folder(folder)
+        check_writable(folder / PLOTS, try_it=True)  # before hours of computing
     report = validation.validate(local_weights(original, listener), _paths(variants), options, listener)
     if folder is not None:
         listener.started("report", 1)
@@ -52,6 +58,7 @@ def validate(
     return report
 
 
+@os_errors_told()
 def chat_check(original: Model, variants: Sequence[str | Path], *, listener: Listener = SILENT) -> ChatCheck:
     """Compare tokens and chat templates of variants with the original's, in the engines themselves. Reads no weight.
 
@@ -62,6 +69,7 @@ def chat_check(original: Model, variants: Sequence[str | Path], *, listener: Lis
     return validation.chat_check(without_weights(original), _paths(variants), listener)
 
 
+@os_errors_told()
 def imatrix(
     model: Model,
     texts: Sequence[str | Path],
@@ -91,9 +99,13 @@ def imatrix(
         UsageError: for texts that are too short, and for a tokenizer that is not there.
         StreamquantError: for a file that belongs to other texts, and for a model that cannot be read or computed.
     """
+    out = Path(out)
+    if os.path.lexists(out) and not out.is_file():
+        raise UsageError("the output file is a folder, or no file at all", where=str(out), hint="choose another --out")
+    check_writable(out.parent, [partial_of(out).name], try_it=True)  # before hours of computing
     variant = open_variant(local_weights(model, listener))
     corpus = read_corpus(_paths(texts), Path(tokenizer or variant.path), context, chunks)
-    return write_importance(variant, corpus, Path(out), options, listener)
+    return write_importance(variant, corpus, out, options, listener)
 
 
 def _paths(names: Sequence[str | Path]) -> list[Path]:

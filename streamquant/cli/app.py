@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from streamquant.cli import convert, formats, imatrix, publish, readback, validate
-from streamquant.cli.console import guarded_streams, print_result, say
+from streamquant.cli.console import check_printed, guarded_streams, print_result, say
+from streamquant.files.writing import os_errors_told
 from streamquant.quant.errors import StreamquantError
 
 app = typer.Typer(
@@ -64,7 +65,13 @@ def main() -> None:
     gc.set_threshold(200_000, 20, 100)  # walking them again and again costs a tenth of a second
     with guarded_streams():
         try:
-            app()
+            try:
+                with os_errors_told():
+                    app()
+            except SystemExit as end:  # as typer ends every command
+                if not end.code:
+                    check_printed()
+                raise
         except StreamquantError as error:
             say(f"error: {error}")
             sys.exit(error.exit_code)

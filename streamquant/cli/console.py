@@ -6,18 +6,36 @@ becomes an escape, and no text is markup. Nothing else prints: tests/attacks/tes
 """
 
 import contextlib
+import errno
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+from streamquant.quant.errors import StreamquantError
 from streamquant.quant.printable import visible_json, visible_lines
 
+
+def _open_standard_streams() -> None:
+    """Streams that were closed lead nowhere: else the first files that are opened would take their numbers, and what
+    libraries print would be written into them.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 # open to the end
+
+
+_open_standard_streams()
 WIDE = 160
 """Columns of tables that go into a file or a pipe."""
 INTERRUPTED = 130
@@ -41,6 +59,10 @@ class Printer(Console):
     @file.setter
     def file(self, new_file: IO[str]) -> None:
         self._file = new_file
+
+    def on_broken_pipe(self) -> None:
+        """Raise BrokenPipeError again: rich would end the process, whatever it is doing."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def render_str(self, text: str, **options: Any) -> Text:
         """The text of a string, as it is measured and printed."""
@@ -111,32 +133,77 @@ def guarded_streams() -> Iterator[None]:
         sys.stderr = before
 
 
-def print_result(value: Any) -> None:
-    """Print a dict or a list as JSON, anything else as rich renders it."""
-    if isinstance(value, dict | list):
-        out_console.file.write(visible_json(json.dumps(value, indent=1, ensure_ascii=False, default=str)) + "\n")
-    else:
-        out_console.print(value)
+_lost: list[OSError] = []
+"""What was wrong with standard output when the result of a command was printed."""
+
+
+@contextlib.contextmanager
+def _printing(console: Printer) -> Iterator[None]:
+    """A stream that is full or closed ends no command: what it does not take is dropped. A closed pipe is raised."""
+    try:
+        yield
+        console.file.flush()
+    except BrokenPipeError:
+        _drop(console.file)
+        raise
+    except OSError as error:
+        _drop(console.file)
+        if console is out_console:
+            _lost.append(error)
+
+
+def _drop(stream: IO[str]) -> None:
+    """What is still buffered, and all that follows, goes nowhere: the interpreter would fail over it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def check_printed() -> None:
+    """Raise StreamquantError if standard output did not take the result of a command that has no other."""
+    if _lost:
+        error = _lost.pop()
+        _lost.clear()
+        raise StreamquantError("standard output takes no more", found=error.strerror, hint="write it somewhere else")
+
+
+def print_result(value: Any, *, is_kept: bool = False) -> None:
+    """Print a dict or a list as JSON, anything else as rich renders it. `is_kept`: it is on the disk or the Hub too."""
+    before = len(_lost)
+    with _printing(out_console):
+        if isinstance(value, dict | list):
+            out_console.file.write(visible_json(json.dumps(value, indent=1, ensure_ascii=False, default=str)) + "\n")
+        else:
+            out_console.print(value)
+    if is_kept:
+        del _lost[before:]
 
 
 def print_line(text: object) -> None:
-    """Print a line to standard output."""
-    out_console.print(str(text), highlight=False)
+    """Print a line about what was done to standard output."""
+    before = len(_lost)
+    with contextlib.suppress(BrokenPipeError), _printing(out_console):
+        out_console.print(str(text), highlight=False)
+    del _lost[before:]
 
 
 def print_text(text: str) -> None:
     """Print lines, which end with LF, to standard output."""
-    out_console.file.write(visible_lines(text))
+    with _printing(out_console):
+        out_console.file.write(visible_lines(text))
 
 
 def say(text: object) -> None:
     """Print a line to standard error."""
-    error_console.print(str(text), highlight=False)
+    with contextlib.suppress(BrokenPipeError), _printing(error_console):
+        error_console.print(str(text), highlight=False)
 
 
 def say_view(view: RenderableType) -> None:
     """Print what rich renders to standard error."""
-    error_console.print(view)
+    with contextlib.suppress(BrokenPipeError), _printing(error_console):
+        error_console.print(view)
 
 
 def say_note(text: str) -> None:

@@ -48,7 +48,7 @@ def push_command(
     with console_listener() as listener:
         pushed = streamquant.push(folder, repo, options, listener=listener)
     if dry_run:
-        print_result(push_view(pushed))
+        print_result(push_view(pushed), is_kept=True)
         return
     say_pushed(pushed)
 

@@ -87,7 +87,7 @@ def validate_command(
     )
     with console_listener("run the same command again; it uses what is in the cache") as listener:
         report = streamquant.validate(original, variants, options, out=out, listener=listener)
-    print_result(report_view(report))
+    print_result(report_view(report), is_kept=True)
     print_line(f"report: {out / 'report.html'}")
     wrong = failed(report.gate_results)
     for gate in wrong:

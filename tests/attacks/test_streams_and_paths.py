@@ -1,0 +1,147 @@
+"""Streams that are closed or full, terminals of ASCII, and paths that cannot be: one error, and no lost work."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import streamquant
+from streamquant.quant.errors import StreamquantError
+from tests.attacks.harness import ROOT, TO, checksums, finished_files, run, untouched
+
+LONG = "x" * 300
+REDIRECTIONS = (">&-", "2>&-", ">&- 2>&- <&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1", "| true")
+
+
+def shell(command: str, redirection: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """A command line in bash."""
+    text = f"set -o pipefail; {sys.executable} -P -m streamquant {command} {redirection}"
+    return subprocess.run(
+        ["bash", "-c", text],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def sums(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("whole")
+    run("convert", pristine, *TO, "--out", out).done()
+    return checksums(out)
+
+
+@pytest.mark.parametrize("redirection", REDIRECTIONS)
+def test_work_is_done_whatever_the_streams(
+    redirection: str, pristine: Path, sums: dict[str, str], tmp_path: Path
+) -> None:
+    """With closed streams, files that are written must not get their numbers, and so what is printed."""
+    ran = shell(f"convert {pristine} {' '.join(TO)} --out {tmp_path}", redirection)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert checksums(tmp_path) == sums
+
+
+def test_result_that_nobody_got(pristine: Path) -> None:
+    """A plan is printed and nothing else: a stream that does not take it is an error."""
+    for more in ("", "--json"):
+        ran = shell(f"plan {pristine} {' '.join(TO)} {more}", "> /dev/full")
+        assert ran.returncode == 1
+        assert ran.stderr.startswith("error: standard output takes no more")
+        assert "Exception ignored" not in ran.stderr
+
+
+def test_ascii(pristine: Path) -> None:
+    ran = shell(f"plan {pristine} {' '.join(TO)}", "", PYTHONIOENCODING="ascii", LANG="C", LC_ALL="C")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "gguf:Q8_0" in ran.stdout
+
+
+def paths(tmp_path: Path) -> dict[str, Path]:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    return {
+        "long": tmp_path / LONG,
+        "loop": tmp_path / "loop",
+        "below loop": tmp_path / "loop" / "x",
+        "below a file": tmp_path / "file" / "x",
+    }
+
+
+COMMANDS = {
+    "plan model": ("plan", "PATH", *TO),
+    "plan out": ("plan", "MODEL", *TO, "--out", "PATH"),
+    "plan imatrix": ("plan", "MODEL", *TO, "--imatrix", "PATH"),
+    "plan recipe": ("plan", "MODEL", "--recipe", "PATH"),
+    "plan tensor types": ("plan", "MODEL", *TO, "--tensor-type-file", "PATH"),
+    "convert out": ("convert", "MODEL", *TO, "--out", "PATH"),
+    "inspect": ("inspect", "PATH"),
+    "verify": ("verify", "PATH"),
+    "recipe": ("recipe", "PATH"),
+    "card": ("card", "PATH"),
+    "push": ("push", "PATH", "--repo", "a/b"),
+    "run": ("run", "PATH"),
+    "report": ("report", "PATH"),
+    "imatrix out": ("imatrix", "MODEL", "--text", "TEXT", "--out", "PATH"),
+    "imatrix text": ("imatrix", "MODEL", "--text", "PATH", "--out", "imatrix.gguf"),
+    "validate out": ("validate", "MODEL", "MODEL", "--text", "TEXT", "--out", "PATH"),
+    "validate variant": ("validate", "MODEL", "PATH", "--text", "TEXT", "--out", "report"),
+    "chat-check": ("chat-check", "PATH", "MODEL"),
+}
+
+
+@pytest.mark.parametrize("kind", ["long", "loop", "below loop", "below a file"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_paths_that_cannot_be(
+    command: str, kind: str, pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, text = paths(tmp_path)[kind], tmp_path / "text.txt"
+    text.write_text("words " * 2000)
+    given = {"PATH": path, "MODEL": pristine, "TEXT": text}
+    with untouched(pristine):
+        ran = run(*(given.get(argument, argument) for argument in COMMANDS[command]))
+    assert ran.code in (1, 2), ran
+    assert "error" in ran.err.lower()
+    assert len(ran.err) < 20_000
+    assert not finished_files(tmp_path)
+
+
+def test_working_folder_that_is_gone(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    run("plan", pristine, *TO).done()
+    run("plan", pristine, *TO, "--out", "out").refused(1, "cannot read or write a file")
+    run("convert", pristine, *TO, "--out", "out").refused(1, "cannot read or write a file")
+    run("verify", "out").refused(2, "out")
+
+
+def test_name_too_long_is_in_the_plan(pristine: Path, tmp_path: Path) -> None:
+    """Names of 255 bytes are allowed; while it is filled, a file's name has `.partial` at its end."""
+    for command in ("plan", "convert"):
+        ran = run(command, pristine, "--to", "gguf:Q8_0", "--out", tmp_path / "out", "--name", "x" * 240)
+        ran.refused(1, "cannot read or write a file", "File name too long")
+    assert not finished_files(tmp_path)
+    run("plan", pristine, "--to", "gguf:Q8_0", "--out", tmp_path / "out", "--name", "x" * 230).done()
+
+
+def test_read_only_disk_is_in_the_plan(pristine: Path, tmp_path: Path) -> None:
+    options = "tmpfs", tmp_path
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=900m", *options], check=False).returncode:
+        pytest.skip("mounting a tmpfs is not permitted")
+    try:
+        ran = run("plan", pristine, *TO, "--out", tmp_path / "out")
+        ran.refused(1, "cannot read or write a file", str(tmp_path), "Read-only file system")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("out", ["/proc/x/imatrix.gguf", "/proc/imatrix.gguf"])
+def test_imatrix_looks_at_out_first(out: str, tmp_path: Path) -> None:
+    """Before it opens the model, which is not even there."""
+    with pytest.raises(StreamquantError, match="cannot read or write a file"):
+        streamquant.imatrix(tmp_path / "no-model", [], out)
