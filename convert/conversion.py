@@ -32,6 +32,7 @@ from streamquant.convert.source.spool import Spool, spool_limit
 from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE
 from streamquant.files.folders import nearest_folder, real_path
 from streamquant.files.listener import SILENT, Listener
+from streamquant.files.machine import allow_open_files
 from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import (
     PARTIAL,
@@ -79,6 +80,7 @@ def convert(
     options = options or RunOptions()
     encode = inner_loop(choose_device(options.device))
     check_output_folder(plan, out)
+    allow_open_files(len(plan.checkpoint.files) + len(plan.files))
     try:
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(Journal(out)) as journal:

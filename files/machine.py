@@ -1,7 +1,14 @@
 """What the machine has to offer."""
 
+import contextlib
 import os
+import resource
 from pathlib import Path
+
+from streamquant.quant.errors import StreamquantError
+
+OTHER_FILES = 64
+"""That a process has open besides: libraries, pipes, the journal."""
 
 
 def usable_cores() -> int:
@@ -16,3 +23,23 @@ def available_memory() -> int:
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError, IndexError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process open `count` files at once, and some more: macOS begins with 256.
+
+    The soft limit is raised as far as the hard one permits. Raises StreamquantError if that is not enough.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with contextlib.suppress(OSError, ValueError):  # what the system really permits may be less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return
+    raise StreamquantError(
+        "too many files have to be open at once",
+        found=f"a limit of {hard if hard != resource.RLIM_INFINITY else soft} open files",
+        required=f"{wanted}: shards of the source, files of all variants, and {OTHER_FILES} more",
+        hint="raise the limit (ulimit -n), make fewer variants at a time, or larger files",
+    )

@@ -1,6 +1,7 @@
 """Streams that are closed or full, terminals of ASCII, and paths that cannot be: one error, and no lost work."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 import streamquant
 from streamquant.quant.errors import StreamquantError
-from tests.attacks.harness import ROOT, TO, checksums, finished_files, run, untouched
+from tests.attacks.harness import ROOT, TO, checksums, finished_files, run, run_process, untouched, write_model
 
 LONG = "x" * 300
 REDIRECTIONS = (">&-", "2>&-", ">&- 2>&- <&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1", "| true")
@@ -145,3 +146,19 @@ def test_imatrix_looks_at_out_first(out: str, tmp_path: Path) -> None:
     """Before it opens the model, which is not even there."""
     with pytest.raises(StreamquantError, match="cannot read or write a file"):
         streamquant.imatrix(tmp_path / "no-model", [], out)
+
+
+@pytest.mark.parametrize("hard", [200, 60])
+def test_more_shards_than_open_files(hard: int, tmp_path: Path) -> None:
+    """The soft limit is raised as far as the hard one permits; what is too much for that is told before work."""
+    model = write_model(tmp_path / "Tiny", shards=20)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (24, hard))
+
+    ran = run_process("convert", model, *TO, "--out", tmp_path / "out", preexec_fn=limit)
+    if hard == 200:
+        ran.done()
+    else:
+        ran.refused(1, "too many files have to be open at once", "a limit of 60", "86", "ulimit -n")
+        assert not (tmp_path / "out").exists()

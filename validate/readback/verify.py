@@ -29,6 +29,7 @@ from streamquant.convert.run.blocks import Piece, Scratch, encode_chunk, read_ro
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.files.hashing import FileHash
 from streamquant.files.listener import SILENT, Listener
+from streamquant.files.machine import allow_open_files
 from streamquant.files.reading import read_into
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.formats import FORMATS
@@ -208,6 +209,7 @@ def _verify_header(path: Path, name: str, parts: list[ManifestPart]) -> list[str
 def _compare(plan: Plan, result: VerifiedVariant, listener: Listener) -> None:
     """Make the plan's one variant again, block by block, and compare it with the files of the result's folder."""
     checkpoint = plan.checkpoint
+    allow_open_files(len(plan.files) + len(checkpoint.files))
     with ExitStack() as stack:
         outputs = []
         for file in plan.files:
