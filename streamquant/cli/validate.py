@@ -23,7 +23,7 @@ from streamquant.cli.arguments import (
 )
 from streamquant.cli.console import print_line, print_result, say
 from streamquant.cli.progress import console_listener
-from streamquant.validate.sections import ANSWER_TOKENS, SKIPPABLE
+from streamquant.validate.sections import ANSWER_TOKENS, FOLDER_ENGINES, SKIPPABLE
 
 
 def validate_command(
@@ -58,6 +58,10 @@ def validate_command(
         Path | None, typer.Option(help="tokenizer.json for the texts, if ORIGINAL has none (a GGUF).")
     ] = None,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Longest greedy answer.")] = ANSWER_TOKENS,
+    engine: Annotated[
+        str | None,
+        typer.Option(help=f"What runs FP8 folders: {', '.join(FOLDER_ENGINES)}. Default: vLLM if it is installed."),
+    ] = None,
 ) -> None:
     """Compare variants with their original: perplexity, divergence, tokens, chat, engines and answers, as a report.
 
@@ -83,6 +87,7 @@ def validate_command(
         cache=None if no_cache else cache or default_cache(),
         tokenizer=tokenizer,
         answer_tokens=answer_tokens,
+        engine=engine,  # type: ignore[arg-type] # the record refuses other names
         command=("streamquant", *sys.argv[1:]),
     )
     with console_listener("run the same command again; it uses what is in the cache") as listener:

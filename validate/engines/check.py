@@ -10,7 +10,7 @@ from streamquant.model.problem import Problem
 from streamquant.model.variants.variant import Variant
 from streamquant.quant.errors import StreamquantError
 from streamquant.validate.engines.agreement import engine_agreement, prompts_from
-from streamquant.validate.engines.process import EngineProcess, LoadOptions
+from streamquant.validate.engines.process import LoadOptions, open_engine
 from streamquant.validate.engines.reference import ReferenceEngines, too_large
 from streamquant.validate.run import Candidate, ValidationRun
 from streamquant.validate.sections import Section
@@ -56,9 +56,8 @@ def _check_engine(
     context = min(ENGINE_CONTEXT, int(variant.config.get("max_position_embeddings") or ENGINE_CONTEXT))
     with ExitStack() as stack:
         try:
-            engine = stack.enter_context(
-                EngineProcess(candidate.file, options=LoadOptions(context=context, threads=usable_cores()))
-            )
+            loading = LoadOptions(context=context, threads=usable_cores())
+            engine = stack.enter_context(open_engine(candidate.file, run.options.engine, loading))
         except StreamquantError as error:
             run.failed(wanted, error, candidate)
             return

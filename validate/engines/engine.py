@@ -1,5 +1,6 @@
 """What every engine can be asked, and what it answers. Records are plain data: `dataclasses.asdict` gives JSON."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ Message: TypeAlias = Mapping[str, Any]
 """A message as OpenAI's API spells it: role, content, tool_calls."""
 Kind: TypeAlias = Literal["llama.cpp", "transformers", "vllm", "jinja"]
 """`jinja` renders chat templates and does nothing else."""
+FolderEngine: TypeAlias = Literal["vllm", "transformers"]
+"""What can run a checkpoint folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +143,22 @@ def kind_of(path: Path) -> Kind:
     raise UsageError(
         "no engine for this", where=str(path), required="a .gguf file, or a checkpoint folder with config.json"
     )
+
+
+def is_installed(engine: FolderEngine) -> bool:
+    """Whether the engine's package is there; whether it works on this machine shows when it loads."""
+    return importlib.util.find_spec(engine) is not None
+
+
+def engines_for(path: Path, wanted: FolderEngine | None) -> tuple[Kind, ...]:
+    """The engines that may run a file or folder, best first: a GGUF file llama.cpp, a folder the wanted engine; if none
+    is wanted, vLLM where it is installed, and transformers where vLLM cannot be used on this machine.
+
+    Raises UsageError for anything else.
+    """
+    kind = kind_of(path)
+    if kind != "transformers":
+        return (kind,)
+    if wanted is not None:
+        return (wanted,)
+    return ("vllm", "transformers") if is_installed("vllm") else ("transformers",)

@@ -10,14 +10,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from streamquant.quant.errors import UsageError
 from streamquant.validate.engines.child import EngineChild, memory_limit
 from streamquant.validate.engines.engine import (
     EngineFacts,
+    FolderEngine,
     Generation,
     Kind,
     Rendered,
     TemplateRequest,
     TopLogprobs,
+    engines_for,
     kind_of,
 )
 from streamquant.validate.engines.vocabulary_gguf import write_vocabulary_gguf
@@ -248,6 +251,18 @@ def _generation(found: Any) -> Generation:
 def _special_token(found: Any) -> tuple[int, str, bool]:
     number, text, flag = found
     return _whole(number), _text(text), flag is True
+
+
+def open_engine(path: Path, wanted: FolderEngine | None, options: LoadOptions) -> EngineProcess:
+    """Load a whole model in the first of its engines (`engines_for`) that is installed and usable on this machine.
+
+    Raises what EngineProcess raises.
+    """
+    *others, last = engines_for(path, wanted)
+    for kind in others:
+        with contextlib.suppress(UsageError):
+            return EngineProcess(path, kind=kind, options=options)
+    return EngineProcess(path, kind=last, options=options)
 
 
 def _weights(path: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from streamquant.model.variants.open import open_variant
 from streamquant.model.variants.variant import Variant
 from streamquant.quant.errors import StreamquantError
 from streamquant.validate.engines.engine import EngineFacts, Generation, Rendered, TemplateRequest, TopLogprobs
-from streamquant.validate.engines.process import EngineProcess, LoadOptions
+from streamquant.validate.engines.process import EngineProcess, LoadOptions, open_engine
 from streamquant.validate.run import Candidate, ValidationRun
 
 FREE_SHARE = 0.9
@@ -64,7 +64,7 @@ class ReferenceEngines:
     """The engines whose answers stand for the original's; each is loaded once and answers once.
 
     For a GGUF that is a variant without quantized tensors, if there is one: the same engine, so that what differs is
-    the weights. Else transformers with the original.
+    the weights. Else the original itself, in the engine that runs folders.
     """
 
     def __init__(self, run: ValidationRun, stack: ExitStack) -> None:
@@ -95,7 +95,8 @@ class ReferenceEngines:
         if (reason := too_large(variant)) is not None:
             return StreamquantError(f"the original does not fit beside the variant: {reason}")
         try:
-            engine = EngineProcess(path, options=LoadOptions(context=context, threads=usable_cores()))
+            loading = LoadOptions(context=context, threads=usable_cores())
+            engine = open_engine(path, self._run.options.engine, loading)
         except StreamquantError as error:
             return error
         return CachedEngine(self._stack.enter_context(engine))

