@@ -40,7 +40,7 @@ ELSEWHERE = {
     "publish/release/release_state.py os.open": "reads; for a lock",
     "publish/release/stages/convert.py shutil.rmtree": "a report that is made again; rmtree follows no link",
     "publish/release/stages/imatrix.py .replace": "a matrix that was there gets another name; renaming follows no link",
-    "validate/engines/process.py tempfile.TemporaryFile": "a file without a name",
+    "validate/engines/child.py tempfile.TemporaryFile": "a file without a name",
     "streamquant/cli/console.py .open w": "/dev/null",
     "streamquant/cli/console.py os.open": "/dev/null",
     "validate/engines/process.py tempfile.TemporaryDirectory": "a new folder of a random name",
