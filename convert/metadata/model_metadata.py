@@ -1,8 +1,6 @@
 """The general.* metadata of a GGUF file: what the model is called, whose it is, what it came from, how to sample."""
 
 import datetime
-import json
-import math
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -12,6 +10,7 @@ from typing import Any, TypeAlias
 import gguf
 import yaml
 
+from streamquant.convert.architectures.config_values import LARGEST_FLOAT32, shorten
 from streamquant.files.strict_json import read_json_object
 from streamquant.quant.errors import StreamquantError, UsageError
 
@@ -199,11 +198,14 @@ def _check_sampling(value: object, kind: type, where: str, error: type[Streamqua
     fits = {
         str: isinstance(value, str),
         int: type(value) is int and value in _INT32,
-        float: type(value) in (int, float) and math.isfinite(value),  # type: ignore[arg-type]
+        # In this form NaN fails, and an integer too large for a float is compared too.
+        float: type(value) in (int, float) and -LARGEST_FLOAT32 <= value <= LARGEST_FLOAT32,  # type: ignore[operator]
     }
     if not fits[kind]:
-        needed = {str: "a string", int: "an integer of 32 bits", float: "a finite number"}[kind]
-        raise error("wrong sampling setting", where=where, found=json.dumps(value, default=str), required=needed)
+        needed = {str: "a string", int: "an integer of 32 bits", float: "a finite number that float32 can hold"}[kind]
+        raise error(
+            "wrong sampling setting", where=where, found="NaN" if value != value else shorten(value), required=needed
+        )
 
 
 def _override(metadata: Any, overrides: Mapping[str, Any]) -> None:

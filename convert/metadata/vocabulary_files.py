@@ -177,6 +177,8 @@ def _load(path: pathlib.Path, tokenizer: Mapping[str, Any]) -> Tokenizer:
 
 
 def _check_vocab(path: pathlib.Path, tokenizer: Mapping[str, Any]) -> None:
+    for key in ("normalizer", "pre_tokenizer", "post_processor"):
+        require(tokenizer.get(key), (dict, type(None)), f"{path}, {key}")
     model = tokenizer.get("model")
     require(model, dict, f"{path}, model")
     assert model is not None

@@ -14,6 +14,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures import ROPE_FREQS, TensorRule, describe, rope_row_order
+from streamquant.convert.metadata.embedding import CLASSIFIER
 from streamquant.files.gguf_file import SPLIT_NAME, GgufTensor, first_of_split, read_split_set
 from streamquant.files.reading import read_bytes
 from streamquant.model.activations import QUANTIZERS
@@ -100,6 +101,10 @@ class GgufVariant(Variant):
     def _note_unread(self) -> None:
         known = {rule.gguf_name for rule in self.description.rules.values()}
         known |= {ROPE_FREQS} if self.description.family.llama_cpp.rope_freqs else set()
+        if self.description.family.llama_cpp.pooling and CLASSIFIER in self._stored:
+            known.add(CLASSIFIER)
+            what = f"a reranker: its scores, by {CLASSIFIER}, are not measured; logits are those of the file's head,"
+            self.problems.append(Problem("reranker", "warning", f"{what} or of the embeddings where it has none"))
         for name, (file, tensor) in self._stored.items():
             if name not in known:
                 self.problems.append(

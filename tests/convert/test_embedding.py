@@ -127,6 +127,21 @@ def test_a_reranker_in_other_types_is_verified(variant: str, sources: dict[str, 
     assert found.problems == []
 
 
+def test_a_reranker_is_read_with_a_warning(sources: dict[str, Path], tmp_path: Path) -> None:
+    from streamquant.model.variants.open import open_variant
+
+    (file,) = converted(sources["Qwen3-Reranker-untied"], tmp_path, "gguf:Q8_0")
+    assert [(problem.check, problem.severity) for problem in open_variant(file).problems] == [("reranker", "warning")]
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**39), 1e300])
+def test_sampling_settings_beyond_float32(tmp_path: Path, value: float) -> None:
+    source = write(tmp_path / "x")
+    (source / "generation_config.json").write_text(json.dumps({"temperature": value}))
+    with pytest.raises(StreamquantError, match="wrong sampling setting"):
+        plan_of(source)
+
+
 def test_fp8_folders_keep_the_modules(sources: dict[str, Path], tmp_path: Path) -> None:
     plan = make_plan(open_checkpoint(sources["body"]), parse_variants(["fp8-dynamic"]))
     convert(plan, tmp_path, RunOptions(jobs=1))

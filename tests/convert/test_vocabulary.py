@@ -416,6 +416,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
         r"unknown pre-tokenizer.*\n.*\n.*split a\+ -> bytes.*hash [0-9a-f]{64}\n.*\n.*--pre",
     ),
     "unknown normalizer": (patch(T, lambda t: t.update(normalizer={"type": "Lowercase"})), "Lowercase"),
+    "normalizer a list": (patch(T, lambda t: t.update(normalizer=["x"])), "tokenizer.json, normalizer"),
     "bos a number": (patch(C, lambda c: c.update(bos_token=3)), r"tokenizer_config.json, bos_token\n.*int 3"),
     "bos without text": (patch(C, lambda c: c.update(bos_token={"x": 1})), "bos_token.content"),
     "flag a text": (patch(C, lambda c: c.update(add_bos_token="true")), r"add_bos_token\n.*str 'true'\n.*bool or null"),
