@@ -8,8 +8,8 @@ from huggingface_hub.utils._http import default_client_factory
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from streamquant.hub.http_library import httpx
-from streamquant.hub.repo import parse_spec, quiet_client
-from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.hub.repo import quiet_client
+from streamquant.quant.errors import StreamquantError
 
 TIMEOUT = httpx.Timeout(300.0, connect=30.0)
 """Seconds without a byte until a connection is given up; the client's own default is never."""
@@ -49,11 +49,3 @@ def _client_with_timeouts() -> httpx.Client:
     client = default_client_factory()
     client.timeout = TIMEOUT
     return client
-
-
-def check_name(repo: str) -> str:
-    """ORG/NAME. Raises UsageError for what cannot be a repository."""
-    found = parse_spec(repo)
-    if found is None or "@" in repo:
-        raise UsageError("not the name of a repository", where=repo, required="ORG/NAME", hint="a branch: --revision")
-    return found[0]

@@ -18,14 +18,13 @@ from typing import Any
 from streamquant.files.listener import Listener
 from streamquant.files.worker import Stopped
 from streamquant.files.writing import check_folder
+from streamquant.hub.reference import MAIN, ModelReference, parse_reference
 from streamquant.quant.errors import StreamquantError
 
 READ_BYTES = 4 * 1024 * 1024
 CHUNK_BYTES = 256 * 1024
 """What the client gathers from a connection before it writes it. Its own 10 MiB are fresh pages each time, which cost
 more CPU seconds than all else in a download, and it looks up only between two of them."""
-_SPEC = re.compile(r"(?P<name>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[^\s@]{1,200}))?", re.ASCII)
-MAIN = "main"
 FETCHING = "fetching"
 """The task of a listener: bytes of files of the Hub."""
 
@@ -241,25 +240,6 @@ def _meter(on_bytes: Callable[[int], None], stop: threading.Event) -> Any:
     return Meter
 
 
-def parse_spec(text: str) -> tuple[str, str] | None:
-    """ORG/NAME[@REVISION] -> (ORG/NAME, REVISION); None for what is something else.
-
-    >>> parse_spec("NousResearch/Hermes-4-14B"), parse_spec("NousResearch/Hermes-4-14B@refs/pr/1")
-    (('NousResearch/Hermes-4-14B', 'main'), ('NousResearch/Hermes-4-14B', 'refs/pr/1'))
-    >>> parse_spec("./Hermes-4-14B"), parse_spec("models/Hermes/4")
-    (None, None)
-    """
-    match = _SPEC.fullmatch(text)
-    if match is None or any(part.strip(".") == "" for part in match["name"].split("/")):
-        return None
-    return match["name"], match["revision"] or MAIN
-
-
-def hub_spec(model: str) -> tuple[str, str] | None:
-    """`parse_spec` of what a user calls a model; None if there is such a path, which goes before the Hub."""
-    return None if Path(model).exists() else parse_spec(model)
-
-
 def quiet_client() -> None:
     """What the Hub's client tries again is told by us, without signed URLs."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -288,7 +268,7 @@ def open_repo(name: str, revision: str = MAIN, commit: str | None = None) -> Hub
     )
     if not isinstance(info.sha, str) or re.fullmatch("[0-9a-f]{40}", info.sha) is None:
         raise StreamquantError("the Hub names no commit", where=f"{name}@{revision}", found=repr(info.sha)[:100])
-    if not isinstance(info.id, str) or parse_spec(info.id) != (info.id, MAIN):
+    if not isinstance(info.id, str) or parse_reference(info.id) != ModelReference(info.id):
         raise StreamquantError(
             "the Hub calls the repository by a name that cannot be one", where=name, found=repr(info.id)[:100]
         )

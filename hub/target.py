@@ -23,10 +23,9 @@ from huggingface_hub.utils._headers import build_hf_headers
 
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.worker import Stopped
-from streamquant.hub.client import check_name
 from streamquant.hub.errors import Retrying, ask, scrub, status_of
 from streamquant.hub.outgoing import Addition, Held, Meter, Outgoing
-from streamquant.hub.repo import MAIN
+from streamquant.hub.reference import MAIN, check_name
 from streamquant.quant.errors import StreamquantError
 
 T = TypeVar("T")

@@ -7,7 +7,8 @@ from streamquant.convert.run.journal import JOURNAL, WORK_FOLDER
 from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
 from streamquant.convert.source.hub_checkpoint import open_hub_checkpoint
 from streamquant.files.writing import write_atomically
-from streamquant.hub.repo import HubRepo, hub_spec, open_repo
+from streamquant.hub.reference import hub_reference
+from streamquant.hub.repo import HubRepo, open_repo
 
 PIN = "source.json"
 
@@ -18,10 +19,10 @@ def open_source(model: str, *, out: Path | None = None) -> Checkpoint:
     An unfinished run in `out` has its commit pinned: the same revision is the same commit again. Raises UsageError and
     StreamquantError.
     """
-    on_hub = hub_spec(model)
+    on_hub = hub_reference(model)
     if on_hub is None:
         return open_checkpoint(Path(model))
-    name, revision = on_hub
+    name, revision = on_hub.name, on_hub.revision
     commit = pinned_commit(out, name, revision) if out is not None else None
     return open_hub_checkpoint(open_repo(name, revision, commit))
 

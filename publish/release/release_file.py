@@ -25,7 +25,7 @@ from streamquant.convert.recipes.recipe import Recipe, parse_variants
 from streamquant.convert.recipes.recipe_file import read_recipe
 from streamquant.files.machine import usable_cores
 from streamquant.files.strict_yaml import read_yaml
-from streamquant.hub.repo import parse_spec
+from streamquant.hub.reference import ModelReference, parse_reference
 from streamquant.publish.cards.options import CardOptions
 from streamquant.publish.release.table import Table, key, keys_of, nearest, one_of, some_of
 from streamquant.publish.upload.options import PushOptions
@@ -196,7 +196,7 @@ def _model(table: Table) -> str:
     if text is None:
         raise UsageError("no model", where=table.at("model"), required="a folder, or ORG/NAME[@REVISION] on the Hub")
     folder = table.base / Path(text).expanduser()
-    return str(folder) if folder.exists() or parse_spec(text) is None else text
+    return str(folder) if folder.exists() or parse_reference(text) is None else text
 
 
 def _recipes(table: Table) -> tuple[Recipe, ...]:
@@ -258,7 +258,7 @@ def _push(table: Table | None) -> ReleasePush | None:
     if table is None:
         return None
     repo = table.text("repo")
-    if repo is None or parse_spec(repo) is None or "@" in repo:
+    if repo is None or parse_reference(repo) != ModelReference(repo):
         required = "ORG/NAME: the name, or the stem that -GGUF and the like are added to"
         raise UsageError("not a repository", where=table.at("repo"), found=repr(repo), required=required)
     options = PushOptions(

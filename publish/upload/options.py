@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamquant.hub.repo import MAIN
+from streamquant.hub.reference import MAIN
 from streamquant.publish.upload.limits import GB
 from streamquant.quant.errors import UsageError
 

@@ -17,8 +17,9 @@ from typing import Literal
 from streamquant.convert.manifest import MANIFEST
 from streamquant.files.listener import SILENT, Listener
 from streamquant.hub.background import in_background
-from streamquant.hub.client import check_name, connect
+from streamquant.hub.client import connect
 from streamquant.hub.outgoing import UPLOADING, Held, Outgoing
+from streamquant.hub.reference import check_name
 from streamquant.hub.target import Destination, Target
 from streamquant.publish.cards.origin import BASE_CARD, is_ours
 from streamquant.publish.results import CARD, PublishedVariant, VariantFolder, read_folders

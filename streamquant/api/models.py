@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
 from streamquant.convert.source.open import open_source
 from streamquant.files.listener import SILENT, Listener
-from streamquant.hub.repo import hub_spec
+from streamquant.hub.reference import hub_reference
 
 if TYPE_CHECKING:
     from streamquant.model.variants.variant import Variant
@@ -26,7 +26,7 @@ def open_model(model: Model, out: Path | None = None) -> Checkpoint:
 
 def local_weights(model: Model, listener: Listener = SILENT) -> Path:
     """A local path of a model with all its weights; one on the Hub is fetched into the cache of the Hub's client."""
-    if isinstance(model, Path) or hub_spec(model) is None:
+    if isinstance(model, Path) or hub_reference(model) is None:
         return Path(model)
     from streamquant.convert.source.snapshot import whole_folder
 
@@ -38,6 +38,6 @@ def without_weights(model: Model) -> "Variant":
     from streamquant.model.variants.checkpoint import CheckpointVariant
     from streamquant.model.variants.open import open_variant
 
-    if isinstance(model, Path) or hub_spec(model) is None:
+    if isinstance(model, Path) or hub_reference(model) is None:
         return open_variant(Path(model))
     return CheckpointVariant(open_source(model))

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.convert.source.open import open_source
-from streamquant.hub.repo import open_repo, parse_spec
+from streamquant.hub.reference import ModelReference, check_name, parse_reference
+from streamquant.hub.repo import open_repo
+from streamquant.quant.errors import UsageError
 from tests.attacks.harness import write_model
 from tests.conftest import Shelf
 from tests.hub import WRITE_TOKEN, Hub, move_main
@@ -157,9 +160,77 @@ def test_folder_goes_before_the_hub(model: Path, hub: Hub, tmp_path: Path, monke
     "text", ["a", "a/b/c", "./a", "../b", "a/..", "a/b@", "a b/c", "a/b@c d", "/a/b", "a\\b/c", ""]
 )
 def test_what_is_no_repository(text: str, hub: Hub) -> None:
-    assert parse_spec(text) is None
+    assert parse_reference(text) is None
     plan(text or " ").refused(2, "no such model folder")
     assert not hub.requests
+
+
+HOME = constants.HUGGINGFACE_CO_URL_HOME
+FORMS = {
+    "ORG/Tiny/": "ORG/Tiny",
+    "hf://ORG/Tiny": "ORG/Tiny",
+    "hf://models/ORG/Tiny": "ORG/Tiny",
+    "hf://ORG/Tiny@v1": "ORG/Tiny@v1",
+    "hf.co/ORG/Tiny": "ORG/Tiny",
+    "https://hf.co/ORG/Tiny": "ORG/Tiny",
+    HOME + "ORG/Tiny": "ORG/Tiny",
+    HOME.partition("://")[2] + "ORG/Tiny/": "ORG/Tiny",
+    HOME + "ORG/Tiny.git": "ORG/Tiny",
+    HOME.replace("://", "://www.") + "ORG/Tiny?library=x#files": "ORG/Tiny",
+    HOME.replace("://", "://me:hf_secret@") + "ORG/Tiny": "ORG/Tiny",
+    HOME + "ORG/Tiny/tree/main": "ORG/Tiny",
+    HOME + "ORG/Tiny/tree/v1": "ORG/Tiny@v1",
+    HOME + "ORG/Tiny/tree/refs%2Fpr%2F1": "ORG/Tiny@refs/pr/1",
+    HOME + "ORG/Tiny/tree/refs/pr/1": "ORG/Tiny@refs/pr/1",
+    HOME + "ORG/Tiny/commit/" + "a" * 40: "ORG/Tiny@" + "a" * 40,
+    HOME + "ORG/Tiny/blob/main/config.json": "ORG/Tiny",
+    HOME + "ORG/Tiny/resolve/v1/model-00001-of-00003.safetensors?download=true": "ORG/Tiny@v1",
+    HOME + "ORG/Tiny@refs/pr/1": "ORG/Tiny@refs/pr/1",
+}
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_a_model_as_people_write_it(text: str) -> None:
+    assert str(parse_reference(text)) == FORMS[text]
+
+
+NO_MODELS = {
+    "ORG/Tiny:main": "write ORG/Tiny@main",
+    "ORG/Tiny:Q4_K_M": "a type is chosen by --to",
+    HOME + "datasets/ORG/Tiny": "datasets/",
+    "hf://spaces/ORG/Tiny": "spaces/",
+    HOME + "ORG/Tiny/tree/main/subfolder": "write ORG/Tiny",
+    HOME + "ORG/Tiny/blob/v1/Tiny-Q8_0.gguf": "write ORG/Tiny@v1",
+    HOME + "ORG/Tiny/discussions/3": "write ORG/Tiny, or ORG/Tiny@REVISION",
+    HOME + "ORG": "write ORG/NAME",
+    "https://hub.invalid/ORG/Tiny": "name another Hub by HF_ENDPOINT",
+    "https://me:hf_secret@hub.invalid/ORG/Tiny": "name another Hub by HF_ENDPOINT",
+    "ssh://git@hf.co/ORG/Tiny": "write ORG/NAME",
+}
+
+
+@pytest.mark.parametrize("text", NO_MODELS)
+def test_an_address_that_names_no_model(text: str, hub: Hub) -> None:
+    """Nothing else is converted in its place, and the message says what to write."""
+    ran = plan(text)
+    ran.refused(2, NO_MODELS[text])
+    assert "hf_secret" not in ran.err
+    assert not hub.requests
+
+
+def test_addresses_of_the_configured_hub(model: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add_repo(REPO, model)
+    for text in (f"{hub.endpoint}/{REPO}", f"{hub.endpoint}/{REPO}/tree/main"):
+        assert plan_of(open_source(text)) == plan_of(open_checkpoint(model))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1/mirror/hf")
+    assert parse_reference("http://127.0.0.1/mirror/hf/ORG/Tiny/tree/v1") == ModelReference("ORG/Tiny", "v1")
+
+
+def test_a_repository_to_write_to_as_people_write_it() -> None:
+    assert {check_name(text) for text in ("ORG/Tiny", "ORG/Tiny/", "hf.co/ORG/Tiny", HOME + "ORG/Tiny")} == {"ORG/Tiny"}
+    for text in ("ORG/Tiny@v1", HOME + "ORG/Tiny/tree/v1", "Tiny"):
+        with pytest.raises(UsageError, match="not the name of a repository"):
+            check_name(text)
 
 
 def test_renamed_repository_works_under_its_new_name(model: Path, hub: Hub) -> None:
