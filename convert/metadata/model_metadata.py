@@ -203,9 +203,9 @@ def _check_sampling(value: object, kind: type, where: str, error: type[Streamqua
     }
     if not fits[kind]:
         needed = {str: "a string", int: "an integer of 32 bits", float: "a finite number that float32 can hold"}[kind]
-        raise error(
-            "wrong sampling setting", where=where, found="NaN" if value != value else shorten(value), required=needed
-        )
+        is_long = isinstance(value, int) and value.bit_length() > 256
+        found = shorten(value) if is_long else json.dumps(value, default=str)
+        raise error("wrong sampling setting", where=where, found=found, required=needed)
 
 
 def _override(metadata: Any, overrides: Mapping[str, Any]) -> None:
