@@ -1,6 +1,7 @@
 """The general.* metadata of a GGUF file: what the model is called, whose it is, what it came from, how to sample."""
 
 import datetime
+import json
 import pathlib
 import tempfile
 from collections.abc import Mapping
