@@ -435,6 +435,14 @@ def _explain_network(error: BaseException, chain: list[BaseException], where: st
             hint="behind a company's proxy, set SSL_CERT_FILE to its certificates",
         )
     if any(isinstance(cause, httpx.UnsupportedProtocol | httpx.InvalidURL) for cause in chain):
+        if constants.ENDPOINT.startswith(("http://", "https://")):
+            return StreamquantError(
+                "the Hub refers to an address that cannot be fetched",
+                where=f"{where}, {scrub(constants.ENDPOINT)}",
+                found=_short(error),
+                required="https://",
+                hint="check the network, proxy and HF_ENDPOINT: something there redirects elsewhere",
+            )
         return UsageError(
             "not an address of a Hub",
             where="HF_ENDPOINT",

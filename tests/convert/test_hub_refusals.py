@@ -154,6 +154,14 @@ ERRORS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
         _faulty(path="*/tokenizer.json", flip=(3,)),
         ("what arrived is not what the Hub holds", "fetching tokenizer.json"),
     ),
+    "a redirect to ftp": (
+        _faulty(path="/api/*", redirect="ftp://127.0.0.1"),
+        ("the Hub refers to an address that cannot be fetched", "ftp://", "listing the files"),
+    ),
+    "a redirect to a file": (
+        _faulty(path="/api/*", redirect="file:///etc"),
+        ("the Hub refers to an address that cannot be fetched", "file://", "listing the files"),
+    ),
     "not JSON": (_faulty(path="/api/*", redirect="stranger"), ("the Hub has a fault", "an answer that is not JSON")),
 }
 
