@@ -132,11 +132,19 @@ class PlannedFile(Strict):
     header_bytes: int
 
 
+class Runtimes(Strict):
+    names: list[str]
+    tensor_parallel: list[int]
+    refusal: str | None
+
+
 class PlannedVariant(Strict):
     variant: str
     description: str
     bytes: int
     bits_per_weight: float
+    runtimes: Runtimes | None = None
+    """Only of variants with scales for blocks."""
     files: list[PlannedFile]
     generated: list[str]
     dropped: list[str]
