@@ -35,6 +35,7 @@ class CheckpointVariant(FolderVariant):
                         where=f"{self.path / tensor.file}, tensor {tensor.name!r}",
                         found=tensor.dtype,
                         required="BF16, F16 or F32",
+                        hint="of ModelOpt (hf_quant_config.json) and others only compressed-tensors can be read",
                     )
                 self.tensors[rule.hf_name] = VariantTensor(
                     rule.hf_name, tensor.dtype, tensor.shape, tensor.stop - tensor.start

@@ -6,8 +6,10 @@ and its fake quantization is what `input_quantizer` applies (quantization/lifecy
 which is what transformers runs).
 """
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streamquant.convert.architectures import TensorKind, TensorRule
@@ -16,7 +18,7 @@ from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
 from streamquant.model.activations import E4M3_MULTIPLE, through_e4m3
 from streamquant.model.problem import Problem
 from streamquant.model.variants.decoding import check_finite, missing_tensor, rows_per_block, wrong_shape
-from streamquant.model.variants.folder import FolderVariant
+from streamquant.model.variants.folder import QUANTIZATION_KEYS, FolderVariant
 from streamquant.model.variants.variant import VariantTensor
 from streamquant.quant.errors import StreamquantError
 
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
 ROW_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 """Formats whose weight has the shape of the weights: they are decoded by rows. Others are decoded whole."""
 FLOATS = ("BF16", "F16", "F32")
+METHODS = ("compressed-tensors", "compressed_tensors")
+"""Spellings of quant_method (vllm/config/model.py, _verify_quantization)."""
+_CACHE_SCALE = re.compile(
+    r"model\.layers\.(\d{1,6})\.self_attn\.(?:[qkv]_scale|[kv]_proj\.(?:[kv]_scale|output_scale))"
+)
+"""Scales of a key-value cache, as compressed-tensors writes them, and as it did in 2024 (vllm/model_executor/
+model_loader/weight_utils.py, maybe_remap_kv_scale_name)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +53,8 @@ class CompressedVariant(FolderVariant):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        self._quantization = self._read_quantization(checkpoint.config["quantization_config"])
+        key = next(key for key in QUANTIZATION_KEYS if checkpoint.config.get(key) is not None)
+        self._quantization = self._read_quantization(checkpoint.config[key], key)
         self._modules: dict[str, Module] = {}
         self._quantizers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         """Of modules whose inputs are quantized in the same way the same, so that q, k and v can share the result."""
@@ -53,7 +63,7 @@ class CompressedVariant(FolderVariant):
         for rule in self.description.rules.values():
             self._add(rule)
         stored = {t.name for module in self._modules.values() for t in module.stored.values()}
-        self._note_unexplained(stored | set(self.tensors))
+        self._note_unexplained(stored | set(self.tensors) | self._cache_scales())
         self._note_blocks()
 
     def _note_blocks(self) -> None:
@@ -76,24 +86,44 @@ class CompressedVariant(FolderVariant):
                     )
                 )
 
-    def _read_quantization(self, settings: object) -> Any:
-        where = f"{self.path / 'config.json'}, quantization_config"
-        if not isinstance(settings, dict) or settings.get("quant_method") != "compressed-tensors":
-            found = settings.get("quant_method") if isinstance(settings, dict) else type(settings).__name__
+    def _cache_scales(self) -> set[str]:
+        """The scales of a quantized key-value cache, where the config has one: runtimes read them, we emulate none."""
+        if self._quantization.kv_cache_scheme is None:
+            return set()
+        found = ((name, _CACHE_SCALE.fullmatch(name)) for name in self.checkpoint.tensors)
+        return {name for name, match in found if match is not None and int(match[1]) < self.description.block_count}
+
+    def _read_quantization(self, settings: object, key: str) -> Any:
+        where = f"{self.path / 'config.json'}, {key}"
+        method = settings.get("quant_method") if isinstance(settings, dict) else type(settings).__name__
+        if not isinstance(settings, dict) or method not in METHODS:
             raise StreamquantError(
-                "unknown quantization", where=where, found=found, required="quant_method 'compressed-tensors'"
+                "unknown quantization",
+                where=where,
+                found=f"quant_method {method!r:.100}",
+                required="quant_method 'compressed-tensors'",
+                hint="of FP8 by ModelOpt, FBGEMM and DeepSeek's scripts nothing is read",
             )
-        for key in ("transform_config", "sparsity_config"):
-            if settings.get(key):
-                raise StreamquantError(
-                    f"{key} is not supported", where=where, found=str(settings[key])[:200], required="none"
+        for name in ("transform_config", "sparsity_config"):
+            value = settings.get(name)
+            if value and not (isinstance(value, dict) and value.get("format") == "dense"):
+                raise StreamquantError(f"{name} is not supported", where=where, found=str(value)[:200], required="none")
+        if key != QUANTIZATION_KEYS[0]:
+            self.problems.append(
+                Problem(
+                    "config-key",
+                    "warning",
+                    "transformers does not read this key of config.json and takes the codes for weights; vLLM reads it",
+                    where=where,
+                    required=QUANTIZATION_KEYS[0],
                 )
+            )
         from compressed_tensors.quantization import QuantizationConfig
         from pydantic import ValidationError
 
         try:
             config = QuantizationConfig.model_validate(
-                {key: value for key, value in settings.items() if key in QuantizationConfig.model_fields}
+                {name: value for name, value in settings.items() if name in QuantizationConfig.model_fields}
             )
         except (ValidationError, ValueError) as error:
             found = str(error).replace("\n", "; ")[:300]
@@ -182,6 +212,8 @@ class CompressedVariant(FolderVariant):
                 raise missing_tensor(rule, self.path, f"{module}.{local}")
         if weight is not None and format_name in ROW_FORMATS and weight.shape != rule.shape:
             raise wrong_shape(rule, self.path / weight.file, rule.hf_name, weight.shape)
+        if (scale := stored.get("weight_scale")) is not None and format_name in ROW_FORMATS:
+            stored["weight_scale"] = self._shaped_scale(rule, scheme.weights, scale)
         for local in ("input_scale", "input_zero_point", "input_global_scale"):
             if f"{module}.{local}" in present:
                 stored[local] = present[f"{module}.{local}"]
@@ -191,6 +223,43 @@ class CompressedVariant(FolderVariant):
             rule.hf_name, codes.dtype, rule.shape, sum(tensor.stop - tensor.start for tensor in stored.values())
         )
         return True
+
+    def _shaped_scale(self, rule: TensorRule, weights: Any, scale: SourceTensor) -> SourceTensor:
+        """The scales of a weight [N, K] in the shape that compressed-tensors computes with.
+
+        One value may have any shape, as runtimes take it. A scale for each channel may be [N], which vLLM refuses
+        (ChannelQuantScaleParameter is [N, 1]): a warning. Raises StreamquantError for other shapes.
+        """
+        rows, n = rule.shape
+        match weights.strategy:
+            case "tensor":
+                wanted: tuple[int, ...] = (1,)
+            case "channel":
+                wanted = (rows, 1)
+            case "block":
+                height, width = weights.block_structure
+                wanted = (-(-rows // height), -(-n // width))
+            case "group":
+                wanted = (rows, -(-n // weights.group_size))
+            case _:
+                return scale
+        if scale.shape == wanted:
+            return scale
+        if weights.strategy == "tensor" and math.prod(scale.shape) == 1:
+            return replace(scale, shape=wanted)
+        if weights.strategy != "channel" or scale.shape != (rows,):
+            raise StreamquantError(
+                "scales of the wrong shape",
+                where=f"{self.path / scale.file}, tensor {scale.name!r}",
+                found=list(scale.shape),
+                required=f"{list(wanted)}: a scale for each {weights.strategy}",
+            )
+        problem = Problem(
+            "scale-shape", "warning", "vLLM refuses scales of this shape", found="[N]", required="[N, 1] of [N, K]"
+        )
+        if problem not in self.problems:
+            self.problems.append(problem)
+        return replace(scale, shape=wanted)
 
     # Reading
 

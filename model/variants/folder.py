@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     import torch
 
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""Where config.json says how the weights are quantized, the first first; the second is llm-compressor's of 2024, which
+vLLM reads and transformers does not (vllm/config/model.py, _verify_quantization)."""
+
+
 class FolderVariant(Variant):
     """A folder of safetensors: plain floats, or what a quantization_config explains."""
 
@@ -26,7 +31,7 @@ class FolderVariant(Variant):
         self.checkpoint = checkpoint
         self.path = checkpoint.folder
         self.files = tuple(checkpoint.folder / file.name for file in checkpoint.files)
-        self.config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        self.config = {key: value for key, value in checkpoint.config.items() if key not in QUANTIZATION_KEYS}
         self.description = describe(self.config)
         self.problems = []
         self._tied: bool | None = None

@@ -7,7 +7,8 @@ from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE
 from streamquant.files.gguf_file import first_of_split
 from streamquant.files.safetensors_file import DTYPE_BITS
 from streamquant.model.variants.checkpoint import CheckpointVariant
-from streamquant.model.variants.compressed import CompressedVariant
+from streamquant.model.variants.compressed import METHODS, CompressedVariant
+from streamquant.model.variants.folder import QUANTIZATION_KEYS
 from streamquant.model.variants.gguf import GgufVariant
 from streamquant.model.variants.variant import Variant
 from streamquant.quant.errors import UsageError
@@ -33,10 +34,11 @@ def open_variant(path: Path) -> Variant:
 def _open_folder(folder: Path) -> Variant:
     checkpoint = read_checkpoint(folder, dtypes=DTYPE_BITS)
     as_it_is = as_source(checkpoint)
-    quantization = checkpoint.config.get("quantization_config")
+    key = next((key for key in QUANTIZATION_KEYS if checkpoint.config.get(key) is not None), None)
+    quantization = None if key is None else checkpoint.config[key]
     # A folder that says it is of compressed-tensors is taken at its word: its runtimes do that too, and fail.
-    is_compressed = isinstance(quantization, dict) and quantization.get("quant_method") == "compressed-tensors"
-    if quantization is not None and (is_compressed or "quantization_config" in as_it_is.config):
+    is_compressed = isinstance(quantization, dict) and quantization.get("quant_method") in METHODS
+    if key is not None and (is_compressed or key in as_it_is.config):
         return CompressedVariant(checkpoint)
     return CheckpointVariant(as_it_is)
 

@@ -100,8 +100,8 @@ def test_fp8_is_code_times_scale(tiny_variants: Path, label: str) -> None:
     assert torch.equal(variant.read(name, torch.float32), codes * scales)
     assert variant.tensors[name].stored_as == "F8_E4M3"
     assert variant.read(name, torch.bfloat16).dtype == torch.bfloat16
-    checks = [] if label == "FP8-dynamic" else ["block-shapes"]  # 64 rows of k: vLLM refuses them
-    assert [problem.check for problem in variant.problems] == checks
+    expected = [] if label == "FP8-dynamic" else ["block-shapes"]  # 64 rows of k: vLLM refuses them
+    assert [problem.check for problem in variant.problems] == expected
     assert variant.activations() == ("float8 per token, dynamic" if label == "FP8-dynamic" else
                                      "float8 per group of 128, dynamic")  # fmt: skip
 
@@ -378,6 +378,164 @@ def test_broken_fp8_folders(fp8_folder: Path) -> None:
     rewrite_shard(fp8_folder, lambda tensors: tensors.pop(f"{name}_scale"))
     with pytest.raises(StreamquantError, match=r"a tensor is missing[\s\S]*up_proj.weight_scale"):
         open_variant(fp8_folder)
+
+
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Edit config.json of a folder."""
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def every(variant: Variant) -> dict[str, torch.Tensor]:
+    return {name: variant.read(name, torch.float32) for name in variant.tensors}
+
+
+def is_scale(name: str) -> bool:
+    return name.endswith(".weight_scale")
+
+
+def with_old_key(folder: Path) -> None:
+    """llm-compressor of 2024."""
+
+    def edit(config: dict[str, Any]) -> None:
+        settings = config.pop("quantization_config")
+        sparsity = {"format": "dense", "global_sparsity": 0.1, "targets": []}
+        status = {"quant_method": "compressed_tensors", "sparsity_config": sparsity, "quantization_status": "frozen"}
+        config["compression_config"] = {**settings, **status}
+
+    edit_config(folder, edit)
+
+
+def with_vectors(folder: Path) -> None:
+    """Scales [N] in place of [N, 1]."""
+    rewrite_shard(folder, lambda t: t.update({n: (v[0], v[1][:1], v[2]) for n, v in t.items() if is_scale(n)}))
+
+
+def with_float32(folder: Path) -> None:
+    """Scales in float32."""
+
+    def edit(tensors: dict[str, Any]) -> None:
+        for name in filter(is_scale, tensors):
+            dtype, shape, raw = tensors[name]
+            wide = torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).float()
+            tensors[name] = "F32", shape, wide.numpy().tobytes()
+
+    rewrite_shard(folder, edit)
+
+
+def with_cache_scales(folder: Path) -> None:
+    """An FP8 key-value cache, its scales as compressed-tensors writes them and as it did."""
+    scale = ("F16", (1,), torch.tensor([0.1]).half().numpy().tobytes())
+    names = (
+        "0.self_attn.k_scale",
+        "0.self_attn.v_scale",
+        "1.self_attn.k_proj.k_scale",
+        "1.self_attn.v_proj.output_scale",
+    )
+    rewrite_shard(folder, lambda tensors: tensors.update({f"model.layers.{name}": scale for name in names}))
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    edit_config(folder, lambda config: config["quantization_config"].update(kv_cache_scheme=scheme))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (with_old_key, {"config-key": "warning"}),
+        (with_vectors, {"scale-shape": "warning"}),
+        (with_float32, {}),
+        (with_cache_scales, {"kv-cache": "note"}),
+        (lambda folder: edit_config(folder, lambda c: c["quantization_config"].update(ignore=[])),
+         {"unquantized-tensor": "warning"}),
+    ],
+    ids=["compression_config", "scales [N]", "scales in float32", "kv_cache_scheme", "no ignore list"],
+)  # fmt: skip
+def test_fp8_folders_of_others(fp8_folder: Path, make: Callable[[Path], None], expected: dict[str, str]) -> None:
+    """The same weights in the forms of other publishers: the same values, and no error of a folder that vLLM runs."""
+    before = every(open_variant(fp8_folder))
+    make(fp8_folder)
+    variant = open_variant(fp8_folder)
+    assert {problem.check: problem.severity for problem in variant.problems} == expected
+    after = every(variant)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    quantizer = variant.input_quantizer("model.layers.0.mlp.up_proj")
+    assert quantizer is not None
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (1, 1)])
+def test_static_fp8_with_a_scale_for_each_tensor(fp8_folder: Path, shape: tuple[int, ...]) -> None:
+    """weight_scale and input_scale of one value, in any shape: the values of codes times scale, inputs on the grid."""
+    expected = {}
+
+    def edit(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if is_scale(name)]:
+            _, size, codes = tensors[name.removesuffix("_scale")]
+            scale = torch.tensor(0.25).half().numpy().tobytes()
+            tensors[name] = "F16", shape, scale
+            tensors[name.replace("weight_scale", "input_scale")] = "F16", shape, scale
+            values = torch.frombuffer(bytearray(codes), dtype=torch.float8_e4m3fn).reshape(size).float()
+            expected[name.removesuffix("_scale")] = values * 0.25
+
+    def settings(config: dict[str, Any]) -> None:
+        (group,) = config["quantization_config"]["config_groups"].values()
+        group["weights"].update(strategy="tensor")
+        group["input_activations"].update(strategy="tensor", dynamic=False, observer="static_minmax")
+
+    rewrite_shard(fp8_folder, edit)
+    edit_config(fp8_folder, settings)
+    variant = open_variant(fp8_folder)
+    assert variant.problems == []
+    assert expected
+    assert all(torch.equal(variant.read(name, torch.float32), values) for name, values in expected.items())
+    quantizer = variant.input_quantizer("model.layers.0.mlp.up_proj")
+    assert quantizer is not None
+    n = variant.tensors["model.layers.0.mlp.up_proj.weight"].shape[1]
+    x = torch.linspace(-50, 50, n).reshape(1, 1, n)
+    assert torch.equal(quantizer(x), (x / 0.25).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.25)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shape"), [("channel", (1,)), ("channel", (3, 1)), ("tensor", (2,)), ("channel", (1, 8))]
+)
+def test_scales_of_the_wrong_shape_are_refused(fp8_folder: Path, strategy: str, shape: tuple[int, ...]) -> None:
+    """One clear error, not values that broadcast."""
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    raw = bytes(2 * int(np.prod(shape)))
+    rewrite_shard(fp8_folder, lambda tensors: tensors.update({name: ("F16", shape, raw)}))
+
+    def settings(config: dict[str, Any]) -> None:
+        (group,) = config["quantization_config"]["config_groups"].values()
+        group["weights"].update(strategy=strategy)
+
+    edit_config(fp8_folder, settings)
+    with pytest.raises(StreamquantError, match=r"scales of the wrong shape"):
+        open_variant(fp8_folder)
+
+
+def test_scales_of_a_cache_belong_to_a_layer_and_a_scheme(fp8_folder: Path) -> None:
+    with_cache_scales(fp8_folder)
+    edit_config(fp8_folder, lambda config: config["quantization_config"].update(kv_cache_scheme=None))
+    assert checks(open_variant(fp8_folder)) == {"unknown-tensor"}
+    with_cache_scales(fp8_folder)
+    scale = ("F16", (1,), bytes(2))
+    rewrite_shard(fp8_folder, lambda tensors: tensors.update({"model.layers.99.self_attn.k_scale": scale}))
+    assert checks(open_variant(fp8_folder)) == {"kv-cache", "unknown-tensor"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
+        {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
+    ],
+)
+def test_other_makers_of_fp8_get_one_clear_error(fp8_folder: Path, settings: dict[str, Any]) -> None:
+    edit_config(fp8_folder, lambda config: config.update(quantization_config=settings))
+    with pytest.raises(StreamquantError, match=rf"unknown quantization[\s\S]*{settings['quant_method']}") as error:
+        open_variant(fp8_folder)
+    assert "compressed-tensors" in str(error.value)
 
 
 def test_a_quantized_checkpoint_without_its_config(fp8_folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from streamquant.files import gguf_file
 from streamquant.files.safetensors_file import read_header
 from streamquant.files.strict_json import read_json_object
+from streamquant.model.variants.folder import QUANTIZATION_KEYS
 from streamquant.quant.errors import UsageError
 
 
@@ -68,10 +69,10 @@ def _inspect_safetensors(path: Path) -> StoredFile:
 
 
 def _quantization_of(folder: Path) -> dict[str, Any]:
-    """The quantization_config of the folder's config.json, if it has one."""
+    """What the folder's config.json says of quantization, by its key, if it says something."""
     config = folder / "config.json"
-    found = read_json_object(config).get("quantization_config") if config.is_file() else None
-    return {"quantization_config": found} if found is not None else {}
+    found = read_json_object(config) if config.is_file() else {}
+    return {key: found[key] for key in QUANTIZATION_KEYS if found.get(key) is not None}
 
 
 def _inspect_gguf(path: Path) -> StoredFile:
