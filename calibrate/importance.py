@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from gguf.constants import GGUFValueType
@@ -18,7 +18,7 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures import TensorRule
-from streamquant.files.gguf_file import pack_header, pad, read_header
+from streamquant.files.gguf_file import GgufKeys, pack_header, pad, read_header
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.reading import read_bytes
 from streamquant.files.writing import replacing
@@ -168,15 +168,16 @@ def save_importance(path: Path, sums: InputSums, corpus: Corpus, chunks: int) ->
 def _resume(path: Path, corpus: Corpus, sums: InputSums) -> int:
     """Take the sums of a file that this corpus continues; the number of its chunks."""
     header = read_header(path)
-    metadata: dict[str, Any] = header.metadata
-    chunks, size = metadata.get("imatrix.chunk_count"), metadata.get("imatrix.chunk_size")
+    keys = GgufKeys(path, header.metadata)
+    chunks, size = keys.whole("imatrix.chunk_count"), keys.whole("imatrix.chunk_size")
     same = (
-        metadata.get("general.type") == "imatrix"
+        keys.text("general.type") == "imatrix"
         and size == corpus.context
-        and isinstance(chunks, int)
-        and metadata.get(TOKENS_KEY) == tokens_sha256(corpus.tokens[:chunks])
+        and chunks is not None
+        and 0 < chunks < 2**32
+        and keys.text(TOKENS_KEY) == tokens_sha256(corpus.tokens[:chunks])
     )
-    if not same or not isinstance(chunks, int):
+    if not same or chunks is None:
         raise StreamquantError(
             "the file is not the beginning of this importance matrix",
             where=str(path),
@@ -184,16 +185,36 @@ def _resume(path: Path, corpus: Corpus, sums: InputSums) -> int:
             required="no such file, or one of the same texts, tokenizer and context",
             hint="remove it, or name another --out",
         )
-    matrices = {rule.gguf_name: rule.expert.count if rule.expert else 1 for rule in sums.rules.values()}
-    for tensor in header.tensors:
-        weight, _, what = tensor.name.rpartition(".")
-        if weight not in matrices:
+    weights = {rule.gguf_name: rule for rule in sums.rules.values() if len(rule.shape) == 2}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, rule in weights.items():
+        stack = (rule.expert.count,) if rule.expert is not None else ()
+        shapes |= {f"{name}.in_sum2": (*stack, rule.shape[1]), f"{name}.counts": (*stack, 1)}
+    found = {tensor.name: tensor for tensor in header.tensors if tensor.stored_as == "F32"}
+    if wrong := sorted(
+        name for name in shapes.keys() | found.keys() if name not in found or found[name].shape != shapes.get(name)
+    ):
+        raise StreamquantError(
+            "the file is of another model", where=str(path), found=f"{wrong[0]!r:.200}", required="its weights"
+        )
+    tokens = min(chunks, len(corpus.tokens)) * corpus.context
+    for name, rule in weights.items():
+        total, counts = (
+            read_bytes(path, tensor.start, tensor.stop).view(np.float32)
+            for tensor in (found[f"{name}.in_sum2"], found[f"{name}.counts"])
+        )
+        if rule.expert is not None:  # an expert sees the tokens that choose it
+            are_possible = bool((counts >= 0).all() and (counts <= tokens).all())
+        else:
+            are_possible = bool(counts[0] == np.float32(tokens))
+        if not (np.isfinite(total).all() and (total >= 0).all() and are_possible):
             raise StreamquantError(
-                "the file is of another model", where=str(path), found=tensor.name, required="its weights"
+                "sums that no run has written",
+                where=f"{path}, {name!r}",
+                found=f"a sum that is negative or not finite, or a count of {counts.max():g}",
+                required=f"sums of squares over {tokens:,} tokens",
+                hint="remove the file, or name another --out",
             )
-        values = read_bytes(path, tensor.start, tensor.stop).view(np.float32)
-        if what == "in_sum2":
-            sums.sums[weight] = values.astype(np.float64).reshape(matrices[weight], -1)
-        elif what == "counts":
-            sums.counts[weight] = values.astype(np.int64)
+        sums.sums[name] = total.astype(np.float64).reshape(len(counts), -1)
+        sums.counts[name] = counts.astype(np.int64)
     return chunks

@@ -125,6 +125,76 @@ class GgufHeader:
     tensors: tuple[GgufTensor, ...]
 
 
+class GgufKeys:
+    """Metadata read for what it should be. A key that is not there is None, or empty.
+
+    Every method raises StreamquantError, which names the file and the key, for a value of another type: llama.cpp does
+    not load such a file (src/llama-model-loader.cpp, GGUFMeta).
+
+    >>> keys = GgufKeys(Path("a.gguf"), {"split.count": "2"})
+    >>> keys.text("split.count"), keys.whole("split.no"), keys.texts("tokenizer.ggml.tokens")
+    ('2', None, [])
+    >>> keys.whole("split.count")
+    Traceback (most recent call last):
+    ...
+    streamquant.quant.errors.StreamquantError: a key of the wrong type
+      where:    a.gguf, key 'split.count'
+      found:    '2'
+      required: a whole number
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        self.path, self._metadata = path, metadata
+
+    def text(self, key: str) -> str | None:
+        """A text."""
+        value = self._metadata.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self._wrong(key, value, "a text")
+        return value
+
+    def whole(self, key: str) -> int | None:
+        """A whole number."""
+        value = self._metadata.get(key)
+        if value is not None and type(value) is not int:
+            raise self._wrong(key, value, "a whole number")
+        return value
+
+    def flag(self, key: str) -> bool | None:
+        """true or false."""
+        value = self._metadata.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts."""
+        value = self._metadata.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value[:1]):  # all are of one type
+            raise self._wrong(key, value, "a list of texts")
+        return value
+
+    def wholes(self, key: str) -> list[int]:
+        """A list of whole numbers."""
+        value = self._metadata.get(key, [])
+        if not isinstance(value, list) or not all(type(item) is int for item in value[:1]):
+            raise self._wrong(key, value, "a list of whole numbers")
+        return value
+
+    def _wrong(self, key: str, value: object, required: str) -> StreamquantError:
+        return StreamquantError(
+            "a key of the wrong type",
+            where=f"{self.path}, key {key!r:.200}",
+            found=f"{value!r:.100}",
+            required=required,
+        )
+
+
+def read_keys(path: Path) -> GgufKeys:
+    """The metadata of a GGUF file. Raises as `read_header`."""
+    return GgufKeys(path, read_header(path).metadata)
+
+
 def read_header(path: Path) -> GgufHeader:
     """Read and check the header of a GGUF file, version 2 or 3, little endian.
 
@@ -291,7 +361,7 @@ def read_split_set(path: Path) -> dict[Path, GgufHeader]:
     """
     match = SPLIT_NAME.fullmatch(path.name)
     first = read_header(path)
-    count = first.metadata.get("split.count", 0)
+    count = GgufKeys(path, first.metadata).whole("split.count") or 0
     if match is None or count in (0, 1):
         if count not in (0, 1):
             raise StreamquantError(
@@ -313,7 +383,8 @@ def read_split_set(path: Path) -> dict[Path, GgufHeader]:
             )
         headers[sibling] = read_header(sibling)
     for number, (file, header) in enumerate(headers.items()):
-        found = header.metadata.get("split.no"), header.metadata.get("split.count")
+        keys = GgufKeys(file, header.metadata)
+        found = keys.whole("split.no"), keys.whole("split.count")
         if found != (number, count):
             raise StreamquantError(
                 "a file of another split set, or out of order",
@@ -322,12 +393,13 @@ def read_split_set(path: Path) -> dict[Path, GgufHeader]:
                 required=f"split.no {number}, split.count {count}",
             )
     tensors = sum(len(header.tensors) for header in headers.values())
-    if first.metadata.get("split.tensors.count") not in (None, tensors):
+    declared = GgufKeys(path, first.metadata).whole("split.tensors.count")
+    if declared not in (None, tensors):
         raise StreamquantError(
             "the split set does not have all its tensors",
             where=str(path),
             found=f"{tensors} tensors",
-            required=f"{first.metadata['split.tensors.count']} tensors",
+            required=f"{declared} tensors",
             hint="files of two versions may be mixed; fetch the set again",
         )
     return headers

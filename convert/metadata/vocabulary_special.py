@@ -148,12 +148,13 @@ def _templates_beside(folder: pathlib.Path) -> tuple[Any, str]:
         return read_json(folder / "chat_template.json").get("chat_template"), "chat_template.json"
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     if not more:
-        return _read_text(path), path.name
-    named = [{"name": "default", "template": _read_text(path)}]
-    return named + [{"name": item.stem, "template": _read_text(item)} for item in more], path.name
+        return read_template_file(path), path.name
+    named = [{"name": "default", "template": read_template_file(path)}]
+    return named + [{"name": item.stem, "template": read_template_file(item)} for item in more], path.name
 
 
-def _read_text(path: pathlib.Path) -> str:
+def read_template_file(path: pathlib.Path) -> str:
+    """The text of a template. Raises StreamquantError for a file that is too large or not UTF-8."""
     if path.stat().st_size > _MAX_TEMPLATE:
         raise StreamquantError(
             "chat template too large",

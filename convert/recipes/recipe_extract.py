@@ -27,7 +27,7 @@ from streamquant.convert.recipes.mix import (
 )
 from streamquant.convert.recipes.overrides import GGML_TYPES, NO_OVERRIDES, Overrides
 from streamquant.convert.recipes.recipe_file import RecipeFile, check_label
-from streamquant.files.gguf_file import GgufTensor, first_of_split, read_split_set
+from streamquant.files.gguf_file import GgufKeys, GgufTensor, first_of_split, read_split_set
 from streamquant.quant.errors import StreamquantError
 from streamquant.quant.formats import FORMATS
 
@@ -73,7 +73,7 @@ def extract_recipe(path: Path, label: str | None = None) -> ExtractedRecipe:
         notes.append(f"types that cannot be made yet: {', '.join(unmade)}")
     if imatrix:
         notes.append("made with an importance matrix: --imatrix is not part of a recipe")
-    name = str(metadata.get("general.name") or path.stem)
+    name = GgufKeys(path, metadata).text("general.name") or path.stem
     recipe = RecipeFile(label or f"{best.base}-like", best.base, overrides, f"the mix of {name}"[:200])
     return ExtractedRecipe(recipe, tuple(notes))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamquant.convert.manifest import MANIFEST, read_manifest
 from streamquant.convert.source.side_files import is_own
-from streamquant.files.gguf_file import read_header
+from streamquant.files.gguf_file import GgufKeys, read_header
 from streamquant.files.strict_json import read_json_object
 from streamquant.publish.cards.base_card import BaseCard, base_card, read_base_card
 from streamquant.publish.results import CARD, VariantFolder
@@ -147,13 +147,14 @@ def _short(value: float) -> float | int:
 
 
 def _template_of_gguf(path: Path, metadata: Mapping[str, Any]) -> Template | None:
-    text, tokens = metadata.get("tokenizer.chat_template"), metadata.get("tokenizer.ggml.tokens") or []
+    keys = GgufKeys(path, metadata)
+    text, tokens = keys.text("tokenizer.chat_template"), keys.texts("tokenizer.ggml.tokens")
     special = {}
     for name in ("bos", "eos"):
-        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if isinstance(number, int) and 0 <= number < len(tokens):
-            special[f"{name}_token"] = str(tokens[number])
-    return Template(path, text, special) if isinstance(text, str) else None
+        number = keys.whole(f"tokenizer.ggml.{name}_token_id")
+        if number is not None and 0 <= number < len(tokens):
+            special[f"{name}_token"] = tokens[number]
+    return Template(path, text, special) if text is not None else None
 
 
 def _template(folders: list[Path]) -> Template | None:

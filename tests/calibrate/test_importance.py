@@ -15,7 +15,7 @@ from streamquant.model.corpus import Corpus, read_corpus
 from streamquant.model.forward import Setting
 from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError
-from tests.small_models import Models
+from tests.small_models import Models, edit_gguf
 from tests.validate.test_comparison import CASE, write_texts
 
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(900)]
@@ -91,6 +91,42 @@ def test_a_file_of_other_texts_is_not_continued(models: Models, corpus: Corpus, 
     model = models.gguf(CASE, "Q8_0")
     with pytest.raises(StreamquantError, match="not the beginning"):
         write_importance(variant, corpus, Path(shutil_copy(model, tmp_path / "model.gguf")), OPTIONS)
+
+
+@pytest.mark.parametrize("what", ["in_sum2", "counts"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -1.0, 3.0])
+def test_sums_that_no_run_has_written_are_not_continued(
+    what: str, number: float, models: Models, corpus: Corpus, tmp_path: Path
+) -> None:
+    variant, path, half = open_variant(models.checkpoint(CASE)), tmp_path / "a.gguf", corpus.tokens[:2]
+    write_importance(variant, dataclasses.replace(corpus, tokens=half), path, OPTIONS)
+
+    def forged(raw: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        values = raw.view(np.float32).copy()
+        values[0] = number
+        return values.view(np.uint8)
+
+    wrong = edit_gguf(path, tmp_path / "b.gguf", tensors={f"blk.0.attn_q.weight.{what}": forged})
+    if (what, number) == ("in_sum2", 3.0):  # a number like any other
+        assert write_importance(variant, corpus, wrong, OPTIONS).resumed_from == 2
+        return
+    before = wrong.read_bytes()
+    with pytest.raises(StreamquantError, match="sums that no run has written"):
+        write_importance(variant, corpus, wrong, OPTIONS)
+    assert wrong.read_bytes() == before
+
+
+def test_a_file_without_all_sums_is_not_continued(models: Models, corpus: Corpus, tmp_path: Path) -> None:
+    variant, path, half = open_variant(models.checkpoint(CASE)), tmp_path / "a.gguf", corpus.tokens[:2]
+    write_importance(variant, dataclasses.replace(corpus, tokens=half), path, OPTIONS)
+    for name, edit in {
+        "blk.0.attn_q.weight.in_sum2": None,
+        "blk.0.attn_q.weight.counts": lambda raw: raw[:0].view(np.float32),
+        "blk.1.ffn_down.weight.in_sum2": lambda raw: raw[:8].view(np.float32),
+    }.items():
+        wrong = edit_gguf(path, tmp_path / "b.gguf", tensors={name: edit})
+        with pytest.raises(StreamquantError, match="of another model"):
+            write_importance(variant, corpus, wrong, OPTIONS)
 
 
 def shutil_copy(source: Path, target: Path) -> Path:

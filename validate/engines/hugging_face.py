@@ -79,7 +79,10 @@ class HuggingFaceTokenizer:
         with contextlib.suppress(OSError, ValueError):
             stop = json.loads((self._folder / "generation_config.json").read_text()).get("eos_token_id")
             if stop is not None:
-                return list(stop) if isinstance(stop, list) else [stop]
+                ids = list(stop) if isinstance(stop, list) else [stop]
+                if not all(type(number) is int for number in ids):
+                    raise TypeError(f"eos_token_id of generation_config.json is {stop!r:.100}")
+                return ids
         return [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
 
 

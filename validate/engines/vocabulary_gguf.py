@@ -10,7 +10,7 @@ from pathlib import Path
 from gguf.constants import GGUFValueType, Keys
 from gguf.gguf_writer import GGUFValue
 
-from streamquant.files.gguf_file import pack_header, pack_key, pad, read_raw_metadata
+from streamquant.files.gguf_file import GgufKeys, pack_header, pack_key, pad, read_raw_metadata
 from streamquant.files.writing import replacing
 from streamquant.quant.errors import StreamquantError
 
@@ -33,7 +33,7 @@ def write_vocabulary_gguf(source: Path, target: Path) -> Path:
     does not depend on it. Raises StreamquantError if `source` is broken or has no vocabulary.
     """
     header, raw = read_raw_metadata(source)
-    tokens = header.metadata.get(Keys.Tokenizer.LIST)
+    tokens = GgufKeys(source, header.metadata).texts(Keys.Tokenizer.LIST)
     if not tokens:
         raise StreamquantError(
             "no vocabulary in the file",

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from streamquant.files.gguf_file import read_header
+from streamquant.convert.metadata.vocabulary_special import read_template_file
+from streamquant.files.gguf_file import read_keys
+from streamquant.files.json_record import JsonRecord
 from streamquant.files.strict_json import read_json_object
+from streamquant.quant.errors import StreamquantError
 from streamquant.validate.engines.engine import Engine, Rendered
 from streamquant.validate.engines.process import EngineProcess
 from streamquant.validate.text.chat_suite import ChatCase, chat_cases
@@ -154,8 +157,7 @@ def read_template(path: Path) -> str | None:
     StreamquantError if the file is broken.
     """
     if path.suffix == ".gguf":
-        found = read_header(path).metadata.get("tokenizer.chat_template")
-        return found if isinstance(found, str) else None
+        return read_keys(path).text("tokenizer.chat_template")
     return folder_templates(path).get("default")
 
 
@@ -166,18 +168,29 @@ def folder_templates(folder: Path) -> dict[str, str]:
 
 
 def stored_templates(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The chat templates by name that stand in files of their own, and those in tokenizer_config.json."""
+    """The chat templates by name that stand in files of their own, and those in tokenizer_config.json.
+
+    Raises StreamquantError for a file that is not UTF-8 or too large, and for a template that is no text or, in a list,
+    has no name.
+    """
     beside = {}
     if (folder / "chat_template.jinja").is_file():
-        beside["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-        beside |= {path.stem: path.read_text(encoding="utf-8") for path in more}
+        beside = {"default": read_template_file(folder / "chat_template.jinja")}
+        beside |= {path.stem: read_template_file(path) for path in more}
     config = folder / "tokenizer_config.json"
     stored = read_json_object(config).get("chat_template") if config.is_file() else None
-    if isinstance(stored, str):
-        return beside, {"default": stored}
-    named = stored if isinstance(stored, list) else []
-    return beside, {str(item["name"]): str(item["template"]) for item in named if isinstance(item, dict)}
+    if stored is None or isinstance(stored, str):
+        return beside, {} if stored is None else {"default": stored}
+    if not isinstance(stored, list):
+        raise StreamquantError(
+            "not a chat template",
+            where=f"{config}, chat_template",
+            found=f"{stored!r:.100}",
+            required="a text or a list",
+        )
+    entries = [JsonRecord(item, f"{config}, chat_template", "not a chat template") for item in stored]
+    return beside, {entry.text("name"): entry.text("template") for entry in entries}
 
 
 def _same(expected: Rendered, found: Rendered) -> bool:

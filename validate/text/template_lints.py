@@ -15,7 +15,7 @@ from typing import Any, Literal
 from gguf import TokenType
 
 from streamquant.convert.metadata.vocabulary_defaults import engine_tokens, stop_ids
-from streamquant.files.gguf_file import read_header
+from streamquant.files.gguf_file import GgufKeys, read_header
 from streamquant.files.strict_json import read_json_object
 from streamquant.validate.engines.engine import Rendered, TemplateRequest
 from streamquant.validate.engines.process import EngineProcess
@@ -111,25 +111,25 @@ def lint_gguf(path: Path, engine: EngineProcess) -> list[Lint]:
 
     Raises StreamquantError if the engine fails or the file is broken.
     """
-    metadata = read_header(path).metadata
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
-    types: list[int] = metadata.get("tokenizer.ggml.token_type", [])
+    header = read_header(path)
+    keys = GgufKeys(path, header.metadata)
+    tokens, types = keys.texts("tokenizer.ggml.tokens"), keys.wholes("tokenizer.ggml.token_type")
     kinds = {int(TokenType.CONTROL): True, int(TokenType.USER_DEFINED): False}
     added = {tokens[at]: (at, kinds[kind]) for at, kind in enumerate(types[: len(tokens)]) if kind in kinds}
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    ids = {name: keys.whole(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     texts = {f"{name}_token": text for name in ("bos", "eos") if (text := _token(ids[name], tokens)) is not None}
-    template = metadata.get("tokenizer.chat_template")
+    template = keys.text("tokenizer.chat_template")
     subject = _Subject(
         where=path,
         is_gguf=True,
-        template=template if isinstance(template, str) else None,
+        template=template,
         other_template=None,
         special=texts,
         added=added,
-        adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
-        stops=engine_tokens(metadata).stops,
-        sampling=frozenset(name for name, key in _GGUF_SAMPLING.items() if key in metadata),
-        render=_renderer(engine, template if isinstance(template, str) else None, path),
+        adds_bos=bool(keys.flag("tokenizer.ggml.add_bos_token")),
+        stops=engine_tokens(header.metadata).stops,
+        sampling=frozenset(name for name, key in _GGUF_SAMPLING.items() if key in header.metadata),
+        render=_renderer(engine, template, path),
     )
     return _lint(subject)
 

@@ -14,7 +14,7 @@ from gguf import TokenType
 from tokenizers import Tokenizer
 
 from streamquant.convert.metadata.vocabulary_spm import added_type
-from streamquant.files.gguf_file import read_header
+from streamquant.files.gguf_file import read_keys
 from streamquant.validate.engines.engine import Engine
 
 FIRST = 5
@@ -267,9 +267,8 @@ def check_token_types(path: Path, special: Iterable[tuple[int, str, bool]]) -> t
     llama.cpp mends some types when it loads a file, so that they show nowhere else. Raises StreamquantError if
     the file is broken.
     """
-    metadata = read_header(path).metadata
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
-    types: list[int] = metadata.get("tokenizer.ggml.token_type", [])
+    keys = read_keys(path)
+    tokens, types = keys.texts("tokenizer.ggml.tokens"), keys.wholes("tokenizer.ggml.token_type")
     problems = []
     for number, text, flag in special:
         if number >= min(len(tokens), len(types)):
