@@ -52,9 +52,10 @@ class EngineTokens:
 def engine_tokens(metadata: Mapping[str, Any]) -> EngineTokens:
     """Return what llama.cpp reads out of the tokenizer.* keys (key -> plain value) of a GGUF file."""
     keys = Keys.Tokenizer
-    texts, pre = _list(metadata, keys.LIST), metadata.get(keys.PRE)
+    texts = _list(metadata, keys.LIST)
+    pre = found if isinstance(found := metadata.get(keys.PRE), str) else None
     spm = metadata.get(keys.MODEL) == "llama"
-    group = group_of(pre) if isinstance(pre, str) else None
+    group = group_of(pre) if pre is not None else None
     bos: int | None = 1 if spm else None if pre in _NO_BOS else 11
 
     def token(key: str, default: int | None) -> int | None:
