@@ -11,9 +11,10 @@ def parse_size(text: str, where: str) -> int:
     >>> parse_size("45G", "--split-max-size")
     45000000000
     """
-    match = re.fullmatch(r"([1-9]\d*)([KMGT]?)B?", text.strip().upper())
+    match = re.fullmatch(r"([1-9][0-9]{0,14})([KMGT]?)B?", text.strip().upper())
     if match is None:
-        raise UsageError("not a size", where=where, found=repr(text), required="a number with K, M, G or T, like 40G")
+        required = "a number of at most 15 digits with K, M, G or T, like 40G"
+        raise UsageError("not a size", where=where, found=f"{text!r:.100}", required=required)
     exponent = " KMGT".index(match[2] or " ")
     return int(match[1]) * int(1000**exponent)
 

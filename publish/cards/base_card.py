@@ -66,6 +66,7 @@ def read_base_card(path: Path) -> BaseCard:
             text = file.read(MAX_FRONT_MATTER).decode("utf-8-sig", errors="replace")
     except OSError as error:
         raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error
+    text = text.replace("\t", "  ")  # YAML has no tabs; gguf-py's reader of model cards does the same
     match = _FRONT_MATTER.match(text)
     if match is None:
         if re.match(r"\s*---[ \t]*[\r\n]", text):

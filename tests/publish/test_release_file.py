@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[str | dict[str, Any], str, str]] = {
     "no table": ("- a\n- b\n", "not a table", "a table of model"),
     "nothing": ("", "not a table", "found:    None"),
     "broken": ("model: [", "broken YAML", "release.yaml"),
-    "a tag": ("model: !!python/object/apply:os.system [id]", "broken YAML", "could not determine a constructor"),
+    "a tag": ("model: !!python/object/apply:os.system [id]", "broken YAML", "tags (!name) are not allowed"),
     "an anchor": ("model: &a Tiny\nname: *a", "broken YAML", "anchors and aliases"),
     "a key twice": ("model: Tiny\nmodel: Other", "broken YAML", "occurs twice"),
     "two spellings": ({**LEAST, "split_max_size": "1G", "split-max-size": "2G"}, "a key is given twice", "split"),

@@ -44,6 +44,7 @@ def write_base(folder: Path, front_matter: str) -> Path:
     ("text", "card"),
     [
         ("license: mit", BaseCard(license=("mit",))),
+        ("license:\tapache-2.0\ntags:\n\t- x", BaseCard(license=("apache-2.0",), tags=("x",))),  # as gguf-py reads it
         ("license: [mit, apache-2.0]", BaseCard(license=("mit", "apache-2.0"))),
         ("language: no", BaseCard(language=("no",))),
         ("language: [no, en, 'x y', '<b>']", BaseCard(language=("no", "en"))),
