@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from streamquant.files.reading import read_blocks
+from streamquant.files.reading import open_regular, read_blocks
 from streamquant.quant.errors import StreamquantError
 
 READ_BYTES = 2 * 1024 * 1024
@@ -32,7 +32,7 @@ class Extent:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a finished file, in hexadecimal. Raises StreamquantError if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error

@@ -1,13 +1,32 @@
 """Reads of parts of files."""
 
 import os
+import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamquant.quant.errors import StreamquantError
+
+
+def open_regular(path: Path, *, follow: bool = True) -> BufferedReader:
+    """A regular file, open for reading; as `regular_descriptor`."""
+    return open(regular_descriptor(path, follow=follow), "rb")
+
+
+def regular_descriptor(path: Path, *, follow: bool = True) -> int:
+    """A descriptor for reading a file whose name others may choose: opening a FIFO would wait, a device might act.
+
+    `follow`: links. Raises StreamquantError if it is no regular file, OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StreamquantError("not a regular file", where=str(path))
+    return descriptor
 
 
 def read_bytes(path: Path, start: int, stop: int) -> NDArray[np.uint8]:

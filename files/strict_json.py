@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
+from streamquant.files.reading import open_regular
 from streamquant.quant.errors import StreamquantError
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -31,12 +33,14 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     Raises StreamquantError if it cannot be read, is larger, or is not plain, strict JSON.
     """
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise StreamquantError("JSON file too large", where=str(path), found=f"{size:,} bytes", required=max_bytes)
-        return parse_json(path.read_bytes(), str(path))
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = b"" if size > max_bytes else file.read(max_bytes + 1)
     except OSError as error:
         raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error
+    if (size := max(size, len(data))) > max_bytes:
+        raise StreamquantError("JSON file too large", where=str(path), found=f"{size:,} bytes", required=max_bytes)
+    return parse_json(data, str(path))
 
 
 def read_json_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:

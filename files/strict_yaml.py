@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from streamquant.files.reading import open_regular
 from streamquant.quant.errors import UsageError
 
 MAX_BYTES = 1024 * 1024
@@ -15,7 +16,7 @@ MAX_BYTES = 1024 * 1024
 def read_yaml(path: Path) -> object:
     """What a YAML file of at most MAX_BYTES holds. Raises UsageError if it cannot be read, or is not plain YAML."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise UsageError("file too large", where=str(path), required=f"at most {MAX_BYTES:,} bytes")

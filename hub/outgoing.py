@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd
 
 from streamquant.files.hashing import sha256_of
 from streamquant.files.listener import Listener
+from streamquant.files.reading import open_regular, regular_descriptor
 from streamquant.files.worker import Stopped
 from streamquant.hub.repo import git_blob
 from streamquant.quant.errors import StreamquantError
@@ -61,7 +62,8 @@ class Outgoing:
 
 def git_sha1(path: Path) -> str:
     """The hash of git of a small file, in hexadecimal."""
-    data = path.read_bytes()
+    with open_regular(path) as file:
+        data = file.read()
     digest = git_blob(len(data))
     digest.update(data)
     return digest.hexdigest()
@@ -92,7 +94,7 @@ class MeteredFile(io.BufferedReader):
     """A file that tells how far it was read."""
 
     def __init__(self, path: Path, meter: Meter) -> None:
-        super().__init__(io.FileIO(path))
+        super().__init__(io.FileIO(regular_descriptor(path)))
         self._meter = meter
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -128,7 +130,7 @@ class Addition(CommitOperationAdd):
     def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
         """The file; a metered one where the client would show a bar."""
         if not with_tqdm:
-            with self._source.open("rb") as file:
+            with open_regular(self._source) as file:
                 yield file
         else:
             with MeteredFile(self._source, self._meter) as file:

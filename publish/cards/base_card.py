@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from streamquant.files.reading import open_regular
 from streamquant.quant.errors import StreamquantError
 
 MAX_FRONT_MATTER = 256 * 1024
@@ -62,7 +63,7 @@ def read_base_card(path: Path) -> BaseCard:
     MAX_FRONT_MATTER bytes.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(MAX_FRONT_MATTER).decode("utf-8-sig", errors="replace")
     except OSError as error:
         raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error

@@ -10,6 +10,7 @@ from typing import Any
 from streamquant.convert.manifest import MANIFEST, read_manifest
 from streamquant.convert.source.side_files import is_own
 from streamquant.files.gguf_file import GgufKeys, read_header
+from streamquant.files.reading import open_regular
 from streamquant.files.strict_json import read_json_object
 from streamquant.publish.cards.base_card import BaseCard, base_card, read_base_card
 from streamquant.publish.results import CARD, VariantFolder
@@ -91,9 +92,9 @@ def card_before(folder: Path) -> BaseCard:
 def is_ours(card: Path) -> bool:
     """Whether a README.md was written by us."""
     try:
-        with card.open("rb") as file:
+        with open_regular(card) as file:
             head = file.read(_HEAD)
-    except OSError:
+    except (OSError, StreamquantError):
         return False
     return MARK.encode() in head.split(b"\n")
 

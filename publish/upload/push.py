@@ -16,6 +16,7 @@ from typing import Literal
 
 from streamquant.convert.manifest import MANIFEST
 from streamquant.files.listener import SILENT, Listener
+from streamquant.files.reading import open_regular
 from streamquant.hub.background import in_background
 from streamquant.hub.client import connect
 from streamquant.hub.outgoing import UPLOADING, Held, Outgoing
@@ -206,7 +207,12 @@ def card_is_stale(folder: VariantFolder, repo: str) -> bool:
         made_from.append(folder.report_folder / REPORT)
     if any(path.exists() and path.stat().st_mtime_ns > card.stat().st_mtime_ns for path in made_from):
         return True
-    return repo not in card.read_text(encoding="utf-8", errors="replace")
+    return repo not in _read_card(card)
+
+
+def _read_card(card: Path) -> str:
+    with open_regular(card) as file:
+        return file.read().decode(errors="replace")
 
 
 def _check_sizes(folder: VariantFolder) -> tuple[str, ...]:
@@ -266,7 +272,7 @@ def _check_card(upload: _Upload) -> None:
     """Raise StreamquantError for a card that the Hub would refuse after all else was sent."""
     for file in upload.files:
         if file.path == CARD and file.file is not None:
-            upload.target.check_card(file.file.read_text(encoding="utf-8", errors="replace"))
+            upload.target.check_card(_read_card(file.file))
 
 
 def _check_contents(upload: _Upload) -> None:

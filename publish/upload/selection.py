@@ -16,6 +16,7 @@ from streamquant.convert.run.journal import WORK_FOLDER
 from streamquant.convert.source.side_files import is_side_file
 from streamquant.convert.source.weights import CONFIG, INDEX
 from streamquant.files.hashing import READ_BYTES
+from streamquant.files.reading import open_regular
 from streamquant.files.writing import PARTIAL
 from streamquant.hub.outgoing import Outgoing
 from streamquant.publish.cards.origin import BASE_CARD
@@ -209,7 +210,7 @@ def check_content(file: Outgoing, on_bytes: Callable[[int], None] = lambda _coun
     """Compare a file with the hash in its manifest. Raises StreamquantError if it differs."""
     assert file.file is not None, "only files that are there are sent"
     digest = hashlib.sha256()
-    with file.file.open("rb") as stream:
+    with open_regular(file.file) as stream:
         while data := stream.read(READ_BYTES):
             digest.update(data)
             on_bytes(len(data))
