@@ -193,8 +193,8 @@ def check_writable(folder: Path, names: Iterable[str] = (), *, try_it: bool = Fa
         if not there.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
         if not os.access(there, os.W_OK | os.X_OK):
-            code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
-            raise OSError(code, os.strerror(code), str(there))
+            code = _why_not(there)
+            raise OSError(code, os.strerror(code), str(folder))
         longest = os.pathconf(there, "PC_NAME_MAX")
         for name in (*folder.absolute().relative_to(there.absolute()).parts, *names):
             if len(os.fsencode(name)) > longest:
@@ -203,6 +203,17 @@ def check_writable(folder: Path, names: Iterable[str] = (), *, try_it: bool = Fa
             tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise explain(error, folder) from error
+
+
+def _why_not(folder: Path) -> int:
+    """What the system answers to a new file in a folder that takes none."""
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return errno.EROFS
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))  # without a name: nothing is made
+    except OSError as error:
+        return error.errno if error.errno in (errno.EPERM, errno.EACCES, errno.EROFS) else errno.EACCES
+    return errno.EACCES
 
 
 def _is_plain(found: os.stat_result) -> bool:

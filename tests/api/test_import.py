@@ -91,7 +91,7 @@ def test_help_reads_well() -> None:
 def test_a_package_that_is_a_function(room: Any, function: Callable[..., object]) -> None:
     assert inspect.signature(room) == inspect.signature(function)
     assert room.__doc__ == function.__doc__
-    assert inspect.unwrap(room) is function
+    assert room.__wrapped__ is function
     assert isinstance(room, ModuleType)
 
 

@@ -188,7 +188,7 @@ def test_ten_kills(shards: int, whole: Reference, zygote: Zygote, hub: Hub, tmp_
 
 
 LAST_STEPS = [
-    "run.output_files._rename",
+    "run.output_files.give_name",
     "conversion.write_manifests",
     "source.spool.Spool.remove",
     "run.journal.Journal.remove",

@@ -285,6 +285,12 @@ def config(model: Path, **change: object) -> None:
     edit_json(model / "config.json", **change)
 
 
+def gptq(model: Path) -> None:
+    """A quantization_config, and a tensor of a quantized layer: without one it is another model's, and left out."""
+    config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    rename_tensor(model, "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.qweight")
+
+
 def only_pickles(model: Path) -> None:
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
 
@@ -314,7 +320,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("'dynamic' is not supported",),
     ),
     "already quantized": (
-        lambda m: config(m, quantization_config={"quant_method": "gptq", "bits": 4}),
+        gptq,
         ("already quantized", "gptq", "start from the original checkpoint"),
     ),
     "a mixture of experts": (lambda m: config(m, num_local_experts=8), ("mixture of experts", "num_local_experts")),

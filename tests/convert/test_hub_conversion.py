@@ -239,8 +239,8 @@ def test_pin_is_that_of_the_run_that_began(model: Path, hub: Hub, tmp_path: Path
     first = commit_of(repo).oid
     repo.branches["other"] = first
     out = tmp_path / "out"
-    hub.arm(Fault(host="cdn", path="*00005-of*", status=403, skip=1, times=1))
-    run("convert", "OLD/Tiny", *TO, "--out", out).refused(1, "fetching model-00005-of-00008.safetensors")
+    hub.arm(Fault(host="cdn", path="*00005-of*", status=451, skip=1, times=1))
+    run("convert", "OLD/Tiny", *TO, "--out", out).refused(1, "model-00005-of-00008.safetensors")
     assert pinned_commit(out, REPO, "main") == pinned_commit(out, "old/tiny", "main") == first
     assert pinned_commit(out, REPO, "other") is None
     changed = {path.name: path.read_bytes() for path in model.iterdir()}
