@@ -85,17 +85,21 @@ class ImportanceRun:
     """Chunks that were in the file before."""
     entries: int
     bytes_read: int
+    notes: tuple[str, ...] = ()
+    """What a user should know of the texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportanceOptions:
     """How to compute an importance matrix.
 
-    save_every  chunks after which the file is saved; every round reads all weights once. None: one round
+    save_every     chunks after which the file is saved; every round reads all weights once. None: one round
+    parse_special  special tokens in the texts are tokens and not letters, as with llama-imatrix's --parse-special
     """
 
     setting: Setting = field(default_factory=Setting)
     save_every: int | None = None
+    parse_special: bool = False
 
 
 def write_importance(
@@ -129,7 +133,8 @@ def write_importance(
         bytes_read += lane.bytes_read
         sums.check()
         save_importance(out, sums, corpus, last)
-    return ImportanceRun(out, max(before, len(corpus.tokens)), before, len(sums.sums), bytes_read)
+    chunks = max(before, len(corpus.tokens))
+    return ImportanceRun(out, chunks, before, len(sums.sums), bytes_read, corpus.notes)
 
 
 def tokens_sha256(tokens: Tokens) -> str:

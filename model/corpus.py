@@ -1,13 +1,15 @@
 """Texts -> chunks of tokens, cut as llama-perplexity and llama-imatrix cut them.
 
-Each text is tokenized once: BOS first if the tokenizer adds one, special tokens in the text taken as plain text. It is
+Each text is tokenized once: BOS first if the tokenizer adds one, special tokens in the text taken as plain text, or as
+what they are (llama-imatrix's --parse-special). It is
 cut into chunks of `context` tokens, the rest at the end is dropped, and the first token of each chunk is replaced by
 BOS if the tokenizer adds one (tools/perplexity/perplexity.cpp of llama.cpp; its -f drops one newline at the end).
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,8 @@ class Corpus:
     files: tuple[TextFile, ...]
     bos: int | None
     """The token at the beginning of every chunk, None where the tokenizer adds none."""
+    plain: Mapping[str, int] = field(default_factory=dict)
+    """Special tokens that stand in the texts and were taken as plain text: how often."""
 
     @property
     def context(self) -> int:
@@ -53,14 +57,33 @@ class Corpus:
         ends = np.cumsum([file.chunks for file in self.files])
         return {file.category: np.arange(end - file.chunks, end) for file, end in zip(self.files, ends, strict=True)}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the texts."""
+        if not self.plain:
+            return ()
+        text = max(self.plain, key=lambda text: self.plain[text])
+        return (
+            f"{text} stands {self.plain[text]} times in the texts and is read as letters, not as the token: "
+            "--parse-special reads it as the chats of users have it",
+        )
+
     def sha256(self) -> str:
         """Of the tokens and their shape."""
         return hashlib.sha256(f"{self.tokens.shape}".encode() + self.tokens.astype("<i8").tobytes()).hexdigest()
 
 
-def read_corpus(texts: Sequence[Path], tokenizer: Path, context: int = 512, chunks: int | None = None) -> Corpus:
+def read_corpus(
+    texts: Sequence[Path],
+    tokenizer: Path,
+    context: int = 512,
+    chunks: int | None = None,
+    *,
+    parse_special: bool = False,
+) -> Corpus:
     """Tokenize and cut texts (UTF-8); at most `chunks` chunks of each.
 
+    parse_special: special tokens in the texts are tokens, as with llama-imatrix's option of that name.
     tokenizer is a tokenizer.json or a folder with one. Raises UsageError for a bad argument or a text of less than two
     chunks (llama-perplexity refuses it too), StreamquantError for a file that cannot be read.
     """
@@ -70,10 +93,14 @@ def read_corpus(texts: Sequence[Path], tokenizer: Path, context: int = 512, chun
         raise UsageError("two texts of one name", required="names that differ, they are the categories")
     backend = read_tokenizer(tokenizer)
     bos = added_bos(backend)
+    specials = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    plain: Counter[str] = Counter()
     cut, files = [], []
     for text in texts:
         content = read_text(text)
-        ids = encode_plain(backend, content.removesuffix("\n"))
+        ids = encode_text(backend, content.removesuffix("\n"), parse_special=parse_special)
+        if not parse_special:
+            plain.update({text: count for text in specials if (count := content.count(text))})
         ids = ids if bos is None else [bos, *ids]
         if len(ids) < 2 * context:
             raise UsageError(
@@ -90,7 +117,7 @@ def read_corpus(texts: Sequence[Path], tokenizer: Path, context: int = 512, chun
     tokens = np.concatenate(cut)
     if bos is not None:
         tokens[:, 0] = bos
-    return Corpus(tokens, tuple(files), bos)
+    return Corpus(tokens, tuple(files), bos, dict(plain))
 
 
 def read_text(path: Path) -> str:
@@ -121,10 +148,10 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise StreamquantError("cannot read a tokenizer", where=str(file), found=str(error)[:300]) from error
 
 
-def encode_plain(backend: Tokenizer, text: str) -> list[int]:
-    """Token ids without BOS. Special tokens in the text are plain text, as in llama.cpp without parse_special."""
+def encode_text(backend: Tokenizer, text: str, *, parse_special: bool = False) -> list[int]:
+    """Token ids without BOS. Special tokens in the text are plain text without `parse_special`, as in llama.cpp."""
     before = backend.encode_special_tokens
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = not parse_special
     try:
         return list(backend.encode(text, add_special_tokens=False).ids)
     finally:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamquant.files.listener import SILENT, Listener
-from streamquant.model.corpus import encode_plain, read_corpus, read_text, read_tokenizer
+from streamquant.model.corpus import encode_text, read_corpus, read_text, read_tokenizer
 from streamquant.model.variants.open import open_variant
 from streamquant.model.variants.variant import Variant
 from streamquant.validate.engines.check import check_engines
@@ -43,7 +43,7 @@ def validate(
     # Tokens and chat first: they cost seconds, and a fault there is the most common one.
     check_tokenizers(run, texts)
     comparison = check_logits(run, corpus)
-    check_engines(run, encode_plain(backend, next(iter(texts.values()))[0]))
+    check_engines(run, encode_text(backend, next(iter(texts.values()))[0]))
     return make_report(run, comparison)
 
 

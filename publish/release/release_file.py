@@ -59,6 +59,7 @@ class ReleaseImatrix:
     context: int = key(partial(Table.count, least=2), 512)
     chunks: int | None = key(Table.count)
     save_every: int | None = key(Table.count)
+    parse_special: bool = key(Table.flag, False)
     dtype: str | None = key(one_of(DTYPES))
     include_weights: tuple[str, ...] = key(Table.texts, ())
     exclude_weights: tuple[str, ...] = key(Table.texts, ())

@@ -89,7 +89,7 @@ def imatrix(
         model: the checkpoint, ORG/NAME[@REVISION], or any variant of it.
         texts: UTF-8 files.
         out: the file to write; one that is there is continued if it is of the beginning of the same tokens.
-        options: device, dtype, and after how many chunks the file is saved.
+        options: device, dtype, after how many chunks the file is saved, whether special tokens are tokens.
         context: tokens of a chunk.
         chunks: chunks of each text, at most.
         tokenizer: tokenizer.json of the texts, where the model has none (a GGUF).
@@ -104,7 +104,8 @@ def imatrix(
         raise UsageError("the output file is a folder, or no file at all", where=str(out), hint="choose another --out")
     check_writable(out.parent, [partial_of(out).name], try_it=True)  # before hours of computing
     variant = open_variant(local_weights(model, listener))
-    corpus = read_corpus(_paths(texts), Path(tokenizer or variant.path), context, chunks)
+    parse_special = options is not None and options.parse_special
+    corpus = read_corpus(_paths(texts), Path(tokenizer or variant.path), context, chunks, parse_special=parse_special)
     return write_importance(variant, corpus, out, options, listener)
 
 

@@ -25,6 +25,13 @@ def imatrix_command(
         int | None,
         typer.Option(min=1, help="Save after this many chunks; each round reads all weights. Default: one round."),
     ] = None,
+    parse_special: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special",
+            help="Read special tokens in the texts as tokens, not as letters: for texts that are formatted chats.",
+        ),
+    ] = False,
     scratch: Scratch = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.json for the texts, if MODEL has none (a GGUF).")
@@ -34,7 +41,7 @@ def imatrix_command(
 
     Example: `streamquant imatrix Hermes-4-14B --text calibration.txt --out imatrix.gguf --save-every 50`
     """
-    options = streamquant.ImportanceOptions(forward_setting(device, dtype, scratch), save_every)
+    options = streamquant.ImportanceOptions(forward_setting(device, dtype, scratch), save_every, parse_special)
     with console_listener("run the same command again; it uses what is in the cache") as listener:
         done = streamquant.imatrix(
             model, text, out, options, context=context, chunks=chunks, tokenizer=tokenizer, listener=listener
@@ -42,3 +49,5 @@ def imatrix_command(
     resumed = f", {done.resumed_from} of them from before" if done.resumed_from else ""
     line = f"{done.entries} tensors over {done.chunks} chunks of {context} tokens{resumed} in {done.path}"
     print_line(line)
+    for note in done.notes:
+        print_line(f"note: {note}")

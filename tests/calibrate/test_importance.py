@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from streamquant.calibrate.importance import ImportanceOptions, InputSums, write_importance
 from streamquant.convert.architectures import TensorKind, TensorRule
@@ -150,3 +151,24 @@ def test_infinite_inputs_are_an_error() -> None:
     sums.observe("a", torch.tensor([[[1.0, float("inf")]]]))
     with pytest.raises(StreamquantError, match=r"NaN or infinite[\s\S]*column 1"):
         sums.check()
+
+
+def test_special_tokens_in_texts(models: Models, tmp_path: Path) -> None:
+    """As letters with a note, or as the tokens that they are."""
+    text = tmp_path / "chat.txt"
+    text.write_text("<|im_start|>user\nHi<|im_end|>\n" * 60 + "plain")
+    tokenizer = Tokenizer.from_file(str(models.checkpoint(CASE) / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    plain = read_corpus([text], tmp_path / "tokenizer.json", context=64)
+    parsed = read_corpus([text], tmp_path / "tokenizer.json", context=64, parse_special=True)
+    start = tokenizer.token_to_id("<|im_start|>")
+    assert start not in plain.tokens
+    assert plain.plain == {"<|im_start|>": 60, "<|im_end|>": 60}
+    assert "60 times" in plain.notes[0]
+    assert "--parse-special" in plain.notes[0]
+    assert (parsed.plain, parsed.notes) == ({}, ())
+    assert (parsed.tokens == start).sum() > 10
+    expected = tokenizer.encode(text.read_text(), add_special_tokens=False).ids
+    first = parsed.tokens[0].tolist()
+    assert first[1:] == (expected if parsed.bos is None else [parsed.bos, *expected])[1:64]

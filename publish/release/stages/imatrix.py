@@ -73,16 +73,18 @@ class ImatrixStage(SkippableStage):
         from streamquant.model.variants.open import open_variant
 
         variant = open_variant(self.release.weights)
-        corpus = read_corpus(self.options.text, variant.path, self.options.context, self.options.chunks)
+        asked = self.options
+        corpus = read_corpus(asked.text, variant.path, asked.context, asked.chunks, parse_special=asked.parse_special)
         done = write_importance(
             variant,
             corpus,
             self.path,
-            ImportanceOptions(self.release.setting(self.options.dtype), self.options.save_every),
+            ImportanceOptions(self.release.setting(asked.dtype), asked.save_every, asked.parse_special),
             self.listener,
         )
         resumed = f", {done.resumed_from} of them from before" if done.resumed_from else ""
-        return f"{done.entries} tensors over {done.chunks} chunks{resumed} in {self.path}", [self.path]
+        notes = "".join(f"; {note}" for note in done.notes)
+        return f"{done.entries} tensors over {done.chunks} chunks{resumed} in {self.path}{notes}", [self.path]
 
 
 def imatrix_for_planning(run: ReleaseRun) -> ImportanceMatrix | None:
@@ -99,10 +101,12 @@ def imatrix_for_planning(run: ReleaseRun) -> ImportanceMatrix | None:
 def expected_imatrix(checkpoint: Checkpoint, name: str, options: ReleaseImatrix) -> ImportanceMatrix:
     """What an importance matrix over the texts will be, but for its values: an entry for each linear layer."""
     entries = {
-        rule.gguf_name: np.broadcast_to(np.float32(1), (checkpoint.tensors[hf].row_length,))
+        rule.gguf_name: np.broadcast_to(
+            np.float32(1), (checkpoint.tensors[hf].row_length * (rule.expert.count if rule.expert else 1),)
+        )
         for hf, rule in describe(checkpoint.config).rules.items()
         if hf in checkpoint.tensors
-        and rule.kind is TensorKind.LINEAR
+        and (rule.kind.is_linear or rule.kind is TensorKind.ROUTER)
         and rule.gguf_name.startswith("blk.")
         and rule.gguf_name.endswith(".weight")
     }
