@@ -81,10 +81,16 @@ class LlamaCpp:
         return results
 
     def next_token_logprobs(self, prompts: list[list[int]], *, top: int) -> list[dict[str, Any]]:
-        """Engine.next_token_logprobs."""
+        """Engine.next_token_logprobs.
+
+        The server leaves the probabilities out where the token that it chose ends within a UTF-8 character
+        (process_token of tools/server). It is made to choose a letter: the bias changes its choice, not the
+        probabilities, which are those of the plain logits.
+        """
+        letter = [[self._tokens("a", False, False)[-1], 1000.0]]
         results = []
         for prompt in prompts:
-            answer = self._complete(prompt, 1, n_probs=top)
+            answer = self._complete(prompt, 1, n_probs=top, logit_bias=letter)
             best = answer["completion_probabilities"][0]["top_logprobs"]
             results.append({"ids": [item["id"] for item in best], "logprobs": [item["logprob"] for item in best]})
         return results
