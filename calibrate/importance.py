@@ -117,9 +117,7 @@ def write_importance(
     """
     options = options or ImportanceOptions()
     rules = {
-        rule.hf_name.removesuffix(".weight"): rule
-        for rule in variant.description.rules.values()
-        if rule.gguf_name.startswith("blk.") and rule.gguf_name.endswith(".weight")
+        rule.hf_name.removesuffix(".weight"): rule for rule in variant.description.rules.values() if rule.has_importance
     }
     sums = InputSums(rules)
     before = _resume(out, corpus, sums) if out.exists() else 0
@@ -190,7 +188,7 @@ def _resume(path: Path, corpus: Corpus, sums: InputSums) -> int:
             required="no such file, or one of the same texts, tokenizer and context",
             hint="remove it, or name another --out",
         )
-    weights = {rule.gguf_name: rule for rule in sums.rules.values() if len(rule.shape) == 2}
+    weights = {rule.gguf_name: rule for rule in sums.rules.values()}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, rule in weights.items():
         stack = (rule.expert.count,) if rule.expert is not None else ()

@@ -218,7 +218,8 @@ class _Model:
         """The weights of a layer by their names in it, on the device."""
         variant, prefix = self.lane.variant, f"model.layers.{layer}."
         weights = {}
-        for name in variant.layer_names(layer):
+        for rule in variant.layer_rules(layer):
+            name = rule.hf_name
             with errors_of(variant):
                 whole = variant.read(name, self.dtype, self._observer(name))
             weights[module_name(name.removeprefix(prefix), variant.description.family.experts)] = whole.to(self.device)
@@ -247,7 +248,7 @@ class _Model:
         hidden = self.lane.hidden
         assert hidden is not None
         with ExitStack() as hooks:
-            self._hook(hooks, module, f"model.layers.{layer}.")
+            self._hook(hooks, module, layer)
             for first in range(0, len(hidden), self.batch):
                 rows = hidden[first : first + self.batch]
                 output = module(
@@ -260,15 +261,15 @@ class _Model:
                 rows.copy_(output[0] if isinstance(output, tuple) else output)
         module.to("meta")
 
-    def _hook(self, hooks: ExitStack, module: Any, prefix: str) -> None:
-        """Watch and quantize the inputs of the linear layers while `hooks` is open."""
+    def _hook(self, hooks: ExitStack, module: Any, layer: int) -> None:
+        """Watch and quantize the inputs of the linear layers of a decoder layer while `hooks` is open."""
         import torch
 
+        prefix = f"model.layers.{layer}."
         experts = self.lane.variant.description.family.experts
         rules = {
-            module_name(name.removeprefix(prefix), experts): rule
-            for name, rule in self.lane.variant.description.rules.items()
-            if name.startswith(prefix)
+            module_name(rule.hf_name.removeprefix(prefix), experts): rule
+            for rule in self.lane.variant.layer_rules(layer)
         }
         last: list[Any] = [None, None, None]  # q, k and v have one input, and gate and up: it is quantized once
         for name, linear in module.named_modules():

@@ -38,9 +38,13 @@ class TensorRule:
     required: bool
     expert: ExpertSlot | None = None
     """For a tensor of one expert; its GGUF name is that of the stacked tensor."""
-
     layer: int = -1
     """The number of its decoder layer; -1 outside of them."""
+
+    @property
+    def has_importance(self) -> bool:
+        """Whether llama-imatrix has an entry for it: the matrices of the layers that inputs are multiplied with."""
+        return self.layer >= 0 and (self.kind.is_linear or self.kind is TensorKind.ROUTER)
 
     @property
     def gguf_shape(self) -> tuple[int, ...]:

@@ -190,7 +190,7 @@ def read_experts(family: Family, config: ConfigValues) -> tuple[int, int, int]:
     if family.experts is None:
         return 0, 0, 0
     spelled = next((key for key in family.experts.count if key in config), family.experts.count[0])
-    count = config.integer(spelled, most=MAX_EXPERTS)
+    count = config.integer(spelled, least=2, most=MAX_EXPERTS)
     used = config.integer(family.experts.used, most=count)
     return count, used, config.integer(family.experts.intermediate)
 

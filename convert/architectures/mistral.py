@@ -8,14 +8,19 @@ of transformers.
 from streamquant.convert.architectures.family import Family, linear, norm
 from streamquant.convert.architectures.llama import LLAMA_MODEL
 
+ATTENTION = (
+    *linear("self_attn.q_proj", ("query", "hidden"), rope="query"),
+    *linear("self_attn.k_proj", ("key_value", "hidden"), rope="key"),
+    *linear("self_attn.v_proj", ("key_value", "hidden")),
+    *linear("self_attn.o_proj", ("hidden", "query")),
+)
+"""The attention of a layer, with experts or without."""
+
 MISTRAL = Family(
     hf_architecture="MistralForCausalLM",
     model_type="mistral",
     layer=(
-        *linear("self_attn.q_proj", ("query", "hidden"), rope="query"),
-        *linear("self_attn.k_proj", ("key_value", "hidden"), rope="key"),
-        *linear("self_attn.v_proj", ("key_value", "hidden")),
-        *linear("self_attn.o_proj", ("hidden", "query")),
+        *ATTENTION,
         *linear("mlp.gate_proj", ("intermediate", "hidden")),
         *linear("mlp.up_proj", ("intermediate", "hidden")),
         *linear("mlp.down_proj", ("hidden", "intermediate")),

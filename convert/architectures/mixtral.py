@@ -5,17 +5,15 @@ of a layer when it has read the last of them: w1 (gate), w2 (down), w3 (up). Def
 which leaves head_dim open (see qwen2.py), and whose modules are called mlp where checkpoints say block_sparse_moe.
 """
 
-from streamquant.convert.architectures.family import Experts, Family, experts, linear, norm, router
+from streamquant.convert.architectures.family import Experts, Family, experts, norm, router
 from streamquant.convert.architectures.llama import LLAMA_MODEL
+from streamquant.convert.architectures.mistral import ATTENTION
 
 MIXTRAL = Family(
     hf_architecture="MixtralForCausalLM",
     model_type="mixtral",
     layer=(
-        *linear("self_attn.q_proj", ("query", "hidden"), rope="query"),
-        *linear("self_attn.k_proj", ("key_value", "hidden"), rope="key"),
-        *linear("self_attn.v_proj", ("key_value", "hidden")),
-        *linear("self_attn.o_proj", ("hidden", "query")),
+        *ATTENTION,
         router("block_sparse_moe.gate"),
         experts("block_sparse_moe.experts.{expert}.w1", ("expert_intermediate", "hidden")),
         experts("block_sparse_moe.experts.{expert}.w2", ("hidden", "expert_intermediate")),

@@ -7,16 +7,21 @@ import gguf
 
 from streamquant.convert.architectures.family import Family, LlamaCpp, VocabularyRules, linear, norm
 
+ATTENTION = (
+    *linear("self_attn.q_proj", ("query", "hidden"), bias="attention_bias"),
+    *linear("self_attn.k_proj", ("key_value", "hidden"), bias="attention_bias"),
+    *linear("self_attn.v_proj", ("key_value", "hidden"), bias="attention_bias"),
+    *linear("self_attn.o_proj", ("hidden", "query"), bias="attention_bias"),
+    norm("self_attn.q_norm", "head_dim"),
+    norm("self_attn.k_norm", "head_dim"),
+)
+"""The attention of a layer, with experts or without."""
+
 QWEN3 = Family(
     hf_architecture="Qwen3ForCausalLM",
     model_type="qwen3",
     layer=(
-        *linear("self_attn.q_proj", ("query", "hidden"), bias="attention_bias"),
-        *linear("self_attn.k_proj", ("key_value", "hidden"), bias="attention_bias"),
-        *linear("self_attn.v_proj", ("key_value", "hidden"), bias="attention_bias"),
-        *linear("self_attn.o_proj", ("hidden", "query"), bias="attention_bias"),
-        norm("self_attn.q_norm", "head_dim"),
-        norm("self_attn.k_norm", "head_dim"),
+        *ATTENTION,
         *linear("mlp.gate_proj", ("intermediate", "hidden")),
         *linear("mlp.up_proj", ("intermediate", "hidden")),
         *linear("mlp.down_proj", ("hidden", "intermediate")),

@@ -13,21 +13,16 @@ from streamquant.convert.architectures.family import (
     LlamaCpp,
     VocabularyRules,
     experts,
-    linear,
     norm,
     router,
 )
+from streamquant.convert.architectures.qwen3 import ATTENTION
 
 QWEN3_MOE = Family(
     hf_architecture="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
     layer=(
-        *linear("self_attn.q_proj", ("query", "hidden"), bias="attention_bias"),
-        *linear("self_attn.k_proj", ("key_value", "hidden"), bias="attention_bias"),
-        *linear("self_attn.v_proj", ("key_value", "hidden"), bias="attention_bias"),
-        *linear("self_attn.o_proj", ("hidden", "query"), bias="attention_bias"),
-        norm("self_attn.q_norm", "head_dim"),
-        norm("self_attn.k_norm", "head_dim"),
+        *ATTENTION,
         router("mlp.gate"),
         experts("mlp.experts.{expert}.down_proj", ("hidden", "expert_intermediate")),
         experts("mlp.experts.{expert}.gate_proj", ("expert_intermediate", "hidden")),

@@ -138,7 +138,7 @@ def stored_order(model: ModelDescription, names: Iterable[str]) -> Iterator[tupl
     (modify_tensors of the converter's classes for mixtures of experts).
     """
     waiting: dict[int, list[TensorRule]] = {}
-    missing = Counter(rule.layer for rule in model.rules.values() if rule.expert is not None)
+    wanted = Counter(rule.layer for rule in model.rules.values() if rule.expert is not None)
     order = {name: number for number, name in enumerate(model.rules)}
     for name in names:
         rule = model.rules[name]
@@ -147,7 +147,7 @@ def stored_order(model: ModelDescription, names: Iterable[str]) -> Iterator[tupl
             continue
         found = waiting.setdefault(rule.layer, [])
         found.append(rule)
-        if len(found) == missing[rule.layer]:
+        if len(found) == wanted[rule.layer]:
             found.sort(key=lambda rule: order[rule.hf_name])
             for _, stacked in groupby(found, key=lambda rule: rule.gguf_name):
                 yield tuple(stacked)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from streamquant.convert.architectures import ModelDescription
+from streamquant.convert.architectures import ModelDescription, TensorRule
 from streamquant.convert.source.model_folder import name_of
 from streamquant.model.problem import Problem
 
@@ -95,10 +95,15 @@ class Variant(ABC):
         """Whether the embeddings are the head although the file has an lm_head of its own."""
         return False
 
-    def layer_names(self, layer: int) -> list[str]:
-        """HF names of the tensors of a decoder layer, those without weights of their own (zero biases) included."""
-        prefix = f"model.layers.{layer}."
-        return [name for name in self.description.rules if name.startswith(prefix)]
+    def layer_rules(self, layer: int) -> Sequence[TensorRule]:
+        """The tensors of a decoder layer, those without weights of their own (zero biases) included."""
+        by_layer: dict[int, list[TensorRule]] | None = getattr(self, "_by_layer", None)
+        if by_layer is None:  # a mixture of experts has tens of thousands
+            by_layer = {}
+            for rule in self.description.rules.values():
+                by_layer.setdefault(rule.layer, []).append(rule)
+            self._by_layer = by_layer
+        return by_layer.get(layer, [])
 
     @abstractmethod
     def blocks(self, name: str) -> "Iterator[tuple[int, torch.Tensor]]":

@@ -172,6 +172,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, changes: Mapping[str, tuple[int
     ("key", "value", "message"),
     [
         ("num_experts", 0, "out of range"),
+        ("num_experts", 1, "out of range"),
         ("num_experts", 513, "out of range"),
         ("num_experts", "5", "a string where an integer"),
         ("num_experts_per_tok", 6, "out of range"),

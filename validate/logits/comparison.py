@@ -334,8 +334,7 @@ def _scores(rows: LogitRows, logits: "torch.Tensor", targets: NDArray[np.int64])
 
 
 def _layer_bytes(lane: Lane, setting: Setting) -> int:
-    rules = lane.variant.description.rules
-    weights = sum(int(np.prod(rules[name].shape)) for name in lane.variant.layer_names(0))
+    weights = sum(int(np.prod(rule.shape)) for rule in lane.variant.layer_rules(0))
     return weights * int(lane.torch_dtype(setting).itemsize)
 
 

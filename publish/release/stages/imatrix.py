@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from streamquant.convert.architectures import TensorKind, describe
+from streamquant.convert.architectures import describe
 from streamquant.convert.recipes.imatrix import ImportanceMatrix, read_imatrix
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.files.hashing import sha256_of
@@ -105,10 +105,7 @@ def expected_imatrix(checkpoint: Checkpoint, name: str, options: ReleaseImatrix)
             np.float32(1), (checkpoint.tensors[hf].row_length * (rule.expert.count if rule.expert else 1),)
         )
         for hf, rule in describe(checkpoint.config).rules.items()
-        if hf in checkpoint.tensors
-        and (rule.kind.is_linear or rule.kind is TensorKind.ROUTER)
-        and rule.gguf_name.startswith("blk.")
-        and rule.gguf_name.endswith(".weight")
+        if hf in checkpoint.tensors and rule.has_importance
     }
     found = ImportanceMatrix(name, "not computed yet", tuple(path.name for path in options.text), 1, entries)
     return found.select(options.include_weights, options.exclude_weights)
