@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from streamquant.calibrate.importance import ImportanceOptions, InputSums, write_importance
 from streamquant.convert.architectures import TensorKind, TensorRule
 from streamquant.convert.recipes.imatrix import read_imatrix
+from streamquant.files.gguf_file import read_header
+from streamquant.files.reading import read_bytes
 from streamquant.model.corpus import Corpus, read_corpus
 from streamquant.model.forward import Setting
 from streamquant.model.variants.open import open_variant
@@ -172,3 +174,47 @@ def test_special_tokens_in_texts(models: Models, tmp_path: Path) -> None:
     expected = tokenizer.encode(text.read_text(), add_special_tokens=False).ids
     first = parsed.tokens[0].tolist()
     assert first[1:] == (expected if parsed.bos is None else [parsed.bos, *expected])[1:64]
+
+
+@pytest.mark.parametrize("case", ["qwen3-moe", "mixtral"])
+def test_every_expert_has_the_sums_of_its_tokens(models: Models, case: str, tmp_path: Path) -> None:
+    """What transformers' router sends to each expert: squares of its inputs, and how many there are."""
+    from transformers import AutoModelForCausalLM
+
+    folder = models.checkpoint(case)
+    corpus = read_corpus(write_texts(tmp_path), folder, context=64, chunks=3)
+    write_importance(open_variant(folder), corpus, tmp_path / "imatrix.gguf", OPTIONS)
+    header = read_header(tmp_path / "imatrix.gguf")
+    stored = {
+        tensor.name: read_bytes(tmp_path / "imatrix.gguf", tensor.start, tensor.stop)
+        .view(np.float32)
+        .reshape(tensor.shape)
+        for tensor in header.tensors
+    }
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def watch(layer: int, experts: torch.nn.Module) -> None:
+        def before(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            expected.setdefault(layer, []).append((arguments[0].clone(), arguments[1].clone()))
+
+        experts.register_forward_pre_hook(before)
+
+    for number, layer in enumerate(model.model.layers):
+        watch(number, layer.mlp.experts)
+    with torch.inference_mode():
+        model(torch.from_numpy(corpus.tokens))
+    assert len(expected) == 3
+    for number, calls in expected.items():
+        states, chosen = (torch.cat(found) for found in zip(*calls, strict=True))
+        for part in ("gate", "up"):
+            name = f"blk.{number}.ffn_{part}_exps.weight"
+            for expert in range(5):
+                of_expert = states[(chosen == expert).any(-1)]
+                assert stored[f"{name}.counts"][expert, 0] == len(of_expert)
+                sums = of_expert.double().square().sum(0).numpy()
+                assert np.allclose(stored[f"{name}.in_sum2"][expert], sums, rtol=1e-4, atol=1e-6)
+        counts = stored[f"blk.{number}.ffn_down_exps.weight.counts"]
+        assert counts.sum() == 2 * corpus.tokens.size
+        assert len(set(counts.reshape(-1).tolist())) > 1
+        assert stored[f"blk.{number}.ffn_gate_inp.weight.counts"].tolist() == [corpus.tokens.size]

@@ -19,6 +19,8 @@ from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.files.gguf_file import read_header, read_raw_metadata
+from streamquant.model.forward import Setting, all_logits
+from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.engines.agreement import Thresholds, engine_agreement, prompts_from
 from streamquant.validate.engines.engine import EngineFacts, TemplateRequest, TopLogprobs, kind_of
@@ -26,6 +28,7 @@ from streamquant.validate.engines.process import EngineProcess, LoadOptions, Tim
 from streamquant.validate.engines.vocabulary_gguf import write_vocabulary_gguf
 from tests.conftest import Shelf
 from tests.peers import requires_llama_cpp
+from tests.small_models import Models
 from tests.validate.engine_fixtures import Model, with_keys
 
 LENGTHS = (2, 8, 32, 64, 64)
@@ -277,3 +280,21 @@ def test_an_fp8_checkpoint_in_transformers(smollm2_variants: Path, smollm2_refer
     assert report.mean_kld < 0.2  # quantization itself: the reference is the original
     assert report.same_top >= 0.8
     assert len(answer.ids) <= 4
+
+
+@requires_llama_cpp
+def test_probabilities_where_the_choice_ends_within_a_character(models: Models) -> None:
+    """llama.cpp leaves the probabilities out where the token that it would choose is half of a UTF-8 character."""
+    path = models.gguf("llama3.1", "F32")
+    variant = open_variant(path)
+    prompts = [[number, number + 1] for number in range(300)]
+    logits = all_logits(variant, np.array(prompts), Setting(dtype="f32"))[:, -1].log_softmax(-1)
+    best = logits.argmax(-1).tolist()
+    with EngineProcess(path, options=LoadOptions(threads=2)) as engine:
+        texts = engine.detokenize([[number] for number in best])
+        halves = [number for number, text in enumerate(texts) if "\ufffd" in text or not text][:8]
+        assert halves, "no token of these is half of a character"
+        found = engine.next_token_logprobs([prompts[number] for number in halves], 4)
+    for number, logprobs in zip(halves, found, strict=True):
+        assert logprobs.ids[0] == best[number]
+        assert abs(logprobs.logprobs[0] - float(logits[number, best[number]])) < 0.01

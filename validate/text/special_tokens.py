@@ -4,16 +4,15 @@ A key that a file leaves out has a default in llama.cpp, and nothing shows it: w
 byte-level vocabulary ends at the first comma (id 11).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from gguf import TokenType
 
 from streamquant.convert.metadata.vocabulary_defaults import EngineTokens, engine_tokens, stop_ids
 from streamquant.convert.metadata.vocabulary_files import read_json
-from streamquant.files.gguf_file import read_header
+from streamquant.files.gguf_file import GgufKeys, read_header
 from streamquant.validate.engines.engine import EngineFacts
 
 _WORDS = frozenset({int(TokenType.NORMAL), int(TokenType.BYTE)})
@@ -31,9 +30,10 @@ def check_special_tokens(
     Raises StreamquantError if the file is broken, or config.json or generation_config.json of the original.
     """
     metadata = read_header(path).metadata
+    types = GgufKeys(path, metadata).wholes("tokenizer.ggml.token_type")
     model, generation = (read_json(folder / name) for name in ("config.json", "generation_config.json"))
     ends = stop_ids(model, generation, folder)
-    found = _bos(variant, original), _eos(metadata, variant, original, ends)
+    found = _bos(variant, original), _eos(engine_tokens(metadata).eos, types, (variant, original), ends)
     return tuple(chain(*found, _stops(engine_tokens(metadata), original, ends, special)))
 
 
@@ -46,11 +46,10 @@ def _bos(variant: EngineFacts, original: EngineFacts) -> Iterator[str]:
 
 
 def _eos(
-    metadata: Mapping[str, Any], variant: EngineFacts, original: EngineFacts, ends: Sequence[int]
+    found: int | None, types: Sequence[int], facts: tuple[EngineFacts, EngineFacts], ends: Sequence[int]
 ) -> Iterator[str]:
     """EOS is one of the tokens at which the original ends; where it has none, no word may be one in llama.cpp."""
-    found = engine_tokens(metadata).eos
-    types: list[int] = metadata.get("tokenizer.ggml.token_type", [])
+    variant, original = facts
     if found is None or found in ends or variant.eos is None or variant.eos == original.eos:
         return
     known = [repr(original.eos)] if original.eos is not None else []
