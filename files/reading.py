@@ -12,21 +12,19 @@ from numpy.typing import NDArray
 from streamquant.quant.errors import StreamquantError
 
 
-def open_regular(path: Path, *, follow: bool = True) -> BufferedReader:
-    """A regular file, open for reading; as `regular_descriptor`."""
-    return open(regular_descriptor(path, follow=follow), "rb")
+def open_regular(path: Path) -> BufferedReader:
+    """A file, open for reading, whose name others may have chosen: opening a FIFO would wait, a device might act.
 
-
-def regular_descriptor(path: Path, *, follow: bool = True) -> int:
-    """A descriptor for reading a file whose name others may choose: opening a FIFO would wait, a device might act.
-
-    `follow`: links. Raises StreamquantError if it is no regular file, OSError.
+    Links are followed. Raises StreamquantError if it is no regular file, OSError.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    check_regular(path)
+    return path.open("rb")
+
+
+def check_regular(path: Path) -> None:
+    """Raise StreamquantError if a name is not that of a regular file, OSError if it is none at all."""
+    if not stat.S_ISREG(path.stat().st_mode):
         raise StreamquantError("not a regular file", where=str(path))
-    return descriptor
 
 
 def read_bytes(path: Path, start: int, stop: int) -> NDArray[np.uint8]:

@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd
 
 from streamquant.files.hashing import sha256_of
 from streamquant.files.listener import Listener
-from streamquant.files.reading import open_regular, regular_descriptor
+from streamquant.files.reading import check_regular, open_regular
 from streamquant.files.worker import Stopped
 from streamquant.hub.repo import git_blob
 from streamquant.quant.errors import StreamquantError
@@ -94,7 +94,8 @@ class MeteredFile(io.BufferedReader):
     """A file that tells how far it was read."""
 
     def __init__(self, path: Path, meter: Meter) -> None:
-        super().__init__(io.FileIO(regular_descriptor(path)))
+        check_regular(path)
+        super().__init__(io.FileIO(path))
         self._meter = meter
 
     def read(self, size: int | None = -1, /) -> bytes:

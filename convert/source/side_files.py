@@ -9,12 +9,12 @@ What comes along is published, so it has to be the model's: a link that leads ou
 
 import os
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from streamquant.convert.source.model_folder import CLIENT, repository_of
 from streamquant.files.folders import cache_folder
-from streamquant.files.reading import open_regular
 from streamquant.quant.errors import StreamquantError
 
 MAX_SIDE_FILE = 128 * 1024 * 1024
@@ -109,7 +109,11 @@ def read_side_file(folder: Path, name: str) -> bytes:
     check_own(folder, (name,))
     path = folder / name
     try:
-        with open_regular(Path(os.path.realpath(path)), follow=False) as file:
+        # A link that takes the place of what was checked is not followed, and a FIFO is not waited for.
+        descriptor = os.open(os.path.realpath(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise StreamquantError("not a regular file", where=str(path))
             return file.read()
     except OSError as error:
         raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error

@@ -212,7 +212,8 @@ def test_a_hostile_file_on_a_real_terminal(tmp_path: Path) -> None:
         text = colourless(shown.decode())
         assert "Traceback" not in text, text
         assert not hidden(text), text
-        assert r"\x1b]52" in text
+        unwrapped = re.sub(r"[\s│]", "", text)  # typer's box breaks long names over lines
+        assert r"\x1b]52" in unwrapped
 
 
 def test_every_stream_of_a_command_is_clean(tmp_path: Path) -> None:
