@@ -11,16 +11,16 @@ from types import MappingProxyType
 
 from streamquant.convert.architectures.config_values import describe_type, shorten
 from streamquant.convert.architectures.description import ExtraTensor, ModelDescription, TensorRule
+from streamquant.convert.architectures.families.llama import LLAMA
+from streamquant.convert.architectures.families.mistral import MISTRAL
+from streamquant.convert.architectures.families.mixtral import MIXTRAL
+from streamquant.convert.architectures.families.qwen2 import QWEN2
+from streamquant.convert.architectures.families.qwen3 import QWEN3
+from streamquant.convert.architectures.families.qwen3_moe import QWEN3_MOE
+from streamquant.convert.architectures.families.seed_oss import SEED_OSS
 from streamquant.convert.architectures.family import Family, TensorKind, VocabularyRules
 from streamquant.convert.architectures.from_config import describe_model
-from streamquant.convert.architectures.llama import LLAMA
-from streamquant.convert.architectures.mistral import MISTRAL
-from streamquant.convert.architectures.mixtral import MIXTRAL
-from streamquant.convert.architectures.qwen2 import QWEN2
-from streamquant.convert.architectures.qwen3 import QWEN3
-from streamquant.convert.architectures.qwen3_moe import QWEN3_MOE
 from streamquant.convert.architectures.rope import ROPE_FREQS, rope_row_order
-from streamquant.convert.architectures.seed_oss import SEED_OSS
 from streamquant.quant.errors import StreamquantError
 
 __all__ = [

@@ -30,7 +30,7 @@ import dataclasses
 import gguf
 
 from streamquant.convert.architectures.family import LlamaCpp, VocabularyRules, norm
-from streamquant.convert.architectures.llama import LLAMA
+from streamquant.convert.architectures.families.llama import LLAMA
 
 MADE_UP = dataclasses.replace(
     LLAMA,
@@ -106,12 +106,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mirror(ROOT / "convert", root / "streamquant" / "convert", except_for="architectures")
     folder = root / "streamquant" / "convert" / "architectures"
     shutil.copytree(ROOT / "convert" / "architectures", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "made_up.py").write_text(FAMILY_FILE)
+    (folder / "families" / "made_up.py").write_text(FAMILY_FILE)
     listed = (folder / "__init__.py").read_text()
     added = listed.replace("FAMILIES = (", "FAMILIES = (MADE_UP, ").replace(
-        "from streamquant.convert.architectures.mistral import",
-        "from streamquant.convert.architectures.made_up import MADE_UP\n"
-        "from streamquant.convert.architectures.mistral import",
+        "from streamquant.convert.architectures.families.mistral import",
+        "from streamquant.convert.architectures.families.made_up import MADE_UP\n"
+        "from streamquant.convert.architectures.families.mistral import",
     )
     assert added.count("MADE_UP") == 2
     (folder / "__init__.py").write_text(added)
@@ -181,9 +181,9 @@ def test_a_made_up_family_goes_all_the_way(package: Path, checkpoint: Path, tmp_
 def test_no_other_file_names_a_family() -> None:
     """Files of the package in which a real family's class or model type occurs are those that the page names."""
     named = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)+\.py)`", PAGE.read_text()))
-    assert {"convert/architectures/seed_oss.py", "convert/architectures/__init__.py"} <= named
+    assert {"convert/architectures/families/seed_oss.py", "convert/architectures/__init__.py"} <= named
     assert all((ROOT / name).is_file() for name in named)
-    own = {f"convert/architectures/{family.model_type}.py" for family in FAMILIES}
+    own = {f"convert/architectures/families/{family.model_type}.py" for family in FAMILIES}
     # "llama" and "mistral" are also what a program and a company are called: their classes count alone.
     words = [family.hf_architecture for family in FAMILIES]
     words += [family.model_type for family in FAMILIES if family.model_type not in ("llama", "mistral")]

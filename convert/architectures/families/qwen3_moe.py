@@ -7,6 +7,7 @@ normalises the weights of the chosen experts in arch "qwen3moe" whatever norm_to
 
 import gguf
 
+from streamquant.convert.architectures.families.qwen3 import ATTENTION
 from streamquant.convert.architectures.family import (
     Experts,
     Family,
@@ -16,7 +17,6 @@ from streamquant.convert.architectures.family import (
     norm,
     router,
 )
-from streamquant.convert.architectures.qwen3 import ATTENTION
 
 QWEN3_MOE = Family(
     hf_architecture="Qwen3MoeForCausalLM",

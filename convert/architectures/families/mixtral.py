@@ -5,9 +5,9 @@ of a layer when it has read the last of them: w1 (gate), w2 (down), w3 (up). Def
 which leaves head_dim open (see qwen2.py), and whose modules are called mlp where checkpoints say block_sparse_moe.
 """
 
+from streamquant.convert.architectures.families.llama import LLAMA_MODEL
+from streamquant.convert.architectures.families.mistral import ATTENTION
 from streamquant.convert.architectures.family import Experts, Family, experts, norm, router
-from streamquant.convert.architectures.llama import LLAMA_MODEL
-from streamquant.convert.architectures.mistral import ATTENTION
 
 MIXTRAL = Family(
     hf_architecture="MixtralForCausalLM",

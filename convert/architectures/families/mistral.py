@@ -5,8 +5,8 @@ Mistral's own layout (params.json, consolidated.safetensors) has other names and
 of transformers.
 """
 
+from streamquant.convert.architectures.families.llama import LLAMA_MODEL
 from streamquant.convert.architectures.family import Family, linear, norm
-from streamquant.convert.architectures.llama import LLAMA_MODEL
 
 ATTENTION = (
     *linear("self_attn.q_proj", ("query", "hidden"), rope="query"),

@@ -1,0 +1,1 @@
+"""Model families, one file each; convert/architectures/__init__.py lists them."""
