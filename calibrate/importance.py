@@ -123,7 +123,7 @@ def write_importance(
     before = _resume(out, corpus, sums) if out.exists() else 0
     step = options.save_every or max(1, len(corpus.tokens))
     rounds = [(at, min(at + step, len(corpus.tokens))) for at in range(before, len(corpus.tokens), step)]
-    listener.started("layers", len(rounds) * variant.description.block_count)
+    listener.started("layers", len(rounds) * variant.description.layer_count)
     bytes_read = 0
     for first, last in rounds:
         lane = Lane(variant, on_input=sums.observe)

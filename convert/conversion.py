@@ -285,9 +285,7 @@ def _write_checkpoint_files(plan: Plan, variant: VariantPlan, out: Path, configs
         write_atomically(folder / name, content)
     if [Path(plan.files[number].path).name for number in variant.files] != [SINGLE_FILE]:
         write_atomically(folder / INDEX, _json(_index(plan, variant)))
-    experts = plan.model.family.experts
-    ignored = experts.ignore if experts is not None else ()
-    quantization = with_ignored(configs[variant.recipe.scheme], ignored)
+    quantization = with_ignored(configs[variant.recipe.scheme], plan.model.unquantized)
     config = {**plan.checkpoint.config, "quantization_config": quantization}
     write_atomically(folder / CONFIG, _json(config))
 

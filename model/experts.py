@@ -22,7 +22,7 @@ def separate_experts(skeleton: Any, experts: Experts) -> None:
 def module_name(stored: str, experts: Experts | None) -> str:
     """The name that transformers has for a parameter of a layer that checkpoints store under another.
 
-    >>> experts = Experts(("num_experts",), "top_k", "intermediate_size", (), stored_path="block_sparse_moe")
+    >>> experts = Experts(("num_experts",), "top_k", "intermediate_size", stored_path="block_sparse_moe")
     >>> module_name("block_sparse_moe.experts.3.w1.weight", experts)
     'mlp.experts.3.w1.weight'
     """

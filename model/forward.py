@@ -136,7 +136,7 @@ def run_layers(lanes: Sequence[Lane], tokens: Tokens, setting: Setting, listener
 
 def count_layers(lanes: Sequence[Lane]) -> int:
     """Decoder layers of all lanes together: the steps of `run_layers`."""
-    return sum(lane.variant.description.block_count for lane in lanes)
+    return sum(lane.variant.description.layer_count for lane in lanes)
 
 
 def release_memory() -> None:
@@ -189,7 +189,7 @@ class _Model:
         self.dtype, self.device = lane.torch_dtype(setting), torch.device(setting.device)
         self.batch = lane.batch(setting, shape[1])
         self.skeleton = build_skeleton(lane.variant)
-        self.layers = lane.variant.description.block_count
+        self.layers = lane.variant.description.layer_count
         size = (shape[0], shape[1], lane.variant.config["hidden_size"])
         lane.hidden = allocate_hidden(size, self.dtype, setting)
         positions = torch.arange(shape[1], device=self.device)[None]

@@ -36,6 +36,10 @@ class ConfigValues:
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
+    def has_value(self, key: str) -> bool:
+        """Whether the key, or its default, is anything but null."""
+        return self.values.get(key, self.defaults.get(key)) is not None
+
     def where(self, key: str) -> str:
         """The key as error messages name it, e.g. "config.json, key 'rope_scaling.factor'"."""
         return f"config.json, key {self.prefix + key!r}"

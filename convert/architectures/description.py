@@ -40,11 +40,14 @@ class TensorRule:
     """For a tensor of one expert; its GGUF name is that of the stacked tensor."""
     layer: int = -1
     """The number of its decoder layer; -1 outside of them."""
+    is_mtp: bool = False
+    """Whether its layer is one for multi-token prediction, which is not computed when a text is read."""
 
     @property
     def has_importance(self) -> bool:
         """Whether llama-imatrix has an entry for it: the matrices of the layers that inputs are multiplied with."""
-        return self.layer >= 0 and (self.kind.is_linear or self.kind is TensorKind.ROUTER)
+        is_read = self.layer >= 0 and not self.is_mtp
+        return is_read and (self.kind.is_linear or self.kind is TensorKind.ROUTER)
 
     @property
     def gguf_shape(self) -> tuple[int, ...]:
@@ -73,7 +76,10 @@ class ModelDescription:
     """A model as its config.json describes it, in the terms of both worlds."""
 
     family: Family
+    layer_count: int
+    """Decoder layers that a text goes through."""
     block_count: int
+    """Those, and the layers for multi-token prediction behind them: what GGUF counts."""
     vocab_size: int
     hyperparameters: Mapping[str, int]
     """The sizes that every variant of the model must have, by their names in messages: "attention heads" -> 64."""
@@ -95,6 +101,12 @@ class ModelDescription:
     def hf_architecture(self) -> str:
         """The class under `architectures`."""
         return self.family.hf_architecture
+
+    @property
+    def unquantized(self) -> tuple[str, ...]:
+        """The modules that compressed-tensors must leave alone beside the head and the embeddings, in its spelling."""
+        mtp = self.family.mtp if self.block_count > self.layer_count else None
+        return (*self.family.unquantized, *(mtp.unquantized if mtp is not None else ()))
 
     @property
     def gguf_arch(self) -> str:

@@ -6,10 +6,13 @@ converter and loader do for its architecture. from_config.py reads a config.json
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import gguf
+
+from streamquant.convert.architectures.gguf_keys import GgufKey
+from streamquant.convert.architectures.layers import MTP, LayerKinds, MtpLayers
 
 
 class TensorKind(enum.Enum):
@@ -22,8 +25,12 @@ class TensorKind(enum.Enum):
     BIAS = "bias"
     ROUTER = "router"
     """The matrix that chooses the experts of a token; runtimes want it unquantized."""
+    ROUTER_BIAS = "router bias"
+    """What is added to the scores of a router before the best are chosen: numbers that stay as they are."""
     EXPERT = "expert"
     """A projection of one expert. GGUF stacks those of a layer in one tensor."""
+    MTP = "multi-token prediction"
+    """A matrix that only a layer for multi-token prediction has; runtimes want it unquantized in safetensors."""
 
     @property
     def is_linear(self) -> bool:
@@ -34,9 +41,10 @@ class TensorKind(enum.Enum):
 EXPERT_NUMBER = "{expert}"
 """Stands in the suffix of a tensor of which every expert has one."""
 
-Size = Literal[
-    "hidden", "query", "key_value", "intermediate", "head_dim", "vocabulary", "experts", "expert_intermediate"
-]
+Size = str
+"""A name of those that all models have (Dimensions.size in from_config.py), or of the family's own."""
+Terms = tuple[tuple[str | int, ...], ...]
+"""A sum of products: each factor is a number, a size by its name, or an integer of config.json by its key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,7 @@ class LayerTensor:
 
     With it, a bias may still be missing, in all layers: it is zero then, in transformers and in llama.cpp.
     Of a tensor of kind EXPERT there is one for each expert, its number in place of EXPERT_NUMBER in the suffix.
+    `on` is the tag of the layers that have it (layers.py), None: all of them.
     """
 
     suffix: str
@@ -52,6 +61,9 @@ class LayerTensor:
     shape: tuple[Size, ...]
     rope: Literal["query", "key"] | None = None
     when: str | None = None
+    on: str | None = None
+    optional: bool = False
+    """Whether a checkpoint may lack it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +85,8 @@ class VocabularyRules:
 class LlamaCpp:
     """What llama.cpp's converter and loader do for an architecture, where it is not what they do for all.
 
-    added_keys are the keys that the converter's class writes after the common ones, each with the size that it holds.
+    keys are those that the converter's class writes after the common ones, in its order; a key of the common ones keeps
+    its place and takes this value.
     rope_freqs says whether the loader reads rope_freqs.weight, without which rope of type "llama3" would run unscaled.
     unread are the booleans of config.json whose biases the converter writes but the loader does not read.
     assumed are keys of config.json that no GGUF key carries, with the value that llama.cpp computes with.
@@ -82,7 +95,7 @@ class LlamaCpp:
 
     arch: gguf.MODEL_ARCH
     vocabulary: VocabularyRules = VocabularyRules()
-    added_keys: tuple[tuple[str, Size], ...] = ()
+    keys: tuple[GgufKey, ...] = ()
     rope_freqs: bool = False
     unread: tuple[str, ...] = ()
     assumed: Mapping[str, object] = field(default_factory=dict)
@@ -104,8 +117,6 @@ class Experts:
     """Experts that a token goes through."""
     intermediate: str
     """Feed-forward size of one expert."""
-    ignore: tuple[str, ...]
-    """Modules that compressed-tensors must leave alone beside the head and the embeddings, in its spelling."""
     path: str = "mlp"
     """The block with router and experts within a layer of transformers."""
     stored_path: str = "mlp"
@@ -123,7 +134,10 @@ class Family:
     are the keys where null is allowed. A family whose defaults have no head_dim writes key_length only if config.json
     has it. hidden_divides_by_heads: the configuration class refuses a hidden_size that is no multiple of the heads; a
     GGUF with such sizes is read as the next family of its architecture. required are the values that keys may have:
-    others mean layers that the table does not describe. experts is None for dense models.
+    others mean layers that the table does not describe. experts is None for dense models. layers says how config.json
+    tells the kinds of layers, where they differ; sizes are the family's own, for its table and its keys. unquantized
+    are the modules that compressed-tensors must leave alone beside the head and the embeddings, in its spelling.
+    partial_rotary: the share of a head that is rotated, where config.json does not say; None: heads are rotated whole.
     """
 
     hf_architecture: str
@@ -135,6 +149,11 @@ class Family:
     hidden_divides_by_heads: bool = False
     required: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     experts: Experts | None = None
+    layers: tuple[LayerKinds, ...] = ()
+    mtp: MtpLayers | None = None
+    sizes: Mapping[Size, Terms] = field(default_factory=dict)
+    unquantized: tuple[str, ...] = ()
+    partial_rotary: float | None = None
 
     @property
     def gguf_arch(self) -> str:
@@ -153,16 +172,42 @@ def linear(
     return weight, LayerTensor(f"{path}.bias", TensorKind.BIAS, shape[:1], rope, when)
 
 
-def norm(path: str, size: Size = "hidden") -> LayerTensor:
+def feed_forward(path: str, size: Size = "intermediate", *, on: str | None = None) -> tuple[LayerTensor, ...]:
+    """The rows of a layer table for gate, up and down, without biases: of a dense layer, or of shared experts."""
+    rows = (
+        *linear(f"{path}.gate_proj", (size, "hidden")),
+        *linear(f"{path}.up_proj", (size, "hidden")),
+        *linear(f"{path}.down_proj", ("hidden", size)),
+    )
+    return tuple(replace(row, on=on) for row in rows)
+
+
+def norm(path: str, size: Size = "hidden", *, on: str | None = None, when: str | None = None) -> LayerTensor:
     """The row of a layer table for one norm."""
-    return LayerTensor(f"{path}.weight", TensorKind.NORM, (size,))
+    return LayerTensor(f"{path}.weight", TensorKind.NORM, (size,), on=on, when=when)
 
 
-def experts(path: str, shape: tuple[Size, Size]) -> LayerTensor:
+def experts(path: str, shape: tuple[Size, Size], *, on: str | None = None) -> LayerTensor:
     """The row of a layer table for one projection of all experts; EXPERT_NUMBER stands in the path."""
-    return LayerTensor(f"{path}.weight", TensorKind.EXPERT, shape)
+    return LayerTensor(f"{path}.weight", TensorKind.EXPERT, shape, on=on)
 
 
-def router(path: str) -> LayerTensor:
-    """The row of a layer table for the matrix that chooses the experts."""
-    return LayerTensor(f"{path}.weight", TensorKind.ROUTER, ("experts", "hidden"))
+def router(path: str, size: Size = "experts", *, on: str | None = None) -> LayerTensor:
+    """The row of a layer table for the matrix that chooses the experts, or weighs the shared one (a single row)."""
+    return LayerTensor(f"{path}.weight", TensorKind.ROUTER, (size, "hidden"), on=on)
+
+
+def router_bias(name: str, *, on: str | None = None) -> LayerTensor:
+    """The row of a layer table for the bias with which experts are chosen."""
+    return LayerTensor(name, TensorKind.ROUTER_BIAS, ("experts",), on=on)
+
+
+NEXTN = (
+    LayerTensor("eh_proj.weight", TensorKind.MTP, ("hidden", "two_hidden"), on=MTP),
+    norm("enorm", on=MTP),
+    norm("hnorm", on=MTP),
+    norm("shared_head.norm", on=MTP),
+    LayerTensor("embed_tokens.weight", TensorKind.MTP, ("vocabulary", "hidden"), on=MTP, optional=True),
+    LayerTensor("shared_head.head.weight", TensorKind.MTP, ("vocabulary", "hidden"), on=MTP, optional=True),
+)
+"""The rows of a layer table that only layers for multi-token prediction have."""

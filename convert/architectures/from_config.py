@@ -4,17 +4,21 @@ The reference is llama.cpp's converter (conversion/base.py, TextModel.set_gguf_p
 ModelBase.map_tensor_name): the same names, keys, types and values.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import gguf
 from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
-from streamquant.convert.architectures.config_values import ConfigValues
+from streamquant.convert.architectures.config_values import LARGEST_INTEGER, ConfigValues
 from streamquant.convert.architectures.description import ExpertSlot, ExtraTensor, ModelDescription, TensorRule
-from streamquant.convert.architectures.family import EXPERT_NUMBER, Family, LayerTensor, Size, TensorKind
+from streamquant.convert.architectures.family import EXPERT_NUMBER, Family, LayerTensor, Size, TensorKind, Terms
+from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, KeySources, key_values
+from streamquant.convert.architectures.gguf_names import gguf_name
+from streamquant.convert.architectures.layers import MTP
 from streamquant.convert.architectures.rope import (
     ROPE_FREQS,
     RopeSettings,
@@ -45,23 +49,45 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     head_dim_is_written: bool
+    rotary: int
+    """The part of head_dim that is rotated."""
     experts: int = 0
     """Experts of a layer; 0 in dense models."""
     experts_used: int = 0
     expert_intermediate: int = 0
+    mtp_layers: int = 0
+    """Layers for multi-token prediction, which `layers` does not count."""
+    own: Mapping[Size, int] = field(default_factory=dict)
+    """The sizes that only the family has."""
 
-    def size(self, name: Size) -> int:
-        """A size by its name in the tables."""
+    @property
+    def blocks(self) -> int:
+        """All layers, as a GGUF counts them."""
+        return self.layers + self.mtp_layers
+
+    @property
+    def common(self) -> dict[Size, int]:
+        """The sizes that all models have, by their names in the tables."""
         return {
+            "one": 1,
             "hidden": self.hidden,
+            "two_hidden": 2 * self.hidden,
             "query": self.heads * self.head_dim,
             "key_value": self.kv_heads * self.head_dim,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
             "intermediate": self.intermediate,
             "head_dim": self.head_dim,
+            "rotary": self.rotary,
             "vocabulary": self.vocabulary,
             "experts": self.experts,
             "expert_intermediate": self.expert_intermediate,
-        }[name]
+            "mtp_layers": self.mtp_layers,
+        }
+
+    def size(self, name: Size) -> int:
+        """A size by its name in the tables."""
+        return self.own[name] if name in self.own else self.common[name]
 
     def named(self) -> dict[str, int]:
         """ModelDescription.hyperparameters."""
@@ -72,6 +98,7 @@ class Dimensions:
             "attention heads": self.heads,
             "key-value heads": self.kv_heads,
             **(self._named_experts() if self.experts else {}),
+            **self.own,
         }
 
     def _named_experts(self) -> dict[str, int]:
@@ -102,8 +129,10 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     sizes = read_dimensions(family, config)
     tied = config.boolean("tie_word_embeddings")
     epsilon = config.number("rms_norm_eps")
-    rope = read_rope(config, sizes.context)
+    rope = read_rope(config, sizes.context, family.partial_rotary)
     check_rope_type(family, config, rope)
+    sizes = replace(sizes, rotary=read_rotary(config, sizes.head_dim, rope))
+    tags = read_tags(family, config, sizes)
     notes = [*assumed_notes(config), *rope.notes]
     window = read_window(family, config)
     notes += [*window_notes(family, window, sizes), *unread_notes(family, config), *other_value_notes(family, config)]
@@ -111,15 +140,16 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
         notes.append("tie_word_embeddings: no output.weight unless the checkpoint has lm_head.weight")
     return ModelDescription(
         family=family,
-        block_count=sizes.layers,
+        layer_count=sizes.layers,
+        block_count=sizes.blocks,
         vocab_size=sizes.vocabulary,
         hyperparameters=MappingProxyType(sizes.named()),
         norm_epsilon=epsilon,
         sliding_window=window,
         tied_embeddings=tied,
-        rules=MappingProxyType({rule.hf_name: rule for rule in make_rules(family, config, sizes, tied)}),
-        metadata=MappingProxyType(common_metadata(family.gguf_arch, sizes, rope, epsilon)),
-        added_metadata=MappingProxyType(added_metadata(family, sizes)),
+        rules=MappingProxyType({rule.hf_name: rule for rule in make_rules(family, config, sizes, tags)}),
+        metadata=MappingProxyType(common_metadata(family, config, sizes, rope)),
+        added_metadata=MappingProxyType(added_metadata(family, config, sizes, tags)),
         extra_tensors=extra_tensors(rope, sizes),
         notes=tuple(notes),
     )
@@ -157,7 +187,7 @@ def is_one_of(value: object, fine: tuple[object, ...]) -> bool:
 
 
 def read_dimensions(family: Family, config: ConfigValues) -> Dimensions:
-    """Read and check the sizes."""
+    """Read and check the sizes, but for the rotated part of the heads: it is all of them here."""
     hidden = config.integer("hidden_size")
     heads = config.integer("num_attention_heads", most=hidden)
     kv_heads = config.integer_or_null("num_key_value_heads") or heads
@@ -169,20 +199,68 @@ def read_dimensions(family: Family, config: ConfigValues) -> Dimensions:
         )
     head_dim = read_head_dim(family, config, hidden, heads)
     experts, used, expert_intermediate = read_experts(family, config)
-    return Dimensions(
-        layers=config.integer("num_hidden_layers", most=MAX_LAYERS),
+    layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
+    sizes = Dimensions(
+        layers=layers,
         vocabulary=config.integer("vocab_size"),
         context=config.integer("max_position_embeddings"),
         hidden=hidden,
-        intermediate=config.integer("intermediate_size"),
+        intermediate=read_intermediate(family, config),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         head_dim_is_written="head_dim" in family.defaults or config.values.get("head_dim") is not None,
+        rotary=head_dim,
         experts=experts,
         experts_used=used,
         expert_intermediate=expert_intermediate,
+        mtp_layers=0 if family.mtp is None else family.mtp.count(config, MAX_LAYERS - layers),
     )
+    return replace(sizes, own={name: total(terms, sizes, config) for name, terms in family.sizes.items()})
+
+
+def read_intermediate(family: Family, config: ConfigValues) -> int:
+    """The feed-forward size of dense layers; 0 for a mixture of experts whose config.json has none."""
+    without = family.experts is not None and "intermediate_size" not in family.defaults
+    return 0 if without and "intermediate_size" not in config else config.integer("intermediate_size")
+
+
+def total(terms: Terms, sizes: Dimensions, config: ConfigValues) -> int:
+    """The value of a family's own size."""
+
+    def value(factor: str | int) -> int:
+        if isinstance(factor, int):
+            return factor
+        return sizes.size(factor) if factor in sizes.common else config.integer(factor)
+
+    result = sum(math.prod(map(value, factors)) for factors in terms)
+    if result > LARGEST_INTEGER:
+        key = next(factor for factors in terms for factor in factors if isinstance(factor, str))
+        raise config.refuse(key, "sizes out of range", required=f"products up to {LARGEST_INTEGER}")
+    return result
+
+
+def read_rotary(config: ConfigValues, head_dim: int, rope: RopeSettings) -> int:
+    """The part of each head that is rotated."""
+    rotary = int(head_dim * rope.partial)
+    if rotary < 2 or rotary % 2 != 0:
+        raise StreamquantError(
+            "the heads cannot be rotated by halves",
+            where=config.where("partial_rotary_factor"),
+            found=f"{rope.partial:g} of a head_dim of {head_dim}",
+            required="an even number of at least 2",
+        )
+    return rotary
+
+
+def read_tags(family: Family, config: ConfigValues, sizes: Dimensions) -> tuple[frozenset[str], ...]:
+    """The tags of each layer (layers.py), those for multi-token prediction behind the others."""
+    found: list[frozenset[str]] = [frozenset()] * sizes.layers
+    for kinds in family.layers:
+        listed = kinds.tags(config, sizes.layers)
+        found = [tags | {tag} for tags, tag in zip(found, listed, strict=True)]
+    behind = frozenset() if family.mtp is None else family.mtp.tags | {MTP}
+    return (*found, *[behind] * sizes.mtp_layers)
 
 
 def read_experts(family: Family, config: ConfigValues) -> tuple[int, int, int]:
@@ -274,25 +352,34 @@ def other_value_notes(family: Family, config: ConfigValues) -> Iterator[str]:
             )
 
 
-def make_rules(family: Family, config: ConfigValues, sizes: Dimensions, tied: bool) -> Iterator[TensorRule]:
+def make_rules(
+    family: Family, config: ConfigValues, sizes: Dimensions, tags: Sequence[frozenset[str]]
+) -> Iterator[TensorRule]:
     """The rules of all tensors, in the order of a state dict."""
-    names = gguf.get_tensor_name_map(family.llama_cpp.arch, sizes.layers)
+    names = gguf.get_tensor_name_map(family.llama_cpp.arch, sizes.blocks)
     switches = {tensor.when for tensor in family.layer if tensor.when is not None}
     switched_on = {None, *(key for key in sorted(switches) if config.boolean(key))}
     tensors = [tensor for tensor in family.layer if tensor.when in switched_on]
     matrix = (sizes.vocabulary, sizes.hidden)
     yield make_rule(names, "model.embed_tokens.weight", TensorKind.EMBEDDING, matrix)
-    for number in range(sizes.layers):
+    for number, own in enumerate(tags):
         for tensor in tensors:
+            if tensor.on is not None and tensor.on not in own:
+                continue
             heads = {"query": sizes.heads, "key": sizes.kv_heads, None: None}[tensor.rope]
             shape = tuple(sizes.size(name) for name in tensor.shape)
+            is_mtp = MTP in own
             if tensor.kind is TensorKind.EXPERT:
-                yield from expert_rules(names, number, tensor, shape, sizes.experts)
+                rules = expert_rules(names, number, tensor, shape, sizes.experts)
+                yield from (replace(rule, is_mtp=is_mtp) for rule in rules)
             else:
-                name, required = f"model.layers.{number}.{tensor.suffix}", tensor.when is None
+                may_be_zero = tensor.when is not None and tensor.kind is TensorKind.BIAS
+                required = not (tensor.optional or may_be_zero)
+                name = f"model.layers.{number}.{tensor.suffix}"
                 rule = make_rule(names, name, tensor.kind, shape, required=required)
-                yield replace(rule, rope_heads=heads, layer=number)
+                yield replace(rule, rope_heads=heads, layer=number, is_mtp=is_mtp)
     yield make_rule(names, "model.norm.weight", TensorKind.NORM, (sizes.hidden,))
+    tied = config.boolean("tie_word_embeddings")
     yield make_rule(names, "lm_head.weight", TensorKind.HEAD, matrix, required=not tied)
 
 
@@ -315,45 +402,41 @@ def make_rule(
     *,
     required: bool = True,
 ) -> TensorRule:
-    """A rule, its GGUF name looked up in the table of the package gguf."""
-    gguf_name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
-    if gguf_name is None:
-        raise StreamquantError(
-            "the installed package gguf has no name for a tensor",
-            where=f"tensor {hf_name!r}",
-            found="no entry in its table of names",
-            required="gguf 0.19",
-            hint="install the version that pyproject.toml asks for",
-        )
-    return TensorRule(hf_name, gguf_name, kind, shape, None, required)
+    """A rule, with its GGUF name (gguf_names.py)."""
+    return TensorRule(hf_name, gguf_name(names, hf_name), kind, shape, None, required)
 
 
-def common_metadata(arch: str, sizes: Dimensions, rope: RopeSettings, epsilon: float) -> dict[str, GGUFValue]:
+def common_metadata(
+    family: Family, config: ConfigValues, sizes: Dimensions, rope: RopeSettings
+) -> dict[str, GGUFValue]:
     """The {arch}.* keys of all families with the types of gguf.GGUFWriter, in the reference converter's order."""
-    llm, attention = gguf.Keys.LLM, gguf.Keys.Attention
+    arch, llm, attention = family.gguf_arch, gguf.Keys.LLM, gguf.Keys.Attention
     counts = {
-        llm.BLOCK_COUNT: sizes.layers,
+        llm.BLOCK_COUNT: sizes.blocks,
         llm.CONTEXT_LENGTH: sizes.context,
         llm.EMBEDDING_LENGTH: sizes.hidden,
-        llm.FEED_FORWARD_LENGTH: sizes.intermediate,
+        **({llm.FEED_FORWARD_LENGTH: sizes.intermediate} if sizes.intermediate else {}),
         attention.HEAD_COUNT: sizes.heads,
         attention.HEAD_COUNT_KV: sizes.kv_heads,
     }
     experts = {llm.EXPERT_COUNT: sizes.experts, llm.EXPERT_USED_COUNT: sizes.experts_used} if sizes.experts else {}
     widths = (attention.KEY_LENGTH, attention.VALUE_LENGTH) if sizes.head_dim_is_written else ()
-    numbers = {gguf.Keys.Rope.FREQ_BASE: rope.theta, attention.LAYERNORM_RMS_EPS: epsilon}
+    numbers = {gguf.Keys.Rope.FREQ_BASE: rope.theta, attention.LAYERNORM_RMS_EPS: config.number("rms_norm_eps")}
     return {
         **count_values(arch, counts),
         **rope_scaling_metadata(rope, arch),
         **{key.format(arch=arch): GGUFValue(value, GGUFValueType.FLOAT32) for key, value in numbers.items()},
         **count_values(arch, experts),
+        **(key_values(EXPERT_GROUPS, KeySources(arch, config, sizes.size)) if experts else {}),
         **count_values(arch, dict.fromkeys(widths, sizes.head_dim)),
     }
 
 
-def added_metadata(family: Family, sizes: Dimensions) -> dict[str, GGUFValue]:
-    """The {arch}.* keys that a family adds."""
-    return count_values(family.gguf_arch, {key: sizes.size(name) for key, name in family.llama_cpp.added_keys})
+def added_metadata(
+    family: Family, config: ConfigValues, sizes: Dimensions, tags: Sequence[frozenset[str]]
+) -> dict[str, GGUFValue]:
+    """The {arch}.* keys that a family adds, or gives another value."""
+    return key_values(family.llama_cpp.keys, KeySources(family.gguf_arch, config, sizes.size, tags))
 
 
 def count_values(arch: str, counts: Mapping[str, int]) -> dict[str, GGUFValue]:

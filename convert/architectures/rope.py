@@ -79,6 +79,8 @@ class RopeSettings:
     notes: tuple[str, ...] = ()
     sections: tuple[int, ...] = ()
     """mrope_section, for the key of that name alone."""
+    partial: float = 1.0
+    """The share of each head that is rotated."""
 
 
 def rope_row_order(rows: int, heads: int) -> NDArray[np.int64]:
@@ -103,7 +105,7 @@ def rope_row_order(rows: int, heads: int) -> NDArray[np.int64]:
     return np.arange(rows, dtype=np.int64).reshape(heads, 2, half).swapaxes(1, 2).reshape(rows)
 
 
-def read_rope(config: ConfigValues, max_position_embeddings: int) -> RopeSettings:
+def read_rope(config: ConfigValues, max_position_embeddings: int, partial: float | None = None) -> RopeSettings:
     """The rope settings of config.json, spelled as in transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
     Follows convert_rope_params_to_dict of transformers/modeling_rope_utils.py: a theta inside the settings wins over
@@ -113,8 +115,7 @@ def read_rope(config: ConfigValues, max_position_embeddings: int) -> RopeSetting
     settings = find_settings(config)
     rope_type = read_type(settings)
     check_keys(settings, rope_type, notes)
-    check_full_rotation(config)
-    check_full_rotation(settings)
+    share = read_partial(config, settings, partial)
     theta = read_theta(config, settings, notes)
     numbers: dict[str, float] = {}
     context: int | None = None
@@ -128,7 +129,7 @@ def read_rope(config: ConfigValues, max_position_embeddings: int) -> RopeSetting
         context = original_context(settings, max_position_embeddings, notes)
     if rope_type in ("llama3", "yarn"):
         note_context_outside(config, settings, context, notes)
-    return RopeSettings(rope_type, theta, numbers, context, tuple(notes), read_sections(settings, notes))
+    return RopeSettings(rope_type, theta, numbers, context, tuple(notes), read_sections(settings, notes), share)
 
 
 def find_settings(config: ConfigValues) -> ConfigValues:
@@ -190,12 +191,22 @@ def check_keys(settings: ConfigValues, rope_type: str, notes: list[str]) -> None
         notes.append(f"config.json: {settings.prefix}{key} has no meaning for rope type {rope_type!r}; ignored")
 
 
-def check_full_rotation(values: ConfigValues) -> None:
-    """Refuse heads that are rotated in part: none of the families here are, in llama.cpp."""
-    if values.values.get("partial_rotary_factor") is not None and values.number("partial_rotary_factor") != 1.0:
-        raise values.refuse(
-            "partial_rotary_factor", "partial rotation is not supported", required="1.0, or no such key"
-        )
+def read_partial(config: ConfigValues, settings: ConfigValues, default: float | None) -> float:
+    """The share of each head that is rotated; a default of None is a family of llama.cpp that rotates all of it.
+
+    Inside the settings it wins over the top level, as theta does.
+    """
+    key = "partial_rotary_factor"
+    for values in (settings, config):
+        if values.values.get(key) is not None:
+            share = values.number(key)
+            if default is None and share != 1.0:
+                raise values.refuse(key, "partial rotation is not supported", required="1.0, or no such key")
+            if share > 1.0:
+                raise values.refuse(key, "more than the whole of a head", required="at most 1")
+            if default is not None:
+                return share
+    return 1.0 if default is None else default
 
 
 def read_theta(config: ConfigValues, settings: ConfigValues, notes: list[str]) -> float:

@@ -6,6 +6,9 @@ What is changed here is changed in the config.json of FP8 folders too, and every
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from streamquant.convert.architectures import ARCHITECTURES
+from streamquant.convert.architectures.layers import stored_mtp_layers
+
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 QUANTIZATIONS = ("quantization_config", "compression_config")
@@ -33,7 +36,7 @@ def config_of_weights(config: Mapping[str, Any], tensors: Collection[str]) -> tu
 
     A quantization_config is left out where no tensor is quantized (16-bit weights merged from a quantized base). Where
     there is no lm_head.weight the embeddings are the head, as llama.cpp's converter and loader take them; transformers
-    would make up a random one.
+    would make up a random one. Layers for multi-token prediction are those that are there.
     """
     changed, notes = dict(config), []
     if not any(name.endswith(_SCALES) or "bitsandbytes" in name for name in tensors):
@@ -51,4 +54,26 @@ def config_of_weights(config: Mapping[str, Any], tensors: Collection[str]) -> tu
             f"WARNING: there is no {HEAD} although tie_word_embeddings is false: the embeddings are the head, as"
             " llama.cpp takes them; the config.json of FP8 folders says so"
         )
-    return changed, tuple(notes)
+    changed, told = config_of_mtp_layers(changed, tensors)
+    return changed, (*notes, *told)
+
+
+def config_of_mtp_layers(config: Mapping[str, Any], tensors: Collection[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """config.json with the number of layers for multi-token prediction that a checkpoint has, and a note on them.
+
+    Tools lose these layers, and config.json keeps their number: llama.cpp would miss a block (its issue 24737).
+    """
+    named = config.get("architectures")
+    family = ARCHITECTURES.get(named[0]) if isinstance(named, list) and len(named) == 1 else None
+    layers = config.get("num_hidden_layers")
+    if family is None or family.mtp is None or type(layers) is not int:
+        return dict(config), ()  # what is wrong with config.json is told where it is read
+    key = family.mtp.key
+    said, found = config.get(key, family.defaults.get(key)), stored_mtp_layers(tensors, layers)
+    if (said or 0) == found:
+        return dict(config), ()
+    says = "says nothing of" if said is None else f"says {said!r:.20} of"
+    kept = (
+        f"{found} are converted, which the checkpoint has" if found else "the checkpoint has none, nor has any variant"
+    )
+    return {**config, key: found}, (f"config.json {says} layers for multi-token prediction ({key}); {kept}",)

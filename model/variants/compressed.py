@@ -91,7 +91,7 @@ class CompressedVariant(FolderVariant):
         if self._quantization.kv_cache_scheme is None:
             return set()
         found = ((name, _CACHE_SCALE.fullmatch(name)) for name in self.checkpoint.tensors)
-        return {name for name, match in found if match is not None and int(match[1]) < self.description.block_count}
+        return {name for name, match in found if match is not None and int(match[1]) < self.description.layer_count}
 
     def _read_quantization(self, settings: object, key: str) -> Any:
         where = f"{self.path / 'config.json'}, {key}"

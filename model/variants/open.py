@@ -1,8 +1,10 @@
 """Opens whatever variant stands at a path."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from streamquant.convert.source.checkpoint import as_source, read_checkpoint
+from streamquant.convert.source.config_as_stored import config_of_mtp_layers
 from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE
 from streamquant.files.gguf_file import first_of_split
 from streamquant.files.safetensors_file import DTYPE_BITS
@@ -39,7 +41,8 @@ def _open_folder(folder: Path) -> Variant:
     # A folder that says it is of compressed-tensors is taken at its word: its runtimes do that too, and fail.
     is_compressed = isinstance(quantization, dict) and quantization.get("quant_method") in METHODS
     if key is not None and (is_compressed or key in as_it_is.config):
-        return CompressedVariant(checkpoint)
+        config, _ = config_of_mtp_layers(checkpoint.config, checkpoint.tensors)
+        return CompressedVariant(replace(checkpoint, config=config))
     return CheckpointVariant(as_it_is)
 
 

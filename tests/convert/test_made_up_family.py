@@ -31,6 +31,7 @@ import gguf
 
 from streamquant.convert.architectures.family import LlamaCpp, VocabularyRules, norm
 from streamquant.convert.architectures.families.llama import LLAMA
+from streamquant.convert.architectures.gguf_keys import u32
 
 MADE_UP = dataclasses.replace(
     LLAMA,
@@ -40,7 +41,7 @@ MADE_UP = dataclasses.replace(
     llama_cpp=LlamaCpp(
         arch=gguf.MODEL_ARCH.GROK,
         vocabulary=VocabularyRules(no_bos=frozenset({320})),
-        added_keys=((gguf.Keys.LLM.VOCAB_SIZE, "vocabulary"),),
+        keys=(u32(gguf.Keys.LLM.VOCAB_SIZE, "vocabulary"),),
     ),
 )
 '''

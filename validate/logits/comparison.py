@@ -293,7 +293,7 @@ def _observe_layers(states: HiddenStates, others: Sequence[_Entry], corpus: Corp
 
     def compare_with(errors: list[LayerError]) -> "Callable[[int, torch.Tensor], None]":
         def observe(layer: int, hidden: "torch.Tensor") -> None:
-            if layer < states.lane.variant.description.block_count:
+            if layer < states.lane.variant.description.layer_count:
                 errors.append(layer_error(layer, states.sample(layer), sample(hidden)))
 
         return observe
@@ -362,7 +362,7 @@ def summarize(variant: Variant) -> ModelSummary:
         str(variant.path),
         variant.kind,
         variant.description.hf_architecture,
-        variant.description.block_count,
+        variant.description.layer_count,
         variant.parameter_count,
         variant.nbytes,
         variant.bits_per_weight,

@@ -7,6 +7,7 @@ conversion/llama.py). Defaults: LlamaConfig of transformers.
 import gguf
 
 from streamquant.convert.architectures.family import Family, LlamaCpp, VocabularyRules, linear, norm
+from streamquant.convert.architectures.gguf_keys import u32
 
 LLAMA_MODEL = LlamaCpp(
     arch=gguf.MODEL_ARCH.LLAMA,
@@ -16,7 +17,7 @@ LLAMA_MODEL = LlamaCpp(
         no_bos=frozenset({49152}),  # small Granite models and SmolLM
         fill_in_the_middle={32016: {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}},  # CodeLlama
     ),
-    added_keys=((gguf.Keys.LLM.VOCAB_SIZE, "vocabulary"), (gguf.Keys.Rope.DIMENSION_COUNT, "head_dim")),
+    keys=(u32(gguf.Keys.LLM.VOCAB_SIZE, "vocabulary"), u32(gguf.Keys.Rope.DIMENSION_COUNT, "head_dim")),
     rope_freqs=True,
 )
 """The converter's class LlamaModel (conversion/llama.py) and the loader of arch "llama"."""

@@ -37,11 +37,11 @@ MIXTRAL = Family(
         count=("num_local_experts", "num_experts"),
         used="num_experts_per_tok",
         intermediate="intermediate_size",
-        ignore=("re:.*block_sparse_moe.gate$",),
         stored_path="block_sparse_moe",
         gate="w1",
         up="w3",
         down="w2",
     ),
+    unquantized=("re:.*block_sparse_moe.gate$",),
     llama_cpp=LLAMA_MODEL,
 )

@@ -17,6 +17,7 @@ from streamquant.convert.architectures.family import (
     norm,
     router,
 )
+from streamquant.convert.architectures.gguf_keys import u32
 
 QWEN3_MOE = Family(
     hf_architecture="Qwen3MoeForCausalLM",
@@ -53,12 +54,12 @@ QWEN3_MOE = Family(
         count=("num_experts", "num_local_experts"),
         used="num_experts_per_tok",
         intermediate="moe_intermediate_size",
-        ignore=("re:.*mlp.gate$",),
     ),
+    unquantized=("re:.*mlp.gate$",),
     llama_cpp=LlamaCpp(
         arch=gguf.MODEL_ARCH.QWEN3MOE,
         vocabulary=VocabularyRules(sentencepiece=True),
-        added_keys=((gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, "expert_intermediate"),),
+        keys=(u32(gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, "expert_intermediate"),),
         unread=("attention_bias",),
         assumed={"norm_topk_prob": True},
     ),

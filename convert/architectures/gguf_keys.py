@@ -1,0 +1,126 @@
+"""The {arch}.* keys of a GGUF that a family's file lists: rows of a name, a type and where the value comes from."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import gguf
+from gguf.constants import GGUFValueType
+from gguf.gguf_writer import GGUFValue
+
+from streamquant.convert.architectures.config_values import LARGEST_FLOAT32, ConfigValues
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """The value of a key of config.json, or its default; where there is neither, or null, the GGUF has no key."""
+
+    key: str
+    values: Mapping[str, int] | None = None
+    """For a text that GGUF has a number for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The same value for every model."""
+
+    value: int | float | bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class PerLayer:
+    """A list with a value for each layer: that of the first tag that the layer has, or `otherwise`.
+
+    Values are names of sizes, or the numbers and booleans themselves. Layers for multi-token prediction count.
+    """
+
+    by_tag: Mapping[str, str | int | bool]
+    otherwise: str | int | bool
+
+
+@dataclass(frozen=True, slots=True)
+class GgufKey:
+    """A key: name with {arch}, type (of a list, that of its elements), and where its value comes from.
+
+    A text is the name of a size. A size of 0 means that the model has no such part, and the GGUF no key.
+    """
+
+    name: str
+    type: GGUFValueType
+    value: str | Field | Constant | PerLayer
+
+
+def u32(name: str, value: str | Field | Constant) -> GgufKey:
+    """A count."""
+    return GgufKey(name, GGUFValueType.UINT32, value)
+
+
+def f32(name: str, value: Field | Constant) -> GgufKey:
+    """A number."""
+    return GgufKey(name, GGUFValueType.FLOAT32, value)
+
+
+def flag(name: str, value: Field | Constant) -> GgufKey:
+    """A boolean."""
+    return GgufKey(name, GGUFValueType.BOOL, value)
+
+
+GATING: Mapping[str, int] = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}
+"""How scores of experts are made -> llama.cpp's number (gguf.ExpertGatingFuncType)."""
+EXPERT_GROUPS = (
+    u32(gguf.Keys.LLM.EXPERT_GROUP_COUNT, Field("n_group")),
+    u32(gguf.Keys.LLM.EXPERT_GROUP_USED_COUNT, Field("topk_group")),
+    u32(gguf.Keys.LLM.EXPERT_GATING_FUNC, Field("scoring_func", GATING)),
+)
+"""What the converter writes behind expert_used_count for every model whose config.json has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeySources:
+    """Where the values of a model's keys come from."""
+
+    arch: str
+    config: ConfigValues
+    size: Callable[[str], int]
+    """A size by its name."""
+    layers: Sequence[frozenset[str]] = ()
+    """The tags of each layer."""
+
+
+def key_values(rows: Iterable[GgufKey], sources: KeySources) -> dict[str, GGUFValue]:
+    """The rows of a model as GGUF values, in their order. Raises StreamquantError for a value of the wrong kind."""
+    config, size = sources.config, sources.size
+    found: dict[str, GGUFValue] = {}
+    for row in rows:
+        name = row.name.format(arch=sources.arch)
+        match row.value:
+            case PerLayer(by_tag=by_tag, otherwise=otherwise):
+                picked = [next((by_tag[tag] for tag in by_tag if tag in layer), otherwise) for layer in sources.layers]
+                values = [size(value) if isinstance(value, str) else value for value in picked]
+                found[name] = GGUFValue(values, GGUFValueType.ARRAY, row.type)
+            case Constant(value=value):
+                found[name] = GGUFValue(value, row.type)
+            case Field() as field:
+                if config.has_value(field.key):
+                    found[name] = GGUFValue(_read(config, field, row.type), row.type)
+            case str(of):
+                if size(of):
+                    found[name] = GGUFValue(size(of), row.type)
+    return found
+
+
+def _read(config: ConfigValues, field: Field, kind: GGUFValueType) -> int | float | bool | str:
+    if field.values is not None:
+        text = config.text(field.key)
+        if text not in field.values:
+            raise config.refuse(
+                field.key, "a value that llama.cpp has no number for", required=f"one of {', '.join(field.values)}"
+            )
+        return field.values[text]
+    match kind:
+        case GGUFValueType.BOOL:
+            return config.boolean(field.key)
+        case GGUFValueType.FLOAT32:
+            return config.number(field.key, above=-LARGEST_FLOAT32)
+        case GGUFValueType.STRING:
+            return config.text(field.key)
+    return config.integer(field.key, least=0)

@@ -1,0 +1,125 @@
+"""The kinds of layers of a model, as its family's file says by data how config.json tells them.
+
+A layer has tags: "dense" or "sparse" by its feed-forward, "full_attention", "linear_attention" or "sliding_attention"
+by its attention, "mtp" for a layer that predicts a further token behind the last one. A row of a family's table may be
+limited to the layers that have a tag.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from streamquant.convert.architectures.config_values import ConfigValues, describe_type, shorten
+
+DENSE, SPARSE = "dense", "sparse"
+FULL, LINEAR, SLIDING = "full_attention", "linear_attention", "sliding_attention"
+MTP = "mtp"
+
+
+class LayerKinds(Protocol):
+    """Gives each layer one tag."""
+
+    def tags(self, config: ConfigValues, count: int) -> list[str]:
+        """The tags of `count` layers. Raises StreamquantError where config.json does not fit them."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseFirst:
+    """The first layers are dense, the others have experts; `key` says how many are."""
+
+    key: str = "first_k_dense_replace"
+
+    def tags(self, config: ConfigValues, count: int) -> list[str]:
+        """See LayerKinds.tags."""
+        first = config.integer(self.key, least=0, most=count)
+        return [DENSE] * first + [SPARSE] * (count - first)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseStep:
+    """Every `step`-th layer has experts, but for those that a list of numbers names (Qwen 2 and 3)."""
+
+    step: str = "decoder_sparse_step"
+    dense: str = "mlp_only_layers"
+
+    def tags(self, config: ConfigValues, count: int) -> list[str]:
+        """See LayerKinds.tags."""
+        step, listed = config.integer(self.step), config.raw(self.dense)
+        numbers = [] if listed is None else listed
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < count for n in numbers):
+            raise config.refuse(self.dense, "not a list of layers", required=f"numbers from 0 to {count - 1}")
+        return [DENSE if n in numbers or (n + 1) % step else SPARSE for n in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class ListedTypes:
+    """A list with the type of each layer; without it, every n-th layer is of another type than the rest.
+
+    types has the spellings of config.json -> the tag. The n-th, 2n-th, ... layer is `nth`, the others are `rest`, n by
+    the key `interval` or its default; without an interval the list is required.
+    """
+
+    types: Mapping[str, str]
+    key: str = "layer_types"
+    interval: str | None = None
+    nth: str = FULL
+    rest: str = LINEAR
+
+    def tags(self, config: ConfigValues, count: int) -> list[str]:
+        """See LayerKinds.tags."""
+        if self.interval is not None and not config.has_value(self.key):
+            n = config.integer(self.interval)
+            return [self.rest if (layer + 1) % n else self.nth for layer in range(count)]
+        listed = config.raw(self.key)
+        if not isinstance(listed, list):
+            raise config.refuse(
+                self.key, f"{describe_type(listed)} where a list of layers is required", required="a list"
+            )
+        if len(listed) != count:
+            raise config.refuse(
+                self.key,
+                f"a list of {len(listed)} layers in a model of {count}",
+                required=f"{count} entries, one for each of num_hidden_layers",
+            )
+        for number, name in enumerate(listed):
+            if not isinstance(name, str) or name not in self.types:
+                raise config.refuse(
+                    self.key,
+                    f"layer {number} is of an unknown type: {shorten(name)}",
+                    required=f"one of {', '.join(self.types)}",
+                )
+        return [self.types[name] for name in listed]
+
+
+@dataclass(frozen=True, slots=True)
+class MtpLayers:
+    """The layers behind the last one that predict further tokens (multi-token prediction; llama.cpp: nextn).
+
+    Neither transformers nor an importance matrix computes them. How many there are is a matter of the tensors that a
+    checkpoint has: tools lose them, and config.json keeps the number.
+    """
+
+    key: str
+    """The number of them, in config.json."""
+    tags: frozenset[str]
+    """What these layers are beside MTP."""
+    unquantized: tuple[str, ...] = ()
+    """Modules of theirs that compressed-tensors must leave alone, in its spelling."""
+
+    def count(self, config: ConfigValues, most: int) -> int:
+        """Layers of this kind by config.json, at most `most`."""
+        return config.integer(self.key, least=0, most=most) if config.has_value(self.key) else 0
+
+
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
+
+
+def stored_mtp_layers(names: Collection[str], layers: int) -> int:
+    """The layers behind the last of `layers` of which tensors are there.
+
+    >>> stored_mtp_layers(["model.layers.0.enorm.weight", "model.layers.46.enorm.weight"], 46)
+    1
+    """
+    numbers = {int(match[1]) for name in names if (match := _LAYER.match(name)) is not None}
+    return max(0, max(numbers, default=-1) + 1 - layers)
