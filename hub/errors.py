@@ -35,6 +35,7 @@ from huggingface_hub.errors import (
 )
 
 from streamquant.files.listener import SILENT, Listener
+from streamquant.hub.calls import calling
 from streamquant.hub.http_library import httpx
 from streamquant.quant.errors import StreamquantError, UsageError
 
@@ -211,7 +212,8 @@ def with_retries(call: Callable[[], T], what: str, how: Retrying | None = None) 
     how, refusals = how or Retrying(), 0
     for attempt in range(ATTEMPTS):
         try:
-            return call()
+            with calling(what, how.listener, how.stop):
+                return call()
         except Exception as error:
             asked = retry_after(error)
             last = attempt == ATTEMPTS - 1 or (how.stop is not None and how.stop.is_set())

@@ -6,16 +6,15 @@ httpx drop it when they follow a redirect to another.
 """
 
 import hashlib
-import logging
 import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamquant.files.listener import Listener
+from streamquant.files.listener import SILENT, Listener
 from streamquant.files.worker import Stopped
 from streamquant.files.writing import check_folder
 from streamquant.hub.reference import MAIN, ModelReference, parse_reference
@@ -60,6 +59,8 @@ class HubRepo:
     """The address of the Hub."""
     asked: str = ""
     """ORG/NAME as it was asked for: another one if the repository was renamed."""
+    listener: Listener = field(default=SILENT, compare=False, repr=False)
+    """Hears of waits while headers and small files are read."""
 
     def __str__(self) -> str:
         return f"{self.name}@{self.commit[:12]}"
@@ -72,12 +73,13 @@ class HubRepo:
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a file, fewer if it ends before. Raises StreamquantError."""
-        from streamquant.hub.errors import ask
+        from streamquant.hub.errors import Retrying, ask
 
         stop = min(stop, self.file(path).size)
         if (local := self.cached(path)) is not None:
             return self._read_cached(path, local, start, stop)
-        return ask(lambda: self._range(path, start, stop), repo=str(self), what=f"reading the beginning of {path}")
+        what, how = f"reading the beginning of {path}", Retrying(self.listener)
+        return ask(lambda: self._range(path, start, stop), repo=str(self), what=what, how=how)
 
     def _range(self, path: str, start: int, stop: int) -> bytes:
         from huggingface_hub import constants, hf_hub_url
@@ -240,23 +242,19 @@ def _meter(on_bytes: Callable[[int], None], stop: threading.Event) -> Any:
     return Meter
 
 
-def quiet_client() -> None:
-    """What the Hub's client tries again is told by us, without signed URLs."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def open_repo(name: str, revision: str = MAIN, commit: str | None = None) -> HubRepo:
+def open_repo(name: str, revision: str = MAIN, commit: str | None = None, listener: Listener = SILENT) -> HubRepo:
     """Resolve a revision to its commit, once, and list the files there; in offline mode by the local cache.
 
-    `commit` is what the revision is known to have stood for.
+    `commit` is what the revision is known to have stood for; `listener` hears of waits.
 
     Raises UsageError for a name that cannot be one, StreamquantError for everything that the Hub or the network says.
     """
     from huggingface_hub import HfApi, constants
 
-    from streamquant.hub.errors import ask
+    from streamquant.hub.client import set_up_client
+    from streamquant.hub.errors import Retrying, ask
 
-    quiet_client()
+    set_up_client()
     constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
     if constants.is_offline_mode():
         return _cached_repo(name, revision, commit)
@@ -265,6 +263,7 @@ def open_repo(name: str, revision: str = MAIN, commit: str | None = None) -> Hub
         lambda: api.model_info(name, revision=commit or revision, files_metadata=True),
         repo=f"{name}@{revision}",
         what="no such folder here; listing the files",
+        how=Retrying(listener),
     )
     if not isinstance(info.sha, str) or re.fullmatch("[0-9a-f]{40}", info.sha) is None:
         raise StreamquantError("the Hub names no commit", where=f"{name}@{revision}", found=repr(info.sha)[:100])
@@ -272,7 +271,7 @@ def open_repo(name: str, revision: str = MAIN, commit: str | None = None) -> Hub
         raise StreamquantError(
             "the Hub calls the repository by a name that cannot be one", where=name, found=repr(info.id)[:100]
         )
-    return HubRepo(info.id, revision, info.sha, _files(name, info.siblings or []), api.endpoint, name)
+    return HubRepo(info.id, revision, info.sha, _files(name, info.siblings or []), api.endpoint, name, listener)
 
 
 def _files(name: str, siblings: Iterable[Any]) -> dict[str, HubFile]:

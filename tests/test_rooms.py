@@ -31,6 +31,7 @@ LARGE_FOLDERS = {
 MOST_PARAMETERS = 6
 """Of a function; self and those that are given by keyword count."""
 MANY_PARAMETERS = {
+    "streamquant/api/conversion.py plan": "the arguments of convert, and of what is uploaded meanwhile",
     "streamquant/api/publication.py convert_and_push": "the arguments of convert and of push",
     "streamquant/api/validation.py imatrix": "the options of the command; all but three are given by keyword",
 }

@@ -124,7 +124,7 @@ def _fetch(repo: HubRepo, names: Sequence[str], folder: Path) -> None:
 
 
 def _fetch_one(repo: HubRepo, name: str, folder: Path) -> None:
-    from streamquant.hub.errors import DamagedBody, ask
+    from streamquant.hub.errors import DamagedBody, Retrying, ask
 
     never = threading.Event()
     local = folder / name
@@ -143,7 +143,7 @@ def _fetch_one(repo: HubRepo, name: str, folder: Path) -> None:
         repo.download(name, folder, SILENT, never)
         repo.check(name, local, never)
 
-    ask(fetch, repo=str(repo), what=f"fetching {name}")
+    ask(fetch, repo=str(repo), what=f"fetching {name}", how=Retrying(repo.listener))
 
 
 def _place(repo: HubRepo, folder: Path) -> Place:

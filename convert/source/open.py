@@ -6,6 +6,7 @@ from pathlib import Path
 from streamquant.convert.run.journal import JOURNAL, WORK_FOLDER
 from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
 from streamquant.convert.source.hub_checkpoint import open_hub_checkpoint
+from streamquant.files.listener import SILENT, Listener
 from streamquant.files.writing import write_atomically
 from streamquant.hub.reference import hub_reference
 from streamquant.hub.repo import HubRepo, open_repo
@@ -13,18 +14,18 @@ from streamquant.hub.repo import HubRepo, open_repo
 PIN = "source.json"
 
 
-def open_source(model: str, *, out: Path | None = None) -> Checkpoint:
+def open_source(model: str, *, out: Path | None = None, listener: Listener = SILENT) -> Checkpoint:
     """A checkpoint by what the user calls it: a folder, or ORG/NAME[@REVISION] on the Hub if there is no such folder.
 
-    An unfinished run in `out` has its commit pinned: the same revision is the same commit again. Raises UsageError and
-    StreamquantError.
+    An unfinished run in `out` has its commit pinned: the same revision is the same commit again. `listener` hears of
+    waits for the Hub. Raises UsageError and StreamquantError.
     """
     on_hub = hub_reference(model)
     if on_hub is None:
         return open_checkpoint(Path(model))
     name, revision = on_hub.name, on_hub.revision
     commit = pinned_commit(out, name, revision) if out is not None else None
-    return open_hub_checkpoint(open_repo(name, revision, commit))
+    return open_hub_checkpoint(open_repo(name, revision, commit, listener))
 
 
 def pin(out: Path, repo: HubRepo) -> None:

@@ -41,7 +41,7 @@ def fetch_snapshot(checkpoint: HubCheckpoint, listener: Listener = SILENT) -> Pa
         )
         listener.started(FETCHING, total, "bytes")
     for name in missing:
-        _fetch(repo, name)
+        _fetch(repo, name, listener)
         listener.advanced(FETCHING, repo.files[name].size)
     return _linked(repo, _names(checkpoint))
 
@@ -96,11 +96,11 @@ def _linked(repo: HubRepo, names: Sequence[str]) -> Path:
     return folder
 
 
-def _fetch(repo: HubRepo, name: str) -> None:
+def _fetch(repo: HubRepo, name: str, listener: Listener) -> None:
     """One file into the cache, checked; a damaged one is removed there and fetched again."""
     from huggingface_hub import hf_hub_download
 
-    from streamquant.hub.errors import DamagedBody, ask
+    from streamquant.hub.errors import DamagedBody, Retrying, ask
 
     def fetch() -> None:
         path = Path(hf_hub_download(repo.name, name, revision=repo.commit, library_name="streamquant"))
@@ -111,4 +111,4 @@ def _fetch(repo: HubRepo, name: str) -> None:
             path.unlink(missing_ok=True)
             raise
 
-    ask(fetch, repo=str(repo), what=f"fetching {name}")
+    ask(fetch, repo=str(repo), what=f"fetching {name}", how=Retrying(listener))

@@ -102,7 +102,7 @@ class ReleaseRun:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The source, its headers read."""
-        return open_source(self.file.model, out=self.file.out)
+        return open_source(self.file.model, out=self.file.out, listener=self.listener)
 
     @property
     def known_source(self) -> Path | None:

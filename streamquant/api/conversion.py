@@ -46,6 +46,7 @@ def plan(
     *,
     out: str | Path | None = None,
     delete_after_upload: bool = False,
+    listener: Listener = SILENT,
 ) -> Plan:
     """Plan a conversion: every file, byte, format and reason. Reads no weight and writes nothing.
 
@@ -58,6 +59,7 @@ def plan(
         run: how the conversion would run; it decides about notes on the device and the disk that is needed.
         out: also check that this folder could be written and that its disk is large enough.
         delete_after_upload: plan for `convert_and_push`, and check the limits of the Hub.
+        listener: hears of waits for the Hub.
 
     Raises:
         UsageError: for variants, options or an output folder that cannot be.
@@ -65,7 +67,7 @@ def plan(
     """
     run, out = run or RunOptions(), None if out is None else Path(out)
     device = choose_device(run.device)
-    made = with_notes(plan_of(model, to, options, out), device)
+    made = with_notes(plan_of(model, to, options, out, listener), device)
     if delete_after_upload:
         from streamquant.publish.upload.limits import check_plan
 
@@ -114,7 +116,7 @@ def convert(
     """
     run, out = run or RunOptions(), Path(out)
     choose_device(run.device)  # refuses before the Hub is asked
-    return conversion.convert(plan_of(model, to, options, out), out, run, listener)
+    return conversion.convert(plan_of(model, to, options, out, listener), out, run, listener)
 
 
 @os_errors_told()
@@ -139,9 +141,11 @@ def recipes_of(to: Variants) -> list[Recipe]:
     return parse_variants(specs, files)
 
 
-def plan_of(model: Model, to: Variants, options: ConversionOptions | None, out: Path | None) -> Plan:
+def plan_of(
+    model: Model, to: Variants, options: ConversionOptions | None, out: Path | None, listener: Listener = SILENT
+) -> Plan:
     """The plan of a conversion, without checks of the output. Raises what `plan` raises."""
     recipes = recipes_of(to)
     if options is not None:
         check_overrides(options.overrides, recipes)
-    return make_plan(open_model(model, out), recipes, options)
+    return make_plan(open_model(model, out, listener), recipes, options)

@@ -15,13 +15,13 @@ Model = str | Path
 """A Path is a local file or folder. A str is one too if it exists, else ORG/NAME[@REVISION] on the Hugging Face Hub."""
 
 
-def open_model(model: Model, out: Path | None = None) -> Checkpoint:
+def open_model(model: Model, out: Path | None = None, listener: Listener = SILENT) -> Checkpoint:
     """The checkpoint of a model; of one on the Hub only small files and headers are fetched.
 
-    A conversion into `out` that was interrupted goes on with the commit that it began with. Raises UsageError and
-    StreamquantError.
+    A conversion into `out` that was interrupted goes on with the commit that it began with. `listener` hears of waits
+    for the Hub. Raises UsageError and StreamquantError.
     """
-    return open_checkpoint(model) if isinstance(model, Path) else open_source(model, out=out)
+    return open_checkpoint(model) if isinstance(model, Path) else open_source(model, out=out, listener=listener)
 
 
 def local_weights(model: Model, listener: Listener = SILENT) -> Path:
@@ -30,14 +30,14 @@ def local_weights(model: Model, listener: Listener = SILENT) -> Path:
         return Path(model)
     from streamquant.convert.source.snapshot import whole_folder
 
-    return whole_folder(open_source(model), listener)
+    return whole_folder(open_source(model, listener=listener), listener)
 
 
-def without_weights(model: Model) -> "Variant":
+def without_weights(model: Model, listener: Listener = SILENT) -> "Variant":
     """A model of which no weight will be read: of one on the Hub only small files and headers are fetched."""
     from streamquant.model.variants.checkpoint import CheckpointVariant
     from streamquant.model.variants.open import open_variant
 
     if isinstance(model, Path) or hub_reference(model) is None:
         return open_variant(Path(model))
-    return CheckpointVariant(open_source(model))
+    return CheckpointVariant(open_source(model, listener=listener))

@@ -79,7 +79,7 @@ def convert_and_push(
     """
     run, out = run or RunOptions(), Path(out)
     choose_device(run.device)  # refuses before the Hub is asked
-    return streaming.convert_and_push(plan_of(model, to, options, out), out, push, run, listener)
+    return streaming.convert_and_push(plan_of(model, to, options, out, listener), out, push, run, listener)
 
 
 @os_errors_told()

@@ -66,7 +66,7 @@ def chat_check(original: Model, variants: Sequence[str | Path], *, listener: Lis
         UsageError: for variants that cannot be compared.
         StreamquantError: for an original that cannot be read.
     """
-    return validation.chat_check(without_weights(original), _paths(variants), listener)
+    return validation.chat_check(without_weights(original, listener), _paths(variants), listener)
 
 
 @os_errors_told()

@@ -54,7 +54,10 @@ def plan_command(
 
     wanted, run = _wanted(to, recipe), _run_options(device, jobs, spool_gib)
     options = _conversion_options(given, wanted)
-    plan = streamquant.plan(model, wanted, options, run, out=out, delete_after_upload=delete_after_upload)
+    with console_listener("run the same command again") as listener:
+        plan = streamquant.plan(
+            model, wanted, options, run, out=out, delete_after_upload=delete_after_upload, listener=listener
+        )
     disk = streamquant.disk_use(plan, run, delete_after_upload=delete_after_upload)
     print_result(plan_json(plan, run.jobs, disk) if as_json else plan_view(plan, run.jobs, disk, tensors=tensors))
 

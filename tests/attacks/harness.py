@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -160,6 +160,9 @@ def chunks_in_journal(out: Path) -> int:
 # The command line
 
 
+_WAIT = re.compile(r"(; again in \d+ (s|min)|: no answer from \S+ for \d+ s)$")
+
+
 @dataclass(frozen=True)
 class Ran:
     """What a command gave back."""
@@ -177,6 +180,11 @@ class Ran:
             assert word in self.err, f"{word!r} is not in: {self.err}"
         assert self.code == code, self.err
         assert len(self.err) < 5000, f"a message of {len(self.err)} characters"
+
+    def without_waits(self) -> "Ran":
+        """Without what it said of the Hub meanwhile: what failed for now and is tried again, or gives no answer."""
+        lines = (line for line in self.err.splitlines(keepends=True) if not _WAIT.search(line))
+        return replace(self, err="".join(lines))
 
     def done(self) -> "Ran":
         """Fails unless the command worked."""

@@ -4,10 +4,9 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 from huggingface_hub.utils._http import close_session, default_client_factory, set_client_factory
 
@@ -66,7 +65,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
         monkeypatch.delenv("HF_OIDC_RESOURCE", raising=False)
         monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
-        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _seconds: None))
+        for module in (_http, file_download):
+            monkeypatch.setattr(module, "time", module.time)  # to be put back: set_up_client changes it
+        monkeypatch.setattr(client, "wait", lambda _seconds, _stop: None)
         monkeypatch.setattr(push, "refresh_card", _plain_card)
         client.set_up_client.cache_clear()
         yield hub

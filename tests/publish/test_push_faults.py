@@ -185,14 +185,14 @@ def test_another_thread_closes_the_client(hub: Hub, out: Path, monkeypatch: pyte
     """huggingface_hub does so when a connection is refused: one client serves all threads."""
     closed: list[str] = []
 
-    class Shared(httpx.Client):
+    class Shared(client_module._Client):
         def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
             if request.method == "PUT" and len(closed) < 3:
                 closed.append(request.url.path)
                 close_session()
             return super().send(request, **options)
 
-    monkeypatch.setattr(client_module, "default_client_factory", Shared)
+    monkeypatch.setattr(client_module, "_Client", Shared)
     monkeypatch.setattr(target_module, "THREADS", 1)  # a connection that is made meanwhile would never be closed
     push(out / "Tiny-GGUF", GGUF, ANYWAY)
     assert len(closed) == 3
