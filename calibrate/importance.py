@@ -18,6 +18,7 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures import TensorRule
+from streamquant.convert.recipes.imatrix import unreached_notes
 from streamquant.files.gguf_file import GgufKeys, pack_header, pad, read_header
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.reading import read_bytes
@@ -63,6 +64,11 @@ class InputSums:
         self.sums[weight][number] += self._last[1]
         self.counts[weight][number] += x.shape[:-1].numel()
 
+    def unreached(self) -> dict[str, list[int]]:
+        """The experts that no token went through, by GGUF name."""
+        found = {name: np.flatnonzero(of == 0).tolist() for name, of in self.counts.items() if of.size > 1}
+        return {name: experts for name, experts in found.items() if experts}
+
     def check(self) -> None:
         """Raise StreamquantError if a sum is NaN or infinite."""
         for name, values in self.sums.items():
@@ -86,7 +92,7 @@ class ImportanceRun:
     entries: int
     bytes_read: int
     notes: tuple[str, ...] = ()
-    """What a user should know of the texts."""
+    """What a user should know of the texts, and of the experts that they did not reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +138,8 @@ def write_importance(
         sums.check()
         save_importance(out, sums, corpus, last)
     chunks = max(before, len(corpus.tokens))
-    return ImportanceRun(out, chunks, before, len(sums.sums), bytes_read, corpus.notes)
+    notes = (*corpus.notes, *unreached_notes(sums.unreached()))
+    return ImportanceRun(out, chunks, before, len(sums.sums), bytes_read, notes)
 
 
 def tokens_sha256(tokens: Tokens) -> str:

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 
 from streamquant.convert.architectures import ModelDescription, TensorRule
-from streamquant.convert.recipes.imatrix import ImportanceMatrix
+from streamquant.convert.recipes.imatrix import ImportanceMatrix, unreached_notes
 from streamquant.convert.recipes.mix import UNQUANTIZED, needs_importance
 from streamquant.convert.recipes.recipe import Recipe
 from streamquant.convert.source.checkpoint import SourceTensor
+from streamquant.files.listing import shortened
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.formats import FORMATS
 
@@ -48,7 +49,7 @@ class PlannedImportance:
         missing = [name for name, format_ in without if needs_importance(recipe.base or "", name, format_)]
         if not missing:
             return
-        named = _shortened(missing, 5)
+        named = shortened(missing, 5)
         if self.matrix is None:
             raise UsageError(
                 f"{recipe.spec} needs an importance matrix",
@@ -82,11 +83,8 @@ class PlannedImportance:
             )
         notes = []
         if self._missing:
-            notes.append(f"not in the importance matrix, encoded without: {_shortened(sorted(self._missing), 8)}")
+            notes.append(f"not in the importance matrix, encoded without: {shortened(sorted(self._missing), 8)}")
         if unknown := sorted(entries.keys() - self._names):
-            notes.append(f"in the importance matrix, but not in this model: {_shortened(unknown, 8)}")
-        return notes
-
-
-def _shortened(names: list[str], most: int) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+            notes.append(f"in the importance matrix, but not in this model: {shortened(unknown, 8)}")
+        unreached = {name: self.matrix.unreached[name] for name in self._names & self.matrix.unreached.keys()}
+        return [*notes, *unreached_notes(unreached)]

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from streamquant.files import gguf_file
 from streamquant.files.json_record import JsonRecord
+from streamquant.files.listing import shortened
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.format import Importance
 
@@ -105,6 +107,8 @@ class ImportanceMatrix:
     """GGUF tensor name -> float32[matrices * columns], finite and not negative."""
     include_weights: tuple[str, ...] = ()
     exclude_weights: tuple[str, ...] = ()
+    unreached: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """GGUF name of stacked experts -> the experts that no token of the text went through; their importance is ones."""
 
     @property
     def nbytes(self) -> int:
@@ -175,6 +179,27 @@ class ImportanceMatrix:
         )
 
 
+def unreached_notes(unreached: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    """A warning that names the experts, by GGUF tensor, that no token of a text went through; none if there are none.
+
+    llama-quantize weighs all their columns alike (tools/quantize/quantize.cpp, load_imatrix).
+
+    >>> unreached_notes({"blk.5.ffn_up_exps.weight": [2, 7], "blk.5.ffn_gate_exps.weight": [2, 7]})[0][:89]
+    "WARNING: no token of the importance matrix's text went through 2 experts: blk.5 2, 7. All"
+    """
+    layers: dict[str, set[int]] = {}
+    for name in sorted(unreached):
+        layers.setdefault(name.rpartition(".ffn_")[0], set()).update(unreached[name])
+    if not layers:
+        return ()
+    named = [f"{layer} {shortened([str(number) for number in sorted(layers[layer])], 8)}" for layer in layers]
+    count = sum(len(experts) for experts in layers.values())
+    return (
+        f"WARNING: no token of the importance matrix's text went through {count} experts: {shortened(named, 8, '; ')}. "
+        "All their columns weigh the same; a longer or more varied text reaches them",
+    )
+
+
 def _cut(text: str) -> str:
     """At most KEY_BYTES bytes of UTF-8, whole characters."""
     return text.encode()[:KEY_BYTES].decode(errors="ignore")
@@ -200,8 +225,8 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
         raise StreamquantError("cannot read a file", where=where, found=error.strerror) from error
     try:
         is_gguf = content[:4] == GGUF_MAGIC.to_bytes(4, "little")
-        entries, datasets, chunks = _read_gguf(path, content) if is_gguf else _Legacy(content).read()
-        for name, entry in entries.items():
+        found = _read_gguf(path, content) if is_gguf else _Legacy(content).read()
+        for name, entry in found.entries.items():
             _check_values(name, entry)
     except _Broken as error:
         raise StreamquantError(
@@ -211,14 +236,22 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
             required="a file of llama-imatrix, GGUF or .dat",
             hint="fetch or make the file again",
         ) from error
-    return ImportanceMatrix(path.name, hashlib.sha256(content).hexdigest(), datasets, chunks, entries)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return ImportanceMatrix(
+        path.name, sha256, found.datasets, found.chunks, found.entries, unreached=MappingProxyType(found.unreached)
+    )
 
 
 class _Broken(Exception):  # noqa: N818 - internal: becomes a StreamquantError that names the file
     pass
 
 
-_Contents = tuple[dict[str, Importance], tuple[str, ...], int]
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    entries: dict[str, Importance]
+    datasets: tuple[str, ...]
+    chunks: int
+    unreached: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def _check_values(name: str, entry: Importance) -> None:
@@ -258,11 +291,16 @@ def _read_gguf(path: Path, content: bytes) -> _Contents:
     names = sorted(
         {name.removesuffix(end) for name in tensors for end in (_SUMS, _COUNTS, _MEANS) if name.endswith(end)}
     )
-    entries = {name: _mean_square(name, values(name + _SUMS), values(name + _COUNTS)) for name in names}
+    sums = {name: values(name + _SUMS) for name in names}
+    counts = {name: values(name + _COUNTS) for name in names}
+    entries = {name: _mean_square(name, sums[name], counts[name]) for name in names}
     entries = {name: entry for name, entry in entries.items() if entry.size}
     if not entries:
         raise _Broken(f"no tensor ends in {_SUMS}")
-    return entries, tuple(datasets), chunks
+    unreached = {
+        name: tuple(np.flatnonzero(of < 0.5).tolist()) for name, of in counts.items() if of.size > 1 and of.min() < 0.5
+    }
+    return _Contents(entries, tuple(datasets), chunks, unreached)
 
 
 def _mean_square(name: str, sums: NDArray[np.float32], counts: NDArray[np.float32]) -> Importance:
@@ -305,7 +343,7 @@ class _Legacy:
             datasets = (dataset,) if dataset else ()
         if self.at < len(self.content):
             raise _Broken(f"{len(self.content) - self.at:,} bytes too many")
-        return entries, datasets, max(0, chunks)
+        return _Contents(entries, datasets, max(0, chunks))
 
     def entry(self) -> tuple[str, Importance]:
         name = self.text("name")

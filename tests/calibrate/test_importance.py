@@ -218,3 +218,14 @@ def test_every_expert_has_the_sums_of_its_tokens(models: Models, case: str, tmp_
         assert counts.sum() == 2 * corpus.tokens.size
         assert len(set(counts.reshape(-1).tolist())) > 1
         assert stored[f"blk.{number}.ffn_gate_inp.weight.counts"].tolist() == [corpus.tokens.size]
+
+
+def test_experts_that_no_token_reached_are_named(models: Models, tmp_path: Path) -> None:
+    """Two tokens reach at most four of five experts."""
+    folder = models.checkpoint("qwen3-moe")
+    whole = read_corpus(write_texts(tmp_path), folder, context=64, chunks=1)
+    short = dataclasses.replace(whole, tokens=whole.tokens[:1, :2])
+    run = write_importance(open_variant(folder), short, tmp_path / "imatrix.gguf", OPTIONS)
+    (note,) = [note for note in run.notes if note.startswith("WARNING: no token")]
+    assert "blk.0 " in note
+    assert "blk.2 " in note

@@ -17,7 +17,7 @@ from streamquant.convert.conversion import convert
 from streamquant.convert.manifest import MANIFEST
 from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
-from streamquant.convert.recipes.imatrix import ImportanceMatrix
+from streamquant.convert.recipes.imatrix import ImportanceMatrix, read_imatrix
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.quant.errors import StreamquantError
@@ -25,6 +25,7 @@ from streamquant.validate.readback.verify import verify
 from tests import synthetic
 from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
 from tests.gguf_peer import read_gguf
+from tests.goldens.models import Entry, write_imatrix
 from tests.shapes import MIXTURES, write_shape
 from tests.synthetic import Weight
 
@@ -104,6 +105,20 @@ def test_each_expert_is_given_its_own_importance(tmp_path: Path) -> None:
     other[3] = np.linspace(0.01, 10, 256, dtype=np.float32)
     before, after = made("flat", flat), made("other", other)
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, True, False, True]
+
+
+def test_experts_that_no_token_reached_are_named(tmp_path: Path) -> None:
+    source = open_checkpoint(write_model(tmp_path / "Model", size="small", moe_intermediate_size=256))
+    entries = [
+        Entry(f"blk.{layer}.{name}.weight", calls, np.ones((len(calls), columns), np.float32))
+        for layer, calls in enumerate([(7, 0, 3, 0, 1), (5, 5, 5, 5, 5)])
+        for name, columns in (("ffn_up_exps", 256), ("ffn_gate_exps", 256))
+    ]
+    matrix = read_imatrix(write_imatrix(tmp_path / "i.gguf", entries))
+    assert matrix.entries["blk.0.ffn_up_exps.weight"].reshape(5, -1)[1].tolist() == [1.0] * 256
+    plan = make_plan(source, parse_variants(["gguf:Q4_K_M"]), ConversionOptions(pre=TINY_PRE, imatrix=matrix))
+    (note,) = [note for note in plan.notes if note.startswith("WARNING: no token")]
+    assert "2 experts: blk.0 1, 3. All their columns" in note
 
 
 def test_importance_of_another_number_of_experts_is_refused(tmp_path: Path) -> None:

@@ -170,10 +170,13 @@ CHUNKS, TOKENS = 3, 512
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What llama-imatrix collects for one tensor: sums of squares by input column, and a number of calls."""
+    """What llama-imatrix collects for one tensor: sums of squares by input column, and a number of calls.
+
+    Of stacked experts: sums by expert and column, and the calls of each expert.
+    """
 
     name: str
-    calls: int
+    calls: tuple[int, ...]
     sums: NDArray[np.float32] = field(repr=False)
 
 
@@ -181,15 +184,19 @@ def imatrix_entries(tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Entry]:
     """An entry for most of the tensors of a GGUF (name -> shape in Hugging Face's order) that are matrices.
 
     As in real files token_embd has none; one more is missing, of a tensor that Q2_K_S can do without; one was never
-    called, and some columns were always zero.
+    called, and some columns were always zero. Of the experts that GGUF stacks, one was never called.
     """
     for name, shape in sorted(tensors.items()):
-        if len(shape) != 2 or name in ("token_embd.weight", "blk.0.ffn_down.weight"):
+        if len(shape) < 2 or name in ("token_embd.weight", "blk.0.ffn_down.weight"):
             continue
-        pieces = uniform(f"{name} importance", shape[1], 2).astype(np.float32)
+        experts = shape[0] if len(shape) == 3 else 1
+        pieces = uniform(f"{name} importance", experts * shape[-1], 2).astype(np.float32)
         sums = pieces[:, 0] * pieces[:, 1] * np.float32(2.0**-24)
         sums[pieces[:, 1] < 4096] = 0
-        yield Entry(name, 0 if name == "blk.2.attn_q.weight" else 3 + len(name), sums)
+        calls = [3 + len(name) + 2 * expert for expert in range(experts)]
+        if experts > 1:
+            calls[1] = 0
+        yield Entry(name, (0,) if name == "blk.2.attn_q.weight" else tuple(calls), sums.reshape(experts, -1))
 
 
 def write_imatrix(path: Path, entries: list[Entry]) -> Path:
@@ -204,8 +211,8 @@ def write_imatrix(path: Path, entries: list[Entry]) -> Path:
     writer.add_uint32("imatrix.chunk_count", CHUNKS)
     writer.add_uint32("imatrix.chunk_size", TOKENS)
     for entry in entries:
-        writer.add_tensor(f"{entry.name}.in_sum2", entry.sums.reshape(1, -1))
-        writer.add_tensor(f"{entry.name}.counts", np.full((1, 1), entry.calls, np.float32))
+        writer.add_tensor(f"{entry.name}.in_sum2", entry.sums)
+        writer.add_tensor(f"{entry.name}.counts", np.array(entry.calls, np.float32).reshape(-1, 1))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -219,5 +226,6 @@ def _legacy(entries: list[Entry]) -> bytes:
 
     parts = [struct.pack("<i", len(entries))]
     for entry in entries:
-        parts += [text(entry.name), struct.pack("<2i", entry.calls, len(entry.sums)), entry.sums.tobytes()]
+        (calls,) = entry.calls
+        parts += [text(entry.name), struct.pack("<2i", calls, entry.sums.size), entry.sums.tobytes()]
     return b"".join([*parts, struct.pack("<i", CHUNKS), text("calibration.txt")])
