@@ -20,7 +20,7 @@ from streamquant.convert.architectures.families.qwen3_moe import QWEN3_MOE
 from streamquant.convert.architectures.families.seed_oss import SEED_OSS
 from streamquant.convert.architectures.family import Family, TensorKind, VocabularyRules
 from streamquant.convert.architectures.from_config import describe_model
-from streamquant.convert.architectures.rope import ROPE_FREQS, rope_row_order
+from streamquant.convert.architectures.rope import ROPE_FREQS
 from streamquant.quant.errors import StreamquantError
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "TensorRule",
     "VocabularyRules",
     "describe",
-    "rope_row_order",
 ]
 
 FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, SEED_OSS)

@@ -8,6 +8,7 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures.family import Family, TensorKind
+from streamquant.convert.architectures.tensor_view import TensorView
 from streamquant.quant.errors import StreamquantError
 
 # Suffixes of tensors that old checkpoints carry and no GGUF has (llama.cpp, conversion/base.py, prepare_tensors).
@@ -26,7 +27,7 @@ class ExpertSlot:
 class TensorRule:
     """One tensor of a model: its two names and the shape that config.json demands, in Hugging Face's order.
 
-    rope_heads is the number of heads whose rows llama.cpp wants interleaved (rope_row_order), None where rows stay.
+    view is what the converter does to it on its way, None where it stays as it is.
     A tensor that is not required may be missing from the checkpoint.
     """
 
@@ -34,7 +35,7 @@ class TensorRule:
     gguf_name: str
     kind: TensorKind
     shape: tuple[int, ...]
-    rope_heads: int | None
+    view: TensorView | None
     required: bool
     expert: ExpertSlot | None = None
     """For a tensor of one expert; its GGUF name is that of the stacked tensor."""
@@ -52,7 +53,8 @@ class TensorRule:
     @property
     def gguf_shape(self) -> tuple[int, ...]:
         """The shape of the GGUF tensor in Hugging Face's order: of a stack, experts first."""
-        return self.shape if self.expert is None else (self.expert.count, *self.shape)
+        shape = self.shape if self.view is None else self.view.stored_shape(self.shape)
+        return shape if self.expert is None else (self.expert.count, *shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

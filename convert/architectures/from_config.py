@@ -26,6 +26,7 @@ from streamquant.convert.architectures.rope import (
     read_rope,
     rope_scaling_metadata,
 )
+from streamquant.convert.architectures.tensor_view import rope_view
 from streamquant.quant.errors import StreamquantError
 
 # llama.cpp's LLAMA_MAX_LAYERS (src/llama-hparams.h): a file with more blocks does not load.
@@ -377,7 +378,8 @@ def make_rules(
                 required = not (tensor.optional or may_be_zero)
                 name = f"model.layers.{number}.{tensor.suffix}"
                 rule = make_rule(names, name, tensor.kind, shape, required=required)
-                yield replace(rule, rope_heads=heads, layer=number, is_mtp=is_mtp)
+                view = rope_view(heads, len(shape)) if heads else None
+                yield replace(rule, view=view, layer=number, is_mtp=is_mtp)
     yield make_rule(names, "model.norm.weight", TensorKind.NORM, (sizes.hidden,))
     tied = config.boolean("tie_word_embeddings")
     yield make_rule(names, "lm_head.weight", TensorKind.HEAD, matrix, required=not tied)

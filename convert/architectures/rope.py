@@ -1,4 +1,4 @@
-"""Rotary position embeddings: what config.json says of them, GGUF metadata, the row order, rope_freqs.weight."""
+"""Rotary position embeddings: what config.json says of them, GGUF metadata, rope_freqs.weight."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,6 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures.config_values import ConfigValues, shorten
-from streamquant.quant.errors import StreamquantError
 
 ROPE_FREQS = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight"
 """The GGUF tensor by whose values llama.cpp divides the rotation frequencies."""
@@ -81,28 +80,6 @@ class RopeSettings:
     """mrope_section, for the key of that name alone."""
     partial: float = 1.0
     """The share of each head that is rotated."""
-
-
-def rope_row_order(rows: int, heads: int) -> NDArray[np.int64]:
-    """int64[rows]: gguf_row[i] = hf_row[order[i]] of a q or k projection; its inverse is np.argsort(order).
-
-    Hugging Face rotates component j of a head with j + head_dim/2, llama.cpp's arch "llama" rotates neighbours: so the
-    two halves of each head are interleaved, 0, h, 1, h+1, ... with h = head_dim/2 (LlamaModel.permute in
-    conversion/llama.py of llama.cpp). Bias vectors follow the same order.
-
-    Raises StreamquantError if the rows are not `heads` heads of an even number of rows.
-
-    >>> rope_row_order(8, 2).tolist()
-    [0, 2, 1, 3, 4, 6, 5, 7]
-    """
-    if heads < 1 or rows % (2 * heads) != 0:
-        raise StreamquantError(
-            "rows do not divide into heads of even width",
-            found=f"{rows} rows, {heads} heads",
-            required="rows = heads * head_dim, head_dim even",
-        )
-    half = rows // heads // 2
-    return np.arange(rows, dtype=np.int64).reshape(heads, 2, half).swapaxes(1, 2).reshape(rows)
 
 
 def read_rope(config: ConfigValues, max_position_embeddings: int, partial: float | None = None) -> RopeSettings:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from streamquant.convert.architectures import ModelDescription
+from streamquant.convert.architectures.tensor_view import TensorView, resolve
 from streamquant.convert.options import ConversionOptions
 from streamquant.convert.plan.classifier import Classifier
 from streamquant.convert.plan.importance import PlannedImportance
@@ -68,7 +69,7 @@ class Entry:
     sources: tuple[SourceTensor, ...]
     choice: Choice
     shape: tuple[int, ...]
-    rope_heads: int | None = None
+    view: TensorView | None = None
     data: bytes = b""
     """The bytes of a tensor without a source."""
     importance: str | None = None
@@ -80,7 +81,8 @@ class Entry:
         if not self.sources:
             rows, n = math.prod(self.shape[:-1]), self.shape[-1]
             return tuple(part.nbytes(rows, n) for part in FORMATS[self.choice.format].parts)
-        rows, n = as_matrix(self.sources[0], self.rope_heads)
+        stored = resolve(self.view, self.sources[0].shape) if self.view is not None else None
+        rows, n = (stored.stored_rows, stored.n) if stored is not None else as_matrix(self.sources[0], None)
         return tuple(len(self.sources) * part.nbytes(rows, n) for part in FORMATS[self.choice.format].parts)
 
     def placed(self, regions: tuple[Region, ...]) -> OutputTensor:
@@ -88,14 +90,15 @@ class Entry:
         assert self.sources, "generated tensors are literals of their file"
         names = tuple(source.name for source in self.sources)
         format_, reason = self.choice.format, self.choice.reason
-        return OutputTensor(names, self.name, format_, reason, self.rope_heads, regions, self.importance)
+        return OutputTensor(names, self.name, format_, reason, self.view, regions, self.importance)
 
 
-def as_matrix(tensor: SourceTensor, rope_heads: int | None) -> tuple[int, int]:
-    """(rows, weights in a row). A vector is one row, or, where llama.cpp reorders it, a column."""
-    if rope_heads is not None and len(tensor.shape) == 1:
-        return tensor.count, 1
-    return tensor.rows, tensor.row_length
+def as_matrix(tensor: SourceTensor, view: TensorView | None) -> tuple[int, int]:
+    """(rows, weights in a row). A vector is one row, or, where its values change places, a column."""
+    if view is None:
+        return tensor.rows, tensor.row_length
+    resolved = resolve(view, tensor.shape)
+    return resolved.rows, resolved.n
 
 
 def split(entries: list[Entry], max_bytes: int | None, max_tensors: int | None = None) -> list[list[Entry]]:

@@ -75,7 +75,7 @@ class GgufLayout(Layout):
                 made_of_rows = None
             sources = tuple(draft.checkpoint.tensors[rule.hf_name] for rule in rules)
             importance = draft.importance.entry(first, sources, choice.format)
-            yield Entry(first.gguf_name, sources, choice, first.gguf_shape, first.rope_heads, importance=importance)
+            yield Entry(first.gguf_name, sources, choice, first.gguf_shape, first.view, importance=importance)
         if classifier is not None and made_of_rows is not None:
             yield self._classifier_entry(classifier, made_of_rows)
 

@@ -7,6 +7,7 @@ How a container stores its tensors is told by its layout: layout_gguf.py, layout
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from streamquant.convert.architectures import ModelDescription, describe
 from streamquant.convert.options import ConversionOptions
@@ -81,7 +82,9 @@ def _matrices(checkpoint: Checkpoint, variants: Sequence[VariantPlan]) -> Iterat
     for tensor in checkpoint.tensors.values():
         outputs = tuple(uses.get(tensor.name, ()))
         if outputs:
-            heads = next((output.rope_heads for output in outputs if output.rope_heads is not None), None)
-            rows, n = as_matrix(tensor, heads)
-            step = math.lcm(rows // heads if heads else 1, *(FORMATS[o.format].rows_per_group for o in outputs))
-            yield Matrix(tensor, rows, n, step, outputs)
+            view = next((output.view for output in outputs if output.view is not None), None)
+            rows, n = as_matrix(tensor, view)
+            matrix = Matrix(tensor, rows, n, 1, outputs)
+            steps = {FORMATS[output.format].rows_per_group for output in outputs}
+            steps |= {matrix.resolved(output).row_step for output in outputs}
+            yield replace(matrix, row_step=math.lcm(*steps))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from streamquant.convert.architectures import ModelDescription
+from streamquant.convert.architectures.tensor_view import MovedRows, ResolvedView, TensorView, resolve
 from streamquant.convert.options import ConversionOptions
 from streamquant.convert.recipes.block_runtimes import BlockRuntimes
 from streamquant.convert.recipes.overrides import NO_OVERRIDES
@@ -48,14 +49,14 @@ class OutputTensor:
     """A tensor as one variant stores it; one region per part of its format.
 
     Its rows are those of its sources, one source after another: GGUF stacks the experts of a layer. All sources have
-    the same shape, and so the same share of every region.
+    the same shape, and so the same share of every region. The view says what becomes of a source in its share.
     """
 
     sources: tuple[str, ...]
     name: str
     format: str
     reason: str
-    rope_heads: int | None
+    view: TensorView | None
     regions: tuple[Region, ...]
     importance: str | None = None
     """The entry of the importance matrix that its encoder is given: float32[sources * n]."""
@@ -101,9 +102,9 @@ class Placement:
         return self.tensor.format
 
     @property
-    def rope_heads(self) -> int | None:
-        """The heads whose rows change places."""
-        return self.tensor.rope_heads
+    def view(self) -> TensorView | None:
+        """What becomes of the source in it; None where it stays as it is."""
+        return self.tensor.view
 
     @property
     def importance(self) -> tuple[str, int, int] | None:
@@ -149,6 +150,16 @@ class Matrix:
     row_step: int
     """Rows that have to stay together: those of an attention head, of a 128x128 block."""
     outputs: tuple[Placement, ...]
+
+    def resolved(self, output: Placement) -> ResolvedView:
+        """The map of its rows to those of an output's share."""
+        if output.view is None:
+            return ResolvedView(self.rows, self.n, self.rows, self.source.shape, None, None, None, 1)
+        return resolve(output.view, self.source.shape)
+
+    def moved(self, output: Placement, first: int, last: int) -> MovedRows:
+        """Where an output has rows [first, last), which are those of a block or of a chunk."""
+        return self.resolved(output).moved(first, last, self.row_step)
 
     def rows_within(self, weights: int) -> int:
         """The largest run of rows, a multiple of row_step, with at most `weights` weights; at least row_step."""
@@ -252,7 +263,7 @@ class Plan:
             files.append([file.path, file.size, literals])
         first = min(variant.files)
         tensors = [
-            [*t.sources, t.name, t.format, t.rope_heads, [[r.file - first, r.offset] for r in t.regions]]
+            [*t.sources, t.name, t.format, t.view and t.view.json(), [[r.file - first, r.offset] for r in t.regions]]
             for t in variant.tensors
         ]
         more = self.options_of(variant).fingerprint()
@@ -267,10 +278,12 @@ def extents(plan: Plan, chunk: Chunk) -> Iterator[tuple[int, int, Region]]:
     """(output, part, region) of every run of bytes that a chunk writes; `output` is an index into Matrix.outputs."""
     matrix = plan.matrices[chunk.matrix]
     for number, output in enumerate(matrix.outputs):
+        runs = matrix.moved(output, chunk.first, chunk.last).runs
         for part_number, part in enumerate(FORMATS[output.format].parts):
             region = output.regions[part_number]
-            start, nbytes = place_rows(part, matrix.n, chunk.first, chunk.last)
-            yield number, part_number, Region(region.file, region.offset + start, nbytes)
+            for first, count in runs:
+                start, nbytes = place_rows(part, matrix.n, first, first + count)
+                yield number, part_number, Region(region.file, region.offset + start, nbytes)
 
 
 def fixed_bytes(plan: Plan) -> list[list[tuple[int, bytes]]]:
@@ -308,4 +321,11 @@ def _worker_bytes(matrix: Matrix) -> int:
     """Bytes that a worker holds for one block: the source, float32, and the encoded rows of one output at a time."""
     rows = min(matrix.rows, matrix.rows_within(BLOCK_WEIGHTS))
     encoded = max(FORMATS[output.format].nbytes(rows, matrix.n) for output in matrix.outputs)
-    return rows * matrix.n * (4 + 4) + 2 * encoded
+    prepared = 4 if any(_prepares_rows(matrix, output) for output in matrix.outputs) else 0
+    return rows * matrix.n * (4 + 4 + prepared) + 2 * encoded
+
+
+def _prepares_rows(matrix: Matrix, output: Placement) -> bool:
+    """Whether an encoder is given other rows than those of the source: a copy."""
+    resolved = matrix.resolved(output)
+    return resolved.columns is not None or resolved.value is not None or resolved.stored_rows != resolved.rows

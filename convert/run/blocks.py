@@ -3,16 +3,17 @@
 A block is small enough for the cache of a core: between the read and the writes its weights do not go back to memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streamquant.convert.architectures.tensor_view import MovedRows, TensorView
 from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, Placement, Plan, place_rows
 from streamquant.files.reading import read_into
 from streamquant.quant.errors import StreamquantError
-from streamquant.quant.format import Encoded, Importance
+from streamquant.quant.format import Encoded
 from streamquant.quant.formats import FORMATS
 from streamquant.quant.widen import SOURCE_DTYPES, widen
 
@@ -91,10 +92,10 @@ def widen_rows(matrix: Matrix, first: int, raw: Bytes, scratch: Scratch) -> NDAr
 
 def shared_encodings(matrix: Matrix, wanted: frozenset[int]) -> Iterator[tuple[Placement, list[int]]]:
     """Outputs that store the matrix in the same way share one encoding: the first of each, and the numbers of all."""
-    groups: dict[tuple[str, int | None, tuple[str, int, int] | None], list[int]] = {}
+    groups: dict[tuple[str, TensorView | None, tuple[str, int, int] | None], list[int]] = {}
     for number, output in enumerate(matrix.outputs):
         if number in wanted:
-            groups.setdefault((output.format, output.rope_heads, output.importance), []).append(number)
+            groups.setdefault((output.format, output.view, output.importance), []).append(number)
     for numbers in groups.values():
         yield matrix.outputs[numbers[0]], numbers
 
@@ -105,70 +106,104 @@ def encode_block(
     """Encode the rows from `first` whose source bytes are `raw`; as `encode_chunk`."""
     rows = widen_rows(matrix, first, raw, scratch)
     for output, numbers in shared_encodings(matrix, wanted):
+        moved = matrix.moved(output, first, first + rows.shape[0])
+        if not moved.runs:
+            continue  # a part of the tensor that this output leaves out
         if is_copied(matrix, output):
-            encoded: Encoded = (raw.reshape(rows.shape[0], -1),)
+            encoded: Encoded = (_in_order(raw.reshape(rows.shape[0], -1), moved, scratch),)
+        elif moved.rows is not None and moved.rows.size < rows.shape[0]:
+            picked = scratch.take("picked", moved.rows.size * matrix.n * 4).view(np.float32).reshape(-1, matrix.n)
+            np.take(rows, moved.rows, axis=0, out=picked, mode="clip")
+            encoded = _encode(plan, matrix, output, _Rows(picked, first + moved.rows), scratch)
         else:
-            # Rows may change places, columns never do: importance fits whatever the order of the rows.
-            encoded = _encode(matrix, output.format, first, rows, plan.importance(output), scratch)
-            if output.rope_heads is not None:
-                encoded = (_interleave(encoded[0], matrix.rows // output.rope_heads, scratch),)
-        yield pieces(matrix, numbers, first, encoded)
+            # Formats look at one row at a time, so that encoded rows may change places: they are the shorter ones.
+            encoded = _encode(plan, matrix, output, _Rows(rows, range(first, first + rows.shape[0])), scratch)
+            if moved.rows is not None:
+                encoded = tuple(_in_order(part, moved, scratch) for part in encoded)
+        yield pieces(matrix, numbers, moved, encoded)
 
 
 def is_copied(matrix: Matrix, output: Placement) -> bool:
-    """Whether the bytes of the source are those of the output."""
-    return FORMATS[output.format].copies == matrix.source.dtype and output.rope_heads is None
+    """Whether the bytes of a row of the source are those of the output."""
+    if FORMATS[output.format].copies != matrix.source.dtype:
+        return False
+    resolved = matrix.resolved(output)
+    return resolved.columns is None and resolved.value is None
 
 
-def _encode(
-    matrix: Matrix,
-    name: str,
-    first: int,
-    rows: NDArray[np.float32],
-    importance: Importance | None,
-    scratch: Scratch,
-) -> Encoded:
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """float32[r, n] of the source, and the numbers that they have there."""
+
+    values: NDArray[np.float32]
+    numbers: Sequence[int] | NDArray[np.int64]
+
+
+def _encode(plan: Plan, matrix: Matrix, output: Placement, rows: _Rows, scratch: Scratch) -> Encoded:
     """Encode into scratch. Raises StreamquantError if a weight or scale does not fit the format."""
-    format_ = FORMATS[name]
+    format_ = FORMATS[output.format]
+    values = _prepared(matrix, output, rows, scratch)
     encoded = []
     for number, part in enumerate(format_.parts):
-        entries, size = part.entries(rows.shape[0]), part.bytes_per_entry(matrix.n)
+        entries, size = part.entries(values.shape[0]), part.bytes_per_entry(matrix.n)
         encoded.append(scratch.take(f"encoded {number}", entries * size).reshape(entries, size))
-    overflow = format_.encode_into(rows, tuple(encoded), importance)
+    overflow = format_.encode_into(values, tuple(encoded), plan.importance(output))
     if overflow >= 0:
-        column = int(abs(rows[overflow]).argmax())
-        raise StreamquantError(
-            f"weight too large for {name}",
-            where=f"{matrix.source.file}, tensor {matrix.source.name!r}, row {first + overflow}, column {column}",
-            found=f"{rows[overflow, column]:g}",
-            required="a magnitude whose scale or value fits into 16-bit floating point",
-            hint="leave this variant out, or use gguf:BF16 or gguf:F32",
-        )
+        column = int(abs(values[overflow]).argmax())
+        raise _too_large(matrix, output, rows.numbers[overflow], column, values[overflow, column])
     return tuple(encoded)
 
 
-def _interleave(encoded: Bytes, head_dim: int, scratch: Scratch) -> Bytes:
-    """Rows of each head from Hugging Face's halves to llama.cpp's pairs: (2, d / 2) -> (d / 2, 2).
+def _prepared(matrix: Matrix, output: Placement, rows: _Rows, scratch: Scratch) -> NDArray[np.float32]:
+    """The rows as an output has them before they are encoded: other columns, other values."""
+    values, resolved = rows.values, matrix.resolved(output)
+    if resolved.columns is not None:
+        values = scratch.take("columns", values.nbytes).view(np.float32).reshape(values.shape)
+        np.take(rows.values, resolved.columns, axis=1, out=values, mode="clip")
+    if resolved.value is not None:
+        values = resolved.value.apply(values)
+        if not np.isfinite(values).all():
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            raise _too_large(matrix, output, rows.numbers[row], int(column), values[row, column])
+    return values
 
-    (conversion/llama.py, LlamaModel.permute; whole rows move, so it works on encoded bytes)
-    """
-    rows, size = encoded.shape
-    out = scratch.take("interleaved", encoded.size).reshape(rows, size)
-    pairs = encoded.reshape(rows // head_dim, 2, head_dim // 2, size).swapaxes(1, 2)
-    np.copyto(out.reshape(rows // head_dim, head_dim // 2, 2, size), pairs)
+
+def _too_large(matrix: Matrix, output: Placement, row: int, column: int, value: np.float32) -> StreamquantError:
+    """The error for a value that its format cannot hold, at a place of the output's rows."""
+    columns = matrix.resolved(output).columns
+    column = column if columns is None else int(columns[column])
+    return StreamquantError(
+        f"weight too large for {output.format}",
+        where=f"{matrix.source.file}, tensor {matrix.source.name!r}, row {row}, column {column}",
+        found=f"{value:g}",
+        required="a magnitude whose scale or value fits into 16-bit floating point",
+        hint="leave this variant out, or use gguf:BF16 or gguf:F32",
+    )
+
+
+def _in_order(encoded: Bytes, moved: MovedRows, scratch: Scratch) -> Bytes:
+    """Encoded rows in the order of the output: whole rows move."""
+    if moved.rows is None:
+        return encoded
+    out = scratch.take("in order", moved.rows.size * encoded.shape[1]).reshape(-1, encoded.shape[1])
+    np.take(encoded, moved.rows, axis=0, out=out, mode="clip")
     return out
 
 
-def pieces(matrix: Matrix, numbers: list[int], first: int, encoded: Encoded) -> list[Piece]:
-    """Where the encoded rows from `first` belong in the outputs that share them."""
-    return [piece for number in numbers for piece in _pieces(number, matrix.outputs[number], matrix.n, first, encoded)]
+def pieces(matrix: Matrix, numbers: list[int], moved: MovedRows, encoded: Encoded) -> list[Piece]:
+    """Where the encoded rows, in the order of the outputs that share them, belong."""
+    return [piece for number in numbers for piece in _pieces(number, matrix, moved, encoded)]
 
 
-def _pieces(number: int, output: Placement, n: int, first: int, encoded: Encoded) -> Iterator[Piece]:
+def _pieces(number: int, matrix: Matrix, moved: MovedRows, encoded: Encoded) -> Iterator[Piece]:
+    output = matrix.outputs[number]
     for part_number, part in enumerate(FORMATS[output.format].parts):
-        region = output.regions[part_number]
-        start, _ = place_rows(part, n, first, first)
-        yield Piece(number, part_number, region.file, region.offset + start, encoded[part_number].reshape(-1))
+        region, at = output.regions[part_number], 0
+        data = encoded[part_number].reshape(-1)
+        for first, count in moved.runs:
+            start, nbytes = place_rows(part, matrix.n, first, first + count)
+            yield Piece(number, part_number, region.file, region.offset + start, data[at : at + nbytes])
+            at += nbytes
 
 
 def _not_finite(matrix: Matrix, first: int, rows: NDArray[np.float32]) -> StreamquantError:

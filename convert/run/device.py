@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from streamquant.convert.architectures.tensor_view import MovedRows
 from streamquant.convert.plan.records import Chunk, Matrix, Placement, Plan
 from streamquant.convert.run import blocks
 from streamquant.convert.run.blocks import Bytes, Encode, Piece, Scratch
@@ -28,6 +29,7 @@ from streamquant.quant import gpu
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.format import NO_OVERFLOW
 from streamquant.quant.formats import FORMATS
+from streamquant.quant.widen import SOURCE_DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -187,9 +189,13 @@ class _Slot:
         """Queue one encoder and the copies back. None if it is the CPU's work."""
         import torch
 
-        if blocks.is_copied(self._matrix, output):
+        is_copied, resolved = blocks.is_copied(self._matrix, output), self._matrix.resolved(output)
+        if is_copied and resolved.to is None:
             return (torch.from_numpy(self._raw.reshape(rows.shape[0], -1)),)
-        if output.format not in gpu.ENCODED:
+        if is_copied or resolved.value is not None or output.format not in gpu.ENCODED:
+            return None
+        rows = self._in_order(output, rows)
+        if not rows.shape[0]:
             return None
         r, n = rows.shape
         sizes = [(part.entries(r), part.bytes_per_entry(n)) for part in FORMATS[output.format].parts]
@@ -197,9 +203,17 @@ class _Slot:
         importance = self._plan.importance(output)
         weights = None if importance is None else torch.tensor(importance).to(self._device)
         gpu.encode(output.format, rows, parts, overflow, weights)
-        if output.rope_heads is not None:
-            parts = (_interleave(parts[0], self._matrix.rows // output.rope_heads),)
         return tuple(self._to_host(f"encoded {number} {index}", part) for index, part in enumerate(parts))
+
+    def _in_order(self, output: Placement, rows: torch.Tensor) -> torch.Tensor:
+        """The rows and columns of an output, in its order."""
+        import torch
+
+        resolved = self._matrix.resolved(output)
+        if resolved.to is not None:
+            moved = self._matrix.moved(output, self._first, self._first + rows.shape[0])
+            rows = rows if moved.rows is None else rows[torch.from_numpy(moved.rows).to(rows.device)]
+        return rows if resolved.columns is None else rows[:, torch.tensor(resolved.columns).to(rows.device)]
 
     def _to_host(self, purpose: str, tensor: torch.Tensor) -> torch.Tensor:
         """Queue the copy of a tensor into host memory."""
@@ -221,9 +235,14 @@ class _Slot:
                 yield from self._on_cpu(encoding.outputs, scratch)
             else:
                 encoded = tuple(part.numpy() for part in encoding.parts)
-                pieces = blocks.pieces(self._matrix, encoding.outputs, self._first, encoded)
+                pieces = blocks.pieces(self._matrix, encoding.outputs, self._moved(encoding.outputs[0]), encoded)
                 self._compare(encoding.outputs, pieces, scratch)
                 yield pieces
+
+    def _moved(self, output: int) -> MovedRows:
+        """Where the rows of the block go in an output, an index into Matrix.outputs."""
+        rows = self._raw.size // SOURCE_DTYPES[self._matrix.source.dtype] // self._matrix.n
+        return self._matrix.moved(self._matrix.outputs[output], self._first, self._first + rows)
 
     def _on_cpu(self, outputs: Iterable[int], scratch: Scratch) -> Iterator[list[Piece]]:
         return blocks.encode_block(self._plan, self._matrix, self._first, self._raw, frozenset(outputs), scratch)
@@ -263,9 +282,3 @@ def _widen(raw: torch.Tensor, dtype: str) -> torch.Tensor:
 
     kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
     return raw.view(kind).to(torch.float32)
-
-
-def _interleave(encoded: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of each head from halves to pairs, as convert/run/blocks.py does it on the CPU."""
-    rows, size = encoded.shape
-    return encoded.view(rows // head_dim, 2, head_dim // 2, size).transpose(1, 2).reshape(rows, size)

@@ -5,15 +5,17 @@ while they are filled, synced and renamed when complete. Everything done is in t
 where it was stopped, by a signal, a crash or a full disk.
 """
 
+import bisect
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 from streamquant.convert.plan.records import Plan, Region, extents
-from streamquant.convert.run.blocks import Encode, Scratch
+from streamquant.convert.run.blocks import Encode, Piece, Scratch
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.hashes import output_hashes, source_hashes
 from streamquant.convert.run.journal import FinishedFile, Head, Journal, Progress
@@ -90,6 +92,21 @@ def run(plan: Plan, out: Path, journal: Journal, resources: RunResources) -> Wri
             raise
         shards.check_unchanged()
     return work.written()
+
+
+class _RunOf:
+    """Which run of bytes of a chunk a piece lies in."""
+
+    def __init__(self, places: Iterable[tuple[int, int, Region]]) -> None:
+        """The runs are those of `extents`, in its order."""
+        self._runs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for number, (output, part, region) in enumerate(places):
+            self._runs.setdefault((output, part), []).append((region.offset, number))
+
+    def __call__(self, piece: Piece) -> int:
+        """The number of its run."""
+        runs = self._runs[piece.output, piece.part]  # in the order of their addresses
+        return runs[bisect.bisect_right(runs, piece.offset, key=itemgetter(0)) - 1][1]
 
 
 class _Run:
@@ -182,7 +199,8 @@ class _Run:
         files = self._files
         places = list(extents(self._plan, self._plan.chunks[number]))
         wanted = frozenset(output for output, _, to in places if files.is_unfinished(to.file))
-        hashes = {(output, part): quick_hash() for output, part, _ in places}
+        hashes = [quick_hash() for _ in places]
+        run_of = _RunOf(places)
         if wanted:
             chunk = self._plan.chunks[number]
             source = self._plan.matrices[chunk.matrix].source.file
@@ -191,11 +209,12 @@ class _Run:
                     self._stop_if_asked()
                     for piece in pieces:
                         files.write(piece.file, piece.data, piece.offset)
-                        hashes[piece.output, piece.part].update(piece.data)
+                        hashes[run_of(piece)].update(piece.data)
             for output, _, to in places:
                 if output in wanted:
                     files.start_writeback(to)
-        return [hashes[output, part].hexdigest() if output in wanted else "" for output, part, _ in places]
+        done = zip(places, hashes, strict=True)
+        return [quick.hexdigest() if output in wanted else "" for (output, _, _), quick in done]
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[int]:

@@ -13,7 +13,8 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from streamquant.convert.architectures import ROPE_FREQS, TensorRule, describe, rope_row_order
+from streamquant.convert.architectures import ROPE_FREQS, TensorRule, describe
+from streamquant.convert.architectures.tensor_view import IDENTITY, ResolvedView, resolve
 from streamquant.convert.metadata.embedding import CLASSIFIER
 from streamquant.files.gguf_file import SPLIT_NAME, GgufTensor, first_of_split, read_split_set
 from streamquant.files.reading import read_bytes
@@ -64,7 +65,6 @@ class GgufVariant(Variant):
             self._add(rule)
         self._note_unread()
         self.problems += check_file_type(self.path, self.metadata, stored.values())
-        self._orders: dict[str, NDArray[np.int64]] = {}
 
     @property
     def label(self) -> str:
@@ -89,7 +89,7 @@ class GgufVariant(Variant):
             )
         part = part_of(rule, tensor)
         self.tensors[rule.hf_name] = VariantTensor(  # type: ignore[index] # filled here, read-only outside
-            rule.hf_name, part.stored_as, part.shape, part.stop - part.start
+            rule.hf_name, part.stored_as, rule.shape, part.stop - part.start
         )
 
     def _find(self, name: str) -> tuple[TensorRule, Path, GgufTensor]:
@@ -125,42 +125,43 @@ class GgufVariant(Variant):
         import torch
 
         rule, file, tensor = self._find(name)
-        if len(tensor.shape) == 1:
-            block = torch.from_numpy(self._decode(file, tensor, 0, 1)[0])
-            if rule.rope_heads is not None:
-                block = block[torch.from_numpy(np.argsort(self._order(rule)))]
-            check_finite(block, name, file, 0)
-            yield 0, block
-            return
-        rows = tensor.shape[0]
-        # llama.cpp's order mixes the rows of a head: whole heads are read, and their rows put back.
-        head = rows // rule.rope_heads if rule.rope_heads is not None else 1
-        step = rows_per_block((tensor.stop - tensor.start) // rows, head)
-        for first in range(0, rows, step):
-            last = min(first + step, rows)
-            block = torch.from_numpy(self._decode(file, tensor, first, last))
-            if rule.rope_heads is not None:
-                block = block[torch.from_numpy(np.argsort(rope_row_order(last - first, (last - first) // head)))]
+        view = view_of(rule)
+        is_vector = 1 in (len(rule.shape), len(tensor.shape))
+        # Rows that change places among each other are read together.
+        step = view.rows if is_vector else rows_per_block((tensor.stop - tensor.start) // view.rows, view.row_step)
+        for first in range(0, view.rows, step):
+            last = min(first + step, view.rows)
+            block = torch.from_numpy(self._source_rows(file, tensor, view, range(first, last)))
+            block = block.reshape(rule.shape) if is_vector else block.reshape(last - first, *rule.shape[1:])
             check_finite(block, name, file, first)
             yield first, block
 
-    def _order(self, rule: TensorRule) -> NDArray[np.int64]:
-        assert rule.rope_heads is not None
-        return rope_row_order(rule.shape[0], rule.rope_heads)
+    def _source_rows(self, file: Path, tensor: GgufTensor, view: ResolvedView, rows: range) -> NDArray[np.float32]:
+        """float32[rows, n]: rows of the source's tensor, decoded and put back."""
+        moved = view.moved(rows.start, rows.stop, view.row_step)
+        runs = [self._decode(file, tensor, view, range(at, at + count)) for at, count in moved.runs]
+        stored = view.undo(runs[0] if len(runs) == 1 else np.concatenate(runs))
+        if moved.rows is None:
+            return stored
+        found = np.empty_like(stored)
+        found[moved.rows] = stored
+        return found
 
-    def _decode(self, file: Path, tensor: GgufTensor, first: int, last: int) -> NDArray[np.float32]:
-        """float32[last - first, n]: rows as they lie in the file; a vector is one row."""
-        rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-        row_bytes = (tensor.stop - tensor.start) // rows
-        raw = read_bytes(file, tensor.start + first * row_bytes, tensor.start + last * row_bytes)
-        return decode_rows(raw.reshape(last - first, row_bytes), tensor.stored_as)
+    def _decode(self, file: Path, tensor: GgufTensor, view: ResolvedView, rows: range) -> NDArray[np.float32]:
+        """float32[rows, n]: rows as they lie in the file."""
+        if len(tensor.shape) == 1:
+            whole = decode_rows(read_bytes(file, tensor.start, tensor.stop).reshape(1, -1), tensor.stored_as)
+            return whole.reshape(view.stored_rows, view.n)[rows.start : rows.stop]
+        row_bytes = (tensor.stop - tensor.start) // view.stored_rows
+        raw = read_bytes(file, tensor.start + rows.start * row_bytes, tensor.start + rows.stop * row_bytes)
+        return decode_rows(raw.reshape(len(rows), row_bytes), tensor.stored_as)
 
     def rows(self, name: str, ids: Sequence[int]) -> "torch.Tensor":
         """See Variant.rows."""
         import torch
 
         rule, file, tensor = self._find(name)
-        assert rule.rope_heads is None, "rows of q and k are read as a whole"
+        assert rule.view is None, "only rows that stay are read one by one"
         row_bytes = (tensor.stop - tensor.start) // tensor.shape[0]
         raw = np.empty((len(ids), row_bytes), np.uint8)
         for at, number in enumerate(ids):
@@ -172,7 +173,7 @@ class GgufVariant(Variant):
         import torch
 
         freqs = self._stored.get(ROPE_FREQS) if self.description.family.llama_cpp.rope_freqs else None
-        divisors = None if freqs is None else self._decode(freqs[0], freqs[1], 0, 1)[0]
+        divisors = None if freqs is None else self._decode(*freqs, resolve(IDENTITY, freqs[1].shape), range(1))[0]
         frequencies, factor = self._rope.frequencies(divisors)
         return torch.from_numpy(frequencies), factor
 
@@ -197,7 +198,12 @@ def part_of(rule: TensorRule, tensor: GgufTensor) -> GgufTensor:
         return tensor
     nbytes = (tensor.stop - tensor.start) // rule.expert.count
     start = tensor.start + rule.expert.number * nbytes
-    return replace(tensor, shape=rule.shape, start=start, stop=start + nbytes)
+    return replace(tensor, shape=rule.gguf_shape[1:], start=start, stop=start + nbytes)
+
+
+def view_of(rule: TensorRule) -> ResolvedView:
+    """What the converter did to a tensor."""
+    return resolve(rule.view or IDENTITY, rule.shape)
 
 
 def decode_rows(raw: NDArray[np.uint8], stored_as: str) -> NDArray[np.float32]:

@@ -23,8 +23,8 @@ from streamquant.convert.architectures import (
     ModelDescription,
     TensorKind,
     describe,
-    rope_row_order,
 )
+from streamquant.convert.architectures.tensor_view import resolve, rope_view
 from streamquant.quant.errors import StreamquantError
 from tests import gguf_peer, synthetic
 from tests.gguf_peer import KeyValue, Tensor, requires_converter
@@ -204,8 +204,8 @@ def expected_tensors(description: ModelDescription, checkpoint: Mapping[str, NDA
     tensors: dict[str, Tensor] = {}
     for rule in description.match({name: values.shape for name, values in checkpoint.items()}):
         values = checkpoint[rule.hf_name]
-        if rule.rope_heads is not None:
-            values = values[rope_row_order(len(values), rule.rope_heads)]
+        if rule.view is not None:
+            values = values[resolve(rule.view, values.shape).order()]
         tensors[rule.gguf_name] = (f32, values.shape, values.tobytes())
     for extra in description.extra_tensors:
         tensors[extra.gguf_name] = (f32, extra.values.shape, extra.values.tobytes())
@@ -368,15 +368,15 @@ def test_what_a_description_says() -> None:
         TensorKind.EMBEDDING,
         TensorKind.HEAD,
     )
-    assert rules["model.layers.1.self_attn.q_proj.weight"].rope_heads == 4
-    assert rules["model.layers.1.self_attn.k_proj.weight"].rope_heads == 2
-    assert rules["model.layers.1.self_attn.v_proj.weight"].rope_heads is None
+    assert rules["model.layers.1.self_attn.q_proj.weight"].view == rope_view(4, 2)
+    assert rules["model.layers.1.self_attn.k_proj.weight"].view == rope_view(2, 2)
+    assert rules["model.layers.1.self_attn.v_proj.weight"].view is None
     assert rules["model.norm.weight"].kind is TensorKind.NORM
     assert rules["model.layers.1.post_attention_layernorm.weight"].gguf_name == "blk.1.ffn_norm.weight"
     assert rules["lm_head.weight"].gguf_name == "output.weight"
     assert len({rule.gguf_name for rule in rules.values()}) == len(rules)
     biased = describe(synthetic.make_config(QWEN2)).rules["model.layers.0.self_attn.q_proj.bias"]
-    assert (biased.kind, biased.rope_heads, biased.shape) == (TensorKind.BIAS, None, (64,))
+    assert (biased.kind, biased.view, biased.shape) == (TensorKind.BIAS, None, (64,))
 
 
 def test_extra_tensors_compare_by_value() -> None:
@@ -569,25 +569,6 @@ def test_known_leftovers_are_ignored_and_a_tied_head_is_optional() -> None:
     assert [rule.hf_name for rule in rules] == list(shapes)
     both = description.match({**shapes, "lm_head.weight": (512, 64)})
     assert both[-1].gguf_name == "output.weight"
-
-
-@given(heads=st.integers(1, 40), half=st.integers(1, 70))
-def test_rope_row_order_is_the_interleaving_of_halves(heads: int, half: int) -> None:
-    rows = heads * half * 2
-    order = rope_row_order(rows, heads)
-    assert order.dtype == np.int64
-    assert sorted(order.tolist()) == list(range(rows))
-    inverse = np.argsort(order)
-    np.testing.assert_array_equal(np.arange(rows)[order][inverse], np.arange(rows))
-    for index in {0, 1, rows // 2, rows - 1}:
-        head, place = divmod(index, 2 * half)
-        assert order[index] == head * 2 * half + (place % 2) * half + place // 2
-
-
-@pytest.mark.parametrize(("rows", "heads"), [(7, 1), (12, 4), (8, 0), (8, -1), (6, 2)])
-def test_rope_row_order_refuses_rows_that_do_not_divide(rows: int, heads: int) -> None:
-    with pytest.raises(StreamquantError, match="even width"):
-        rope_row_order(rows, heads)
 
 
 json_values = st.recursive(

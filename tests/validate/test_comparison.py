@@ -12,7 +12,7 @@ import pytest
 from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
-from streamquant.convert.architectures import rope_row_order
+from streamquant.convert.architectures.tensor_view import resolve, rope_view
 from streamquant.model.corpus import Corpus, read_corpus
 from streamquant.model.forward import Setting
 from streamquant.model.variants.open import open_variant
@@ -141,7 +141,7 @@ def double_scale_of_one_block(raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
 
 
 def unpermuted(raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return raw[np.argsort(rope_row_order(len(raw), 8))]
+    return raw[resolve(rope_view(8, 1), (len(raw),)).to]
 
 
 @pytest.mark.parametrize(

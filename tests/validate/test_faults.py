@@ -18,7 +18,7 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from streamquant.convert.architectures import rope_row_order
+from streamquant.convert.architectures.tensor_view import resolve, rope_view
 from streamquant.convert.conversion import convert
 from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
@@ -93,7 +93,7 @@ def not_permuted(good: Path, out: Path) -> Path:
     """Rows as Hugging Face has them: what a converter writes that forgets the permutation."""
 
     def undo(heads: int) -> Callable[[Rows], Rows]:
-        return lambda rows: rows[np.argsort(rope_row_order(len(rows), heads))]
+        return lambda rows: rows[resolve(rope_view(heads, 1), (len(rows),)).to]
 
     edits = {f"blk.1.attn_{part}.weight": undo(heads) for part, heads in HEADS.items()}
     return edit_gguf(gguf_of(good, "Q8_0"), out / "Tiny-Q8_0.gguf", tensors=edits)

@@ -25,7 +25,7 @@ from streamquant.convert.manifest import (
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, Plan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix
-from streamquant.convert.run.blocks import Piece, Scratch, encode_chunk, read_rows, widen_rows
+from streamquant.convert.run.blocks import Piece, Scratch, encode_block, read_rows, widen_rows
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.files.hashing import FileHash
 from streamquant.files.listener import SILENT, Listener
@@ -247,7 +247,6 @@ class _Comparison:
     outputs: Sequence[int]
     """A descriptor for each file of the plan."""
     encoding: Scratch = field(default_factory=Scratch)
-    reading: Scratch = field(default_factory=Scratch)
 
     def compare(self, chunk: Chunk) -> None:
         """Encode a chunk again, compare it with the file, and add up the error of what the file holds."""
@@ -255,21 +254,29 @@ class _Comparison:
         source = self.sources[matrix.source.file]
         step = matrix.rows_within(BLOCK_WEIGHTS)
         noise = self.result.noise.setdefault(matrix.source.name, Noise())
-        first = chunk.first
-        for pieces in encode_chunk(self.plan, chunk, source, frozenset(range(len(matrix.outputs))), self.encoding):
+        wanted = frozenset(range(len(matrix.outputs)))
+        for first in range(chunk.first, chunk.last, step):
             last = min(first + step, chunk.last)
-            stored = [self._stored(piece) for piece in pieces]
-            for piece, found in zip(pieces, stored, strict=True):
-                if not np.array_equal(piece.data, found):
-                    file, name = self.plan.files[piece.file].path, matrix.outputs[piece.output].name
-                    self.result.problems.append(f"{file}: tensor {name}, rows from {first}: not what the source gives")
-                self.listener.advanced(VERIFYING, found.size)
             raw = read_rows(matrix, first, last, source, self.encoding)
-            noise.add(widen_rows(matrix, first, raw, self.encoding), _decode(matrix, pieces, stored))
-            first = last
+            for pieces in encode_block(self.plan, matrix, first, raw, wanted, self.encoding):
+                stored = [self._stored(piece) for piece in pieces]
+                for piece, found in zip(pieces, stored, strict=True):
+                    if not np.array_equal(piece.data, found):
+                        self._differs(matrix, piece, first)
+                    self.listener.advanced(VERIFYING, found.size)
+                moved = matrix.moved(matrix.outputs[pieces[0].output], first, last)
+                rows = widen_rows(matrix, first, raw, self.encoding)
+                taken = rows if moved.rows is None else rows[moved.rows]
+                noise.add(taken, _decode(matrix, pieces, stored))
+
+    def _differs(self, matrix: Matrix, piece: Piece, first: int) -> None:
+        file, name = self.plan.files[piece.file].path, matrix.outputs[piece.output].name
+        problem = f"{file}: tensor {name}, rows from {first}: not what the source gives"
+        if problem not in self.result.problems[-1:]:  # once for the runs of a block
+            self.result.problems.append(problem)
 
     def _stored(self, piece: Piece) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        buffer = self.reading.take(f"part {piece.part}", piece.data.size)
+        buffer = np.empty(piece.data.size, np.uint8)
         read_into(self.outputs[piece.file], buffer, piece.offset)
         return buffer
 
@@ -277,14 +284,11 @@ class _Comparison:
 def _decode(
     matrix: Matrix, pieces: list[Piece], stored: list[np.ndarray[Any, np.dtype[np.uint8]]]
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The rows that the stored bytes stand for, in the source's row order."""
+    """The rows of the source that the stored bytes stand for, in the order of the output."""
     output = matrix.outputs[pieces[0].output]
     format_ = FORMATS[output.format]
-    parts = tuple(
-        found.reshape(-1, part.bytes_per_entry(matrix.n)) for part, found in zip(format_.parts, stored, strict=True)
-    )
-    rows = format_.decode(parts, matrix.n)
-    if output.rope_heads is None:
-        return rows
-    half = matrix.rows // output.rope_heads // 2
-    return rows.reshape(-1, half, 2, matrix.n).swapaxes(1, 2).reshape(rows.shape)
+    parts = []
+    for number, part in enumerate(format_.parts):
+        runs = [found for piece, found in zip(pieces, stored, strict=True) if piece.part == number]
+        parts.append(np.concatenate(runs).reshape(-1, part.bytes_per_entry(matrix.n)))
+    return matrix.resolved(output).undo(format_.decode(tuple(parts), matrix.n))
