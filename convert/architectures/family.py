@@ -13,6 +13,7 @@ import gguf
 
 from streamquant.convert.architectures.gguf_keys import GgufKey
 from streamquant.convert.architectures.layers import MTP, LayerKinds, MtpLayers
+from streamquant.convert.architectures.tensor_view import ValueMap
 
 
 class TensorKind(enum.Enum):
@@ -48,6 +49,15 @@ Terms = tuple[tuple[str | int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class ViewRow:
+    """What the converter does to a tensor, as a row of a table has it (tensor_view.py): sizes by name, or numbers."""
+
+    pattern: str = ""
+    sizes: tuple[tuple[str, Size | int], ...] = ()
+    value: ValueMap | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerTensor:
     """A tensor of one decoder layer; `when` names the boolean of config.json without which it does not exist.
 
@@ -64,6 +74,7 @@ class LayerTensor:
     on: str | None = None
     optional: bool = False
     """Whether a checkpoint may lack it."""
+    view: ViewRow | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from streamquant.convert.architectures.rope import (
     read_rope,
     rope_scaling_metadata,
 )
-from streamquant.convert.architectures.tensor_view import rope_view
+from streamquant.convert.architectures.tensor_view import TensorView, rope_view
 from streamquant.quant.errors import StreamquantError
 
 # llama.cpp's LLAMA_MAX_LAYERS (src/llama-hparams.h): a file with more blocks does not load.
@@ -378,11 +378,32 @@ def make_rules(
                 required = not (tensor.optional or may_be_zero)
                 name = f"model.layers.{number}.{tensor.suffix}"
                 rule = make_rule(names, name, tensor.kind, shape, required=required)
-                view = rope_view(heads, len(shape)) if heads else None
-                yield replace(rule, view=view, layer=number, is_mtp=is_mtp)
+                view = rope_view(heads, len(shape)) if heads else read_view(tensor, sizes)
+                yield with_view(replace(rule, layer=number, is_mtp=is_mtp), view)
     yield make_rule(names, "model.norm.weight", TensorKind.NORM, (sizes.hidden,))
     tied = config.boolean("tie_word_embeddings")
     yield make_rule(names, "lm_head.weight", TensorKind.HEAD, matrix, required=not tied)
+
+
+def read_view(tensor: LayerTensor, sizes: Dimensions) -> TensorView | None:
+    """The view of a row of a layer table, with the sizes of the model."""
+    row = tensor.view
+    if row is None:
+        return None
+    known = tuple((name, size if isinstance(size, int) else sizes.size(size)) for name, size in row.sizes)
+    return TensorView(row.pattern, known, row.value)
+
+
+def with_view(rule: TensorRule, view: TensorView | None) -> TensorRule:
+    """A rule with its view. Raises StreamquantError if the sizes of config.json do not fit it."""
+    if view is None:
+        return rule
+    try:
+        _ = view.stored_shape(rule.shape)
+    except StreamquantError as error:
+        where = f"config.json, for tensor {rule.hf_name!r}"
+        raise StreamquantError(error.what, where=where, found=error.found, required=error.required) from None
+    return replace(rule, view=view)
 
 
 def expert_rules(
