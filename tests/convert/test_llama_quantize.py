@@ -21,7 +21,7 @@ from tests.conftest import Shelf, write_small_tokenizer
 from tests.gguf_peer import KeyValue, read_gguf
 from tests.goldens import make, models
 from tests.goldens.models import ALL, MODELS, NEED_IMATRIX, RUNS, Run
-from tests.synthetic import ARCHITECTURES
+from tests.synthetic import ARCHITECTURES, MIXTURES
 
 pytestmark = pytest.mark.xdist_group("llama-quantize")
 
@@ -152,6 +152,7 @@ def test_goldens_tell_types_and_bytes_apart(goldens: dict[str, Any]) -> None:
 # --- the programs themselves ----------------------------------------------------------------------------------------
 
 LLAMA, _, _, QWEN3, _ = ARCHITECTURES
+QWEN3_MOE, MIXTRAL = MIXTURES
 _NAMES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -168,9 +169,22 @@ CASES: Mapping[str, Mapping[str, Any] | None] = {
     "llama-tied": {"architecture": LLAMA, "size": sizes(2048, 256, 8, 4, 4, 64), "tied": True},
     "qwen3": {"architecture": QWEN3, "size": sizes(512, 768, 9, 4, 2, 128), "shards": 2},
     "qwen3-tied": {"architecture": QWEN3, "size": sizes(512, 1056, 8, 4, 2, 128), "tied": True},
+    # Seven experts, of which some rules count nothing; 288 columns of ffn_down fall back.
+    "qwen3-moe": {
+        **{"architecture": QWEN3_MOE, "size": sizes(256, 512, 4, 4, 2, 64), "shards": 2, "num_experts": 7},
+        **{"num_experts_per_tok": 3, "moe_intermediate_size": 288},
+    },
+    # Eight experts have rules of their own.
+    "mixtral": {
+        **{"architecture": MIXTRAL, "size": sizes(256, 256, 4, 4, 2, 64), "num_local_experts": 8},
+        "num_experts_per_tok": 2,
+    },
 }
+MIXED = ("qwen3-moe", "mixtral")
+MIXED_TYPES = ("Q8_0", "Q4_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "Q2_K_S", "IQ4_XS", "MXFP4_MOE")
+"""One of each kind of mix: experts differ from dense models in the mixes alone."""
 """Arguments of tests.synthetic.write_checkpoint; a small tokenizer, as llama-quantize takes seconds for 10M weights."""
-PRE = {LLAMA: "llama-bpe", QWEN3: "qwen2"}
+PRE = {LLAMA: "llama-bpe", QWEN3: "qwen2", QWEN3_MOE: "qwen2", MIXTRAL: "llama-bpe"}
 ADD_BOS = "tokenizer.ggml.add_bos_token"
 FLAGS: Mapping[str, Run] = {
     "": Run("", ALL),
@@ -191,7 +205,14 @@ CALLS = [
         for case, settings in CASES.items()
         for name, run in FLAGS.items()
         for file_type in run.file_types
-        if settings is not None
+        if settings is not None and case not in MIXED
+    ),
+    *(
+        (case, name, file_type)
+        for case in MIXED
+        for name in ("", "imatrix")
+        for file_type in FLAGS[name].file_types
+        if file_type in MIXED_TYPES
     ),
 ]
 
