@@ -24,6 +24,7 @@ from streamquant.convert.recipes.recipe_file import parse_recipe
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.stream import Written
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint
+from streamquant.convert.source.quantized import QuantizedSource
 from streamquant.files.json_record import JsonRecord
 from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import write_atomically
@@ -65,6 +66,8 @@ class ManifestSource:
     """ORG/NAME on the Hub; None for a local folder."""
     revision: str | None
     """The commit."""
+    quantized: QuantizedSource | None = None
+    """What its weights had lost before; None for plain floats."""
 
     def json(self) -> dict[str, Any]:
         """As in the file."""
@@ -74,6 +77,7 @@ class ManifestSource:
             **{key: value for key, value in hub.items() if value is not None},
             "architecture": self.architecture,
             "parameters": self.parameters,
+            **({"quantized": asdict(self.quantized)} if self.quantized is not None else {}),
             "files": [asdict(file) for file in self.files],
         }
 
@@ -248,7 +252,12 @@ def _parse_source(record: JsonRecord) -> ManifestSource:
         files=_parse_files(record),
         repo=repo,
         revision=revision,
+        quantized=None if record.take("quantized") is None else _parse_quantized(record.object("quantized")),
     )
+
+
+def _parse_quantized(record: JsonRecord) -> QuantizedSource:
+    return QuantizedSource(record.text("method"), record.texts("formats"), record.count("tensors"))
 
 
 def _parse_variant(spec: str, record: JsonRecord) -> ManifestVariant:
@@ -388,6 +397,7 @@ def _source(plan: Plan, written: Written) -> ManifestSource:
         files=tuple(ManifestFile(file.name, file.size, written.sources[file.name]) for file in plan.checkpoint.files),
         repo=hub.name if hub is not None else None,
         revision=hub.commit if hub is not None else None,
+        quantized=plan.checkpoint.quantized,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from streamquant.files.listener import SILENT, Listener
 from streamquant.model.corpus import encode_text, read_corpus, read_text, read_tokenizer
-from streamquant.model.variants.open import open_variant
+from streamquant.model.variants.open import open_original
 from streamquant.model.variants.variant import Variant
 from streamquant.validate.engines.check import check_engines
 from streamquant.validate.logits.check import check_logits
@@ -32,7 +32,7 @@ def validate(
     The listener hears of steps of "layers", "logits and divergence", "tokens and chat templates" and "engines". Raises
     UsageError for a wrong command, StreamquantError if the original or a text cannot be read.
     """
-    run = ValidationRun(open_variant(original), open_candidates(variants), options, listener)
+    run = ValidationRun(open_original(original), open_candidates(variants), options, listener)
     for section in SKIPPABLE:
         if section in options.skip:
             run.not_run.append(NotRun(section, None, "left out by --skip", requested=True))

@@ -4,18 +4,17 @@ Source: Qwen3Model.modify_tensors of llama.cpp's converter (conversion/qwen.py).
 the plan is made: they are a few kB.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from streamquant.convert.architectures import ModelDescription, TensorKind, TensorRule
 from streamquant.convert.metadata.embedding import CLASSIFIER, answer_ids, is_reranker
-from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
+from streamquant.convert.source.checkpoint import Checkpoint
+from streamquant.convert.source.tensor import SourceTensor
 from streamquant.quant.errors import StreamquantError
-from streamquant.quant.format import Importance
+from streamquant.quant.format import Importance, Rows
 from streamquant.quant.formats import FORMATS
-from streamquant.quant.widen import SOURCE_DTYPES, widen
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,7 @@ class Classifier:
     def tensor(self) -> SourceTensor:
         """As a tensor of the source, for the choice of its format."""
         shape = (len(self.ids), self.head.row_length)
-        nbytes = math.prod(shape) * SOURCE_DTYPES[self.head.dtype]
-        return SourceTensor(CLASSIFIER, self.head.dtype, shape, self.head.file, 0, nbytes)
+        return SourceTensor(CLASSIFIER, self.head.dtype, shape, self.head.file, 0, 0)
 
     @property
     def rule(self) -> TensorRule:
@@ -41,9 +39,9 @@ class Classifier:
 
     def encode(self, format_name: str, importance: Importance | None) -> bytes:
         """Its bytes in a format. Raises StreamquantError if they cannot be read, are not finite, or do not fit."""
-        raw = np.frombuffer(b"".join(map(self._read_row, self.ids)), np.uint8)
         rows = np.empty(self.tensor.shape, np.float32)
-        if not widen(raw, self.head.dtype, rows):
+        is_finite = [self._widen(number, rows[at : at + 1]) for at, number in enumerate(self.ids)]
+        if not all(is_finite):
             raise StreamquantError(
                 "weight is not a number",
                 where=f"{self.head.file}, tensor {self.head.name!r}, rows {self.ids}",
@@ -51,10 +49,11 @@ class Classifier:
             )
         return b"".join(part.tobytes() for part in FORMATS[format_name].encode(rows, importance))
 
-    def _read_row(self, number: int) -> bytes:
-        length = self.head.row_length * SOURCE_DTYPES[self.head.dtype]
-        start = self.head.start + number * length
-        return self.checkpoint.read_range(self.head.file, start, start + length)
+    def _widen(self, number: int, row: Rows) -> bool:
+        """Read a row of the head into float32[1, n]; whether it is finite."""
+        spans = self.head.spans(number, number + 1, self.head.row_length)
+        raw = (np.frombuffer(self.checkpoint.read_range(span.file, span.start, span.stop), np.uint8) for span in spans)
+        return self.head.format.widen_into(tuple(raw), number, row)
 
 
 def find_classifier(checkpoint: Checkpoint, model: ModelDescription) -> Classifier | None:

@@ -6,7 +6,7 @@ from streamquant.convert.architectures import ModelDescription, TensorRule
 from streamquant.convert.recipes.imatrix import ImportanceMatrix, unreached_notes
 from streamquant.convert.recipes.mix import UNQUANTIZED, needs_importance
 from streamquant.convert.recipes.recipe import Recipe
-from streamquant.convert.source.checkpoint import SourceTensor
+from streamquant.convert.source.tensor import SourceTensor
 from streamquant.files.listing import shortened
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.formats import FORMATS
@@ -29,7 +29,7 @@ class PlannedImportance:
         Raises StreamquantError for an entry of another length.
         """
         format_, name, shape = FORMATS[format_name], rule.gguf_name, rule.gguf_shape
-        is_copied = all(format_.copies == source.dtype for source in sources)
+        is_copied = all(source.format.encoded_as == format_name for source in sources)
         if self.matrix is None or is_copied or len(shape) < 2 or name.endswith("_norm.weight"):
             return None
         found = self.matrix.find(name, shape)  # of every quantized tensor: another length is another model's

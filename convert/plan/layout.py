@@ -16,7 +16,8 @@ from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, V
 from streamquant.convert.recipes.mix import Choice
 from streamquant.convert.recipes.overrides import NO_OVERRIDES
 from streamquant.convert.recipes.recipe import ChoiceOptions, Recipe
-from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
+from streamquant.convert.source.checkpoint import Checkpoint
+from streamquant.convert.source.tensor import SourceTensor
 from streamquant.files.sizes import human_bytes
 from streamquant.quant.formats import FORMATS
 

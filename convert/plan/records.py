@@ -17,11 +17,11 @@ from streamquant.convert.options import ConversionOptions
 from streamquant.convert.recipes.block_runtimes import BlockRuntimes
 from streamquant.convert.recipes.overrides import NO_OVERRIDES
 from streamquant.convert.recipes.recipe import Recipe
-from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
+from streamquant.convert.source.checkpoint import Checkpoint
+from streamquant.convert.source.tensor import SourceTensor
 from streamquant.files.sizes import human_bytes
 from streamquant.quant.format import Importance, Part
 from streamquant.quant.formats import FORMATS
-from streamquant.quant.widen import SOURCE_DTYPES
 
 CHUNK_BYTES = 32 * 1024 * 1024
 """Source bytes in a chunk, the unit of the journal and of resumption."""
@@ -255,7 +255,12 @@ class Plan:
 
     def variant_fingerprint(self, variant: VariantPlan) -> str:
         """A hash of the source and of every address of one variant, whatever else the plan makes."""
-        source = [file.identity for file in self.checkpoint.files]
+        source: list[list[object]] = [[*file.identity] for file in self.checkpoint.files]
+        source += [
+            [tensor.name, tensor.codes.format.name, *(part.name for part in tensor.codes.beside)]
+            for tensor in self.checkpoint.tensors.values()
+            if tensor.codes is not None
+        ]
         files = []
         for index in variant.files:
             file = self.files[index]
@@ -312,7 +317,8 @@ def place_rows(part: Part, n: int, first: int, last: int) -> tuple[int, int]:
 
 def _chunks(matrices: tuple[Matrix, ...]) -> Iterator[Chunk]:
     for index, matrix in enumerate(matrices):
-        step = matrix.rows_within(CHUNK_BYTES // SOURCE_DTYPES[matrix.source.dtype])
+        row_bytes = matrix.source.format.parts[0].bytes_per_entry(matrix.n)
+        step = matrix.rows_within(CHUNK_BYTES * matrix.n // row_bytes)
         for first in range(0, matrix.rows, step):
             yield Chunk(index, first, min(first + step, matrix.rows))
 

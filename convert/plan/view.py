@@ -1,5 +1,6 @@
 """A plan for people (rich tables) and for programs (JSON)."""
 
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -25,6 +26,7 @@ def plan_json(plan: Plan, jobs: int, disk: Disk | None = None) -> dict[str, Any]
             "files": [{"path": file.name, "size": file.size} for file in plan.checkpoint.files],
             "parameters": plan.checkpoint.parameter_count,
             "bytes": plan.checkpoint.nbytes,
+            **({"quantized": asdict(quantized)} if (quantized := plan.checkpoint.quantized) is not None else {}),
             **({"repo": hub.name, "revision": hub.revision, "commit": hub.commit} if hub is not None else {}),
         },
         "disk_bytes": disk.peak,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from streamquant.convert.architectures import ARCHITECTURES, ModelDescription, describe
 from streamquant.convert.recipes.mix import ENDS
 from streamquant.convert.recipes.recipe import RECIPES, ChoiceOptions, Recipe, Tensors
-from streamquant.convert.source.checkpoint import SourceTensor
+from streamquant.convert.source.tensor import SourceTensor
 from streamquant.quant.formats import FORMATS
 from streamquant.quant.widen import SOURCE_DTYPES
 

@@ -24,7 +24,7 @@ from streamquant.convert.recipes.mix import (
 )
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides
 from streamquant.convert.recipes.recipe_file import RecipeFile
-from streamquant.convert.source.checkpoint import SourceTensor
+from streamquant.convert.source.tensor import SourceTensor
 from streamquant.quant import fp8
 from streamquant.quant.errors import UsageError
 from streamquant.quant.format import Format
@@ -154,13 +154,26 @@ def _fp8_choice(formats: Mapping[str, Format]) -> Choose:
 
     def choose(tensors: Tensors, _model: ModelDescription, _options: ChoiceOptions) -> dict[str, Choice]:
         return {
-            tensor.name: Choice(formats[tensor.dtype].name, "linear layer")
+            tensor.name: _linear_choice(tensor, formats)
             if rule.kind.is_linear
-            else Choice(copy_of(tensor.dtype).name, f"{rule.kind.value}: kept as in the source")
+            else Choice(copy_of(tensor.dtype).name, f"{rule.kind.value}: {_kept(tensor)}")
             for tensor, rule in tensors
         }
 
     return choose
+
+
+def _linear_choice(tensor: SourceTensor, formats: Mapping[str, Format]) -> Choice:
+    """FP8 for a linear layer; a source that has it in the same form loses nothing."""
+    own = tensor.format.encoded_as
+    if tensor.codes is not None and own is not None and own in {format_.name for format_ in formats.values()}:
+        return Choice(own, "linear layer: the codes and scales of the source")
+    return Choice(formats[tensor.dtype].name, "linear layer")
+
+
+def _kept(tensor: SourceTensor) -> str:
+    """How a tensor that is not quantized comes into an FP8 checkpoint."""
+    return "kept as in the source" if tensor.codes is None else f"{tensor.dtype}, of the codes of the source"
 
 
 def _file_type(base: str) -> LlamaFileType:

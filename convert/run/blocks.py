@@ -15,9 +15,21 @@ from streamquant.files.reading import read_into
 from streamquant.quant.errors import StreamquantError
 from streamquant.quant.format import Encoded
 from streamquant.quant.formats import FORMATS
-from streamquant.quant.widen import SOURCE_DTYPES, widen
+from streamquant.quant.kernels import floats_cpu
 
 Bytes = NDArray[np.uint8]
+Raw = tuple[Bytes, ...]
+"""The source bytes of some rows: of each part of the source's format uint8[k]."""
+Descriptors = Callable[[str], int]
+"""The name of a shard -> its descriptor; waits until the shard is there."""
+
+
+class ShortShardError(EOFError):
+    """A shard ended before its header says."""
+
+    def __init__(self, shard: str) -> None:
+        super().__init__(shard)
+        self.shard = shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,45 +59,47 @@ class Scratch:
         return buffer[:nbytes]
 
 
-Encode = Callable[[Plan, Chunk, int, frozenset[int], Scratch], Iterator[list[Piece]]]
+Encode = Callable[[Plan, Chunk, Descriptors, frozenset[int], Scratch], Iterator[list[Piece]]]
 """An inner loop: `encode_chunk`, or what does the same on a GPU."""
 
 
 def encode_chunk(
-    plan: Plan, chunk: Chunk, source: int, wanted: frozenset[int], scratch: Scratch
+    plan: Plan, chunk: Chunk, shards: Descriptors, wanted: frozenset[int], scratch: Scratch
 ) -> Iterator[list[Piece]]:
-    """Read a chunk from the descriptor `source` and yield its encoded pieces, block by block.
+    """Read a chunk and yield its encoded pieces, block by block.
 
     `wanted` are the outputs (indices into Matrix.outputs) to encode. The pieces of a block are valid until the next
-    is asked for. Raises StreamquantError for a NaN, an infinity, or a weight too large for a format; EOFError if the
-    source is shorter than its header says.
+    is asked for. Raises StreamquantError for a NaN, an infinity, or a weight too large for a format; ShortShardError.
     """
     matrix = plan.matrices[chunk.matrix]
     step = matrix.rows_within(BLOCK_WEIGHTS)
     for first in range(chunk.first, chunk.last, step):
         last = min(first + step, chunk.last)
-        raw = read_rows(matrix, first, last, source, scratch)
+        raw = read_rows(matrix, first, last, shards, scratch)
         yield from encode_block(plan, matrix, first, raw, wanted, scratch)
 
 
-def read_rows(matrix: Matrix, first: int, last: int, descriptor: int, scratch: Scratch) -> Bytes:
-    """The source bytes of rows [first, last). Raises EOFError if the file ends before."""
-    row_bytes = matrix.n * SOURCE_DTYPES[matrix.source.dtype]
-    raw = scratch.take("raw", (last - first) * row_bytes)
-    try:
-        read_into(descriptor, raw, matrix.source.start + first * row_bytes)
-    except OSError as error:
-        raise StreamquantError(
-            "cannot read a shard", where=f"{matrix.source.file}, tensor {matrix.source.name!r}", found=error.strerror
-        ) from error
-    return raw
+def read_rows(matrix: Matrix, first: int, last: int, shards: Descriptors, scratch: Scratch) -> Raw:
+    """The source bytes of rows [first, last). Raises ShortShardError, StreamquantError."""
+    raw = []
+    for number, span in enumerate(matrix.source.spans(first, last, matrix.n)):
+        raw.append(scratch.take(f"raw {number}", span.stop - span.start))
+        try:
+            read_into(shards(span.file), raw[-1], span.start)
+        except EOFError as error:
+            raise ShortShardError(span.file) from error
+        except OSError as error:
+            raise StreamquantError(
+                "cannot read a shard", where=f"{span.file}, tensor {span.name!r}", found=error.strerror
+            ) from error
+    return tuple(raw)
 
 
-def widen_rows(matrix: Matrix, first: int, raw: Bytes, scratch: Scratch) -> NDArray[np.float32]:
+def widen_rows(matrix: Matrix, first: int, raw: Raw, scratch: Scratch) -> NDArray[np.float32]:
     """Source bytes of rows from `first` -> float32[r, n]. Raises StreamquantError for a NaN or an infinity."""
-    count = raw.size // SOURCE_DTYPES[matrix.source.dtype]
+    count = raw[0].size // matrix.source.format.parts[0].bytes_per_entry(matrix.n) * matrix.n
     rows = scratch.take("rows", count * 4).view(np.float32).reshape(-1, matrix.n)
-    if not widen(raw, matrix.source.dtype, rows):
+    if not matrix.source.format.widen_into(raw, first, rows):
         raise _not_finite(matrix, first, rows)
     return rows
 
@@ -101,7 +115,7 @@ def shared_encodings(matrix: Matrix, wanted: frozenset[int]) -> Iterator[tuple[P
 
 
 def encode_block(
-    plan: Plan, matrix: Matrix, first: int, raw: Bytes, wanted: frozenset[int], scratch: Scratch
+    plan: Plan, matrix: Matrix, first: int, raw: Raw, wanted: frozenset[int], scratch: Scratch
 ) -> Iterator[list[Piece]]:
     """Encode the rows from `first` whose source bytes are `raw`; as `encode_chunk`."""
     rows = widen_rows(matrix, first, raw, scratch)
@@ -110,7 +124,8 @@ def encode_block(
         if not moved.runs:
             continue  # a part of the tensor that this output leaves out
         if is_copied(matrix, output):
-            encoded: Encoded = (_in_order(raw.reshape(rows.shape[0], -1), moved, scratch),)
+            parts = copied(matrix, rows.shape[0], raw)
+            encoded: Encoded = tuple(_in_order(part, moved, scratch) for part in parts)
         elif moved.rows is not None and moved.rows.size < rows.shape[0]:
             picked = scratch.take("picked", moved.rows.size * matrix.n * 4).view(np.float32).reshape(-1, matrix.n)
             np.take(rows, moved.rows, axis=0, out=picked, mode="clip")
@@ -125,10 +140,34 @@ def encode_block(
 
 def is_copied(matrix: Matrix, output: Placement) -> bool:
     """Whether the bytes of a row of the source are those of the output."""
-    if FORMATS[output.format].copies != matrix.source.dtype:
+    if output.format != matrix.source.format.encoded_as:
         return False
     resolved = matrix.resolved(output)
-    return resolved.columns is None and resolved.value is None
+    moves = resolved.to is None or FORMATS[output.format].rows_per_group == 1
+    return moves and resolved.columns is None and resolved.value is None
+
+
+def copied(matrix: Matrix, rows: int, raw: Raw) -> Encoded:
+    """The source bytes of whole entries as encoded rows."""
+    parts = matrix.source.format.parts
+    return tuple(some.reshape(-(-rows // part.rows_per_entry), -1) for part, some in zip(parts, raw, strict=True))
+
+
+def rounds_first(matrix: Matrix, name: str) -> bool:
+    """Whether a format takes the weights rounded to the dtype that it is for: those of codes have more places.
+
+    llm-compressor does it in this order: FP8BlockDequantizer makes BF16, which is quantized then.
+    """
+    return matrix.source.codes is not None and FORMATS[name].source_dtype == "BF16"
+
+
+def _rounded(values: NDArray[np.float32], scratch: Scratch) -> NDArray[np.float32]:
+    """The values rounded to BF16; one that is too large becomes infinite."""
+    narrow = scratch.take("narrow", values.size * 2).view(np.uint16).reshape(values.shape)
+    rounded = scratch.take("rounded", values.size * 4).view(np.float32).reshape(values.shape)
+    floats_cpu.encode_bf16(values, narrow)
+    floats_cpu.widen_bf16(narrow.reshape(-1), rounded.reshape(-1))
+    return rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +201,11 @@ def _prepared(matrix: Matrix, output: Placement, rows: _Rows, scratch: Scratch) 
         np.take(rows.values, resolved.columns, axis=1, out=values, mode="clip")
     if resolved.value is not None:
         values = resolved.value.apply(values)
-        if not np.isfinite(values).all():
-            row, column = np.argwhere(~np.isfinite(values))[0]
-            raise _too_large(matrix, output, rows.numbers[row], int(column), values[row, column])
+    if rounds_first(matrix, output.format):
+        values = _rounded(values, scratch)
+    if values is not rows.values and not floats_cpu.all_finite(values.reshape(-1)):
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        raise _too_large(matrix, output, rows.numbers[row], int(column), values[row, column])
     return values
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from streamquant.convert.architectures.tensor_view import MovedRows
 from streamquant.convert.plan.records import Chunk, Matrix, Placement, Plan
 from streamquant.convert.run import blocks
-from streamquant.convert.run.blocks import Bytes, Encode, Piece, Scratch
+from streamquant.convert.run.blocks import Bytes, Descriptors, Encode, Piece, Raw, Scratch
 from streamquant.quant import gpu
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.format import NO_OVERFLOW
@@ -91,7 +91,7 @@ class DeviceEncoder:
         self._compared: set[tuple[str, bool]] = set()
 
     def __call__(
-        self, plan: Plan, chunk: Chunk, source: int, wanted: frozenset[int], scratch: Scratch
+        self, plan: Plan, chunk: Chunk, shards: Descriptors, wanted: frozenset[int], scratch: Scratch
     ) -> Iterator[list[Piece]]:
         """Read a chunk and yield its encoded pieces, block by block, as `blocks.encode_chunk` does."""
         matrix = plan.matrices[chunk.matrix]
@@ -99,7 +99,7 @@ class DeviceEncoder:
         before: _Slot | None = None
         for number, first in enumerate(range(chunk.first, chunk.last, step)):
             slot = self._slots()[number % 2]
-            slot.start(plan, matrix, range(first, min(first + step, chunk.last)), source, wanted)
+            slot.start(plan, matrix, range(first, min(first + step, chunk.last)), shards, wanted)
             if before is not None:
                 yield from before.finish(scratch)
             before = slot
@@ -160,21 +160,20 @@ class _Slot:
         self._plan: Plan
         self._matrix: Matrix
         self._first = 0
-        self._raw: Bytes
+        self._raw: Raw
         self._flags: torch.Tensor
         self._encodings: list[_Encoding] = []
 
-    def start(self, plan: Plan, matrix: Matrix, rows: range, source: int, wanted: frozenset[int]) -> None:
-        """Read the rows and queue everything else. Raises EOFError, StreamquantError as `read_rows` does."""
+    def start(self, plan: Plan, matrix: Matrix, rows: range, shards: Descriptors, wanted: frozenset[int]) -> None:
+        """Read the rows and queue everything else. Raises ShortShardError, StreamquantError as `read_rows` does."""
         import torch
 
         self._wait()
         self._plan, self._matrix, self._first = plan, matrix, rows.start
-        self._raw = blocks.read_rows(matrix, rows.start, rows.stop, source, self._host)
+        self._raw = blocks.read_rows(matrix, rows.start, rows.stop, shards, self._host)
         groups = list(blocks.shared_encodings(matrix, wanted))
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            raw = torch.from_numpy(self._raw).to(self._device, non_blocking=True)
-            widened = _widen(raw, matrix.source.dtype).view(-1, matrix.n)
+            widened = self._widened(matrix)
             flags = torch.full((_CELL * (len(groups) + 1),), NO_OVERFLOW, dtype=torch.int32, device=self._device)
             flags[0] = torch.isfinite(widened).all()
             self._encodings = []
@@ -182,6 +181,16 @@ class _Slot:
                 parts = self._encode(number, output, widened, flags[_CELL * (number + 1) :][:1])
                 self._encodings.append(_Encoding(outputs, parts))
             self._flags = self._to_host("flags", flags)
+
+    def _widened(self, matrix: Matrix) -> torch.Tensor:
+        """float32[r, n] on the device. Codes are widened by the CPU, which finds those that are not finite."""
+        import torch
+
+        if matrix.source.codes is not None:
+            rows = blocks.widen_rows(matrix, self._first, self._raw, self._host)
+            return torch.from_numpy(rows).to(self._device, non_blocking=True)
+        raw = torch.from_numpy(self._raw[0]).to(self._device, non_blocking=True)
+        return _widen(raw, matrix.source.dtype).view(-1, matrix.n)
 
     def _encode(
         self, number: int, output: Placement, rows: torch.Tensor, overflow: torch.Tensor
@@ -191,12 +200,14 @@ class _Slot:
 
         is_copied, resolved = blocks.is_copied(self._matrix, output), self._matrix.resolved(output)
         if is_copied and resolved.to is None:
-            return (torch.from_numpy(self._raw.reshape(rows.shape[0], -1)),)
+            return tuple(map(torch.from_numpy, blocks.copied(self._matrix, rows.shape[0], self._raw)))
         if is_copied or resolved.value is not None or output.format not in gpu.ENCODED:
             return None
         rows = self._in_order(output, rows)
         if not rows.shape[0]:
             return None
+        if blocks.rounds_first(self._matrix, output.format):
+            rows = rows.to(torch.bfloat16).to(torch.float32)
         r, n = rows.shape
         sizes = [(part.entries(r), part.bytes_per_entry(n)) for part in FORMATS[output.format].parts]
         parts = tuple(torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes)

@@ -11,11 +11,12 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
 from streamquant.convert.plan.records import Plan, Region, extents
-from streamquant.convert.run.blocks import Encode, Piece, Scratch
+from streamquant.convert.run.blocks import Encode, Piece, Scratch, ShortShardError
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.hashes import output_hashes, source_hashes
 from streamquant.convert.run.journal import FinishedFile, Head, Journal, Progress
@@ -129,11 +130,12 @@ class _Run:
         self._output_hashes = output_hashes(plan, unfinished)
         self._readers = {name: int(name in unknown) for name in names}
         """Chunks and hashes that are still to read a shard."""
-        shard_of = [plan.matrices[chunk.matrix].source.file for chunk in plan.chunks]
-        for name in shard_of:
+        shards_of = [plan.matrices[chunk.matrix].source.files for chunk in plan.chunks]
+        for name in chain.from_iterable(shards_of):
             self._readers[name] += 1
-        wanted = {name for number, name in enumerate(shard_of) if number not in self._written_before}
-        self._shards.expect([name for name in names if name in wanted or name in unknown])
+        left = (files for number, files in enumerate(shards_of) if number not in self._written_before)
+        wanted = dict.fromkeys(chain.from_iterable(left))
+        self._shards.expect([*wanted, *(name for name in unknown if name not in wanted)])
         self._workers = Workers((partial(self._chunk, number) for number in range(len(plan.chunks))), self._interrupt)
 
     def run(self) -> None:
@@ -176,7 +178,8 @@ class _Run:
             if region.nbytes:
                 written.setdefault(region.file, {})[region.offset] = quick
         self._add_steps(self._output_hashes.mark(number, written), self._source_hashes.mark(number, {source: {}}))
-        self._has_read(source)
+        for name in matrix.source.files:
+            self._has_read(name)
         self._resources.listener.advanced(CONVERTING, stop - start)
 
     def _has_read(self, name: str) -> None:
@@ -203,9 +206,8 @@ class _Run:
         run_of = _RunOf(places)
         if wanted:
             chunk = self._plan.chunks[number]
-            source = self._plan.matrices[chunk.matrix].source.file
-            with self._reading(source) as descriptor:
-                for pieces in self._resources.encode(self._plan, chunk, descriptor, wanted, scratch):
+            with self._reading():
+                for pieces in self._resources.encode(self._plan, chunk, self._shards.open, wanted, scratch):
                     self._stop_if_asked()
                     for piece in pieces:
                         files.write(piece.file, piece.data, piece.offset)
@@ -217,14 +219,14 @@ class _Run:
         return [quick.hexdigest() if output in wanted else "" for (output, _, _), quick in done]
 
     @contextlib.contextmanager
-    def _reading(self, name: str) -> Iterator[int]:
-        """The descriptor of a shard; a shard that ends too soon is told in words."""
+    def _reading(self) -> Iterator[None]:
+        """A shard that ends too soon is told in words."""
         try:
-            yield self._shards.open(name)
-        except EOFError as error:
+            yield
+        except ShortShardError as error:
             raise StreamquantError(
                 "a source file became shorter while it was being read",
-                where=self._plan.checkpoint.where(name),
+                where=self._plan.checkpoint.where(error.shard),
                 hint="fetch it again, remove the output folder, and convert again",
             ) from error
 
@@ -256,8 +258,11 @@ class _Run:
             raise Stopped
 
     def _hash_source(self, name: str, stop: int, _scratch: Scratch) -> None:
-        with self._reading(name) as descriptor:
-            complete = self._source_hashes.hash(name, stop, descriptor)
+        with self._reading():
+            try:
+                complete = self._source_hashes.hash(name, stop, self._shards.open(name))
+            except EOFError as error:
+                raise ShortShardError(name) from error
         if complete is not None:
             self._sources[name] = complete.sha256()
             self._journal.source(name, self._sources[name])

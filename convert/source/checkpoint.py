@@ -9,13 +9,15 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from streamquant.convert.architectures.names import model_name, renaming_note
 from streamquant.convert.source.config_as_stored import config_of_weights
 from streamquant.convert.source.model_folder import name_of
 from streamquant.convert.source.passed_over import passed_over_note
+from streamquant.convert.source.quantized import QuantizedSource, dequantized
 from streamquant.convert.source.side_files import SIDE_FOLDERS, is_side_file
+from streamquant.convert.source.tensor import SourceTensor
 from streamquant.convert.source.weights import (
     ADAPTER,
     CONFIG,
@@ -33,34 +35,6 @@ from streamquant.quant.widen import SOURCE_DTYPES
 
 MAX_CONFIG = 8 * 1024 * 1024
 """Bytes of config.json: a thousand times the usual; small values take a hundred times their text in memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """A tensor of the checkpoint: bytes [start, stop) of `file`, little endian, row-major."""
-
-    name: str
-    """In the state dict of its class: the file may call it otherwise (convert/architectures/names.py)."""
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of the matrix; 1 for a vector or scalar."""
-        return self.shape[0] if len(self.shape) > 1 else 1
-
-    @property
-    def row_length(self) -> int:
-        """Weights in a row: all of them for a vector."""
-        return self.count // self.rows
-
-    @property
-    def count(self) -> int:
-        """Weights in the tensor."""
-        return (self.stop - self.start) // SOURCE_DTYPES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +74,8 @@ class Checkpoint:
     """The name of the model, where it is not that of `folder`, which is a real path (model_folder.py)."""
     notes: tuple[str, ...] = field(default=(), kw_only=True)
     """What a user should know about the reading."""
+    quantized: QuantizedSource | None = field(default=None, kw_only=True)
+    """What the weights had lost before; None for plain floats."""
 
     @property
     def name(self) -> str:
@@ -114,7 +90,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.stop - tensor.start for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def check_unchanged(self) -> None:
         """Raise StreamquantError if a shard was replaced, truncated or touched since the headers were read."""
@@ -156,20 +132,45 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises UsageError without such a folder, StreamquantError for everything in it that is missing or broken.
     """
-    return as_source(read_checkpoint(folder))
+    checkpoint = as_source(read_checkpoint(folder))
+    check_dtypes(checkpoint)
+    return checkpoint
 
 
-def as_source(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint of plain floats, its config made to fit its weights (config_as_stored.py)."""
-    config, notes = config_of_weights(checkpoint.config, checkpoint.tensors)
-    return replace(checkpoint, config=config, notes=(*checkpoint.notes, *notes))
+C = TypeVar("C", bound="Checkpoint")
 
 
-def read_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) -> Checkpoint:
-    """As `open_checkpoint`, with config.json as it stands.
+def as_source(checkpoint: C) -> C:
+    """A checkpoint of weights: codes with their scales (quantized.py), and a config that fits (config_as_stored.py).
 
-    Tensors of other dtypes than `dtypes` (safetensors' names) are refused.
+    Raises StreamquantError for codes and scales that do not fit together.
     """
+    found = dequantized(checkpoint.config, checkpoint.tensors, checkpoint.source)
+    if found is not None:
+        notes = (*checkpoint.notes, *found.notes)
+        checkpoint = replace(
+            checkpoint, tensors=found.tensors, config=found.config, quantized=found.quantized, notes=notes
+        )
+    config, changes = config_of_weights(checkpoint.config, checkpoint.tensors)
+    return replace(checkpoint, config=config, notes=(*checkpoint.notes, *changes))
+
+
+def check_dtypes(checkpoint: Checkpoint) -> None:
+    """Raise StreamquantError for a tensor that is neither plain floats nor codes with their scales."""
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype not in SOURCE_DTYPES:
+            raise StreamquantError(
+                "dtype cannot be converted",
+                where=f"{checkpoint.source}/{tensor.file}, tensor {tensor.name!r}",
+                found=tensor.dtype,
+                required=", ".join(SOURCE_DTYPES),
+                hint="streamquant starts from the unquantized checkpoint, or from FP8 that the quantization_config of"
+                " config.json explains",
+            )
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """As `open_checkpoint`, with the tensors and config.json as they stand."""
     if not folder.is_dir():
         raise UsageError(
             "no such model folder",
@@ -188,7 +189,7 @@ def read_checkpoint(folder: Path, *, dtypes: Collection[str] = SOURCE_DTYPES) ->
         entries, _, header = read_header(folder / shard)
         files.append(SourceFile(shard, before.st_size, before.st_mtime_ns, hashlib.sha256(header).hexdigest()))
         stored[shard] = entries.values()
-    tensors = collect_tensors(stored, weights.weight_map, str(folder), dtypes)
+    tensors = collect_tensors(stored, weights.weight_map, str(folder))
     side, ignored = _other_files(folder, {*weights.shards, INDEX, CONFIG})
     notes = [*reading_notes(place, weights, stored)]
     if weights.passed_over:
@@ -200,17 +201,16 @@ def collect_tensors(
     stored: Mapping[str, Collection[SafetensorsTensor]],
     weight_map: Mapping[str, str] | None,
     where: str,
-    dtypes: Collection[str] = SOURCE_DTYPES,
 ) -> dict[str, SourceTensor]:
     """Shard -> its tensors, in their order, to the tensors of a checkpoint by name, compared with the index.
 
-    Raises StreamquantError for a tensor that occurs twice, is empty or of another dtype, for none at all, and for an
-    index that says something else.
+    Raises StreamquantError for a tensor that occurs twice or is empty, for none at all, and for an index that says
+    something else.
     """
     tensors: dict[str, SourceTensor] = {}
     for name, entries in stored.items():
         for tensor in entries:
-            _add(tensors, tensor, name, where, dtypes)
+            _add(tensors, tensor, name, where)
     if weight_map is not None:
         _compare_with_index(weight_map, tensors, where)
     if not tensors:
@@ -266,20 +266,10 @@ def _place(folder: Path) -> Place:
     return Place(str(folder), names, lambda name: read_json_object(folder / name))
 
 
-def _add(
-    tensors: dict[str, SourceTensor], stored: SafetensorsTensor, file: str, folder: str, dtypes: Collection[str]
-) -> None:
+def _add(tensors: dict[str, SourceTensor], stored: SafetensorsTensor, file: str, folder: str) -> None:
     where = f"{folder}/{file}, tensor {stored.name!r}"
     if stored.name in tensors:
         raise StreamquantError("tensor occurs twice", where=where, found=f"also in {tensors[stored.name].file}")
-    if stored.dtype not in dtypes:
-        raise StreamquantError(
-            "dtype cannot be converted",
-            where=where,
-            found=stored.dtype,
-            required=", ".join(dtypes),
-            hint="streamquant starts from the unquantized checkpoint",
-        )
     if stored.start == stored.stop:
         raise StreamquantError(
             "tensor without weights",

@@ -14,10 +14,11 @@ from streamquant.convert.source.checkpoint import (
     MAX_CONFIG,
     Checkpoint,
     SourceFile,
+    as_source,
+    check_dtypes,
     collect_tensors,
     reading_notes,
 )
-from streamquant.convert.source.config_as_stored import config_of_weights
 from streamquant.convert.source.passed_over import BOTH
 from streamquant.convert.source.side_files import is_side_file
 from streamquant.convert.source.weights import CONFIG, INDEX, Place, Weights, find_weights
@@ -87,11 +88,14 @@ def open_hub_checkpoint(repo: HubRepo) -> HubCheckpoint:
         stored[name] = list(parse_header(data, file.size, f"{repo}/{name}")[0].values())
         files.append(SourceFile(name, file.size, 0, hashlib.sha256(data).hexdigest(), file.etag))
     tensors = collect_tensors(stored, weights.weight_map, str(repo))
-    config, changes = config_of_weights(config, tensors)
-    notes = [*reading_notes(place, weights, stored), *changes]
+    notes = [*reading_notes(place, weights, stored)]
     if weights.passed_over:
         notes.append(f"{BOTH}; what the index names was not looked at")
-    return HubCheckpoint(folder, config, tuple(files), tensors, side, ignored, repo, notes=tuple(notes))
+    checkpoint = as_source(
+        HubCheckpoint(folder, config, tuple(files), tensors, side, ignored, repo, notes=tuple(notes))
+    )
+    check_dtypes(checkpoint)
+    return checkpoint
 
 
 def fetch_side_files(checkpoint: HubCheckpoint) -> None:

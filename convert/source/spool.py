@@ -15,11 +15,12 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.safetensors_file import read_header
@@ -38,24 +39,44 @@ GIB = 2**30
 def spool_limit(checkpoint: HubCheckpoint, gib: float | None) -> int:
     """Bytes that the spool of a checkpoint may hold: what was asked for, or some shards; never more than all of them.
 
-    Shards in the cache of the Hub's client need no room. Raises UsageError if the largest of the others does not fit.
+    Shards in the cache of the Hub's client need no room. Raises UsageError if those of the others that are needed at
+    the same time do not fit.
     """
-    fetched = [file for file in checkpoint.files if checkpoint.hub.cached(file.name) is None]
+    fetched = {file.name: file.size for file in checkpoint.files if checkpoint.hub.cached(file.name) is None}
     if not fetched:
         return 0
-    largest = max(fetched, key=lambda file: file.size)
-    total = sum(file.size for file in fetched)
+    largest, total = max(fetched.values()), sum(fetched.values())
+    sets = [frozenset((name,)) for name in fetched] + [*_needed_together(checkpoint)]
+    together = max(sets, key=lambda names: sum(fetched.get(name, 0) for name in names))
+    least = sum(fetched.get(name, 0) for name in together)
     if gib is None:
-        return min(total, DEFAULT_SHARDS * largest.size)
+        return min(total, max(DEFAULT_SHARDS * largest, least + largest))
     limit = int(gib * GIB)
-    if limit < largest.size:
+    if limit < least:
         raise UsageError(
             "the spool is smaller than a shard",
             where="--spool-gib",
             found=f"{limit / GIB:.3g} GiB",
-            required=f"at least {largest.size / GIB:.3f} GiB for {largest.name}; twice that to fetch while converting",
+            required=f"at least {least / GIB:.3f} GiB for {', '.join(sorted(together))}; twice that to fetch while"
+            " converting",
         )
     return min(total, limit)
+
+
+def _needed_together(checkpoint: Checkpoint) -> Iterator[frozenset[str]]:
+    """The shards that have to be there at a time, if tensors are read in the order of the checkpoint.
+
+    One, but where codes and their scales lie in different shards: a shard is there from the first tensor that needs it
+    to the last, so a reader of the first unfinished tensor, whose shards are fetched before all others, never waits for
+    room that only a later one could give.
+    """
+    files = [tensor.files for tensor in checkpoint.tensors.values()]
+    last = {name: number for number, names in enumerate(files) for name in names}
+    here: set[str] = set()
+    for number, names in enumerate(files):
+        here |= set(names)
+        yield frozenset(here)
+        here = {name for name in here if last[name] > number}
 
 
 @dataclass
@@ -70,6 +91,8 @@ class _Shard:
     reserved: int = 0
     """Bytes of the limit that it takes; 0 for one in the client's cache."""
     descriptor: int | None = None
+    place: int = -1
+    """Among the shards that are expected, in the order in which they are read."""
     unwanted: bool = False
     """`done` while it was being fetched: to be deleted when it is there."""
 
@@ -108,15 +131,15 @@ class Spool:
         """See Shards.expect. Call it once, first."""
         self._tidy(names)
         with self._changed:
-            for name in names:
-                self._add(name)
+            for place, name in enumerate(names):
+                self._add(name, place)
         for thread in self._threads:
             thread.start()
 
     def open(self, name: str) -> int:
         """See Shards.open."""
         with self._changed:
-            shard = self._shards.get(name) or self._add(name, urgent=True)
+            shard = self._shards.get(name) or self._add(name)
             shard.unwanted = False
             self._changed.notify_all()
             while shard.state != "ready":
@@ -195,12 +218,15 @@ class Spool:
             else:
                 path.unlink()
 
-    def _add(self, name: str, *, urgent: bool = False) -> _Shard:
-        """Queue a shard; the caller holds the lock. One that a killed run left has its room already."""
-        shard = self._shards[name] = _Shard(name, self._files[name].size)
-        if not urgent and (self.folder / name).is_file():
+    def _add(self, name: str, place: int = -1) -> _Shard:
+        """Queue a shard; the caller holds the lock. One that a killed run left has its room already.
+
+        One without a place goes before all others: nobody expected it.
+        """
+        shard = self._shards[name] = _Shard(name, self._files[name].size, place=place)
+        if place >= 0 and (self.folder / name).is_file():
             self._reserve(shard)
-        if urgent:
+        if place < 0:
             self._queue.appendleft(shard)
         else:
             self._queue.append(shard)
@@ -278,9 +304,9 @@ class Spool:
         later = [
             other
             for other in self._shards.values()
-            if other.reserved and other.state != "fetching" and other.descriptor is None and other.name > shard.name
+            if other.reserved and other.state != "fetching" and other.descriptor is None and other.place > shard.place
         ]
-        later.sort(key=lambda other: other.name)
+        later.sort(key=lambda other: other.place)
         missing = self._used + shard.size - self.limit
         if missing > sum(other.size for other in later):
             return False
@@ -294,7 +320,7 @@ class Spool:
         if shard.state == "ready":
             shard.state = "queued"
             self._queue.append(shard)
-            self._queue = deque(sorted(self._queue, key=lambda waiting: waiting.name))
+            self._queue = deque(sorted(self._queue, key=lambda waiting: waiting.place))
 
     def _fetch(self, shard: _Shard) -> None:
         """Bring a shard to its path, with the Hub's bytes. Raises StreamquantError, Stopped."""

@@ -1,4 +1,4 @@
-"""A checkpoint folder of plain floats as a variant."""
+"""A checkpoint folder as a variant: plain floats, or codes with scales that are no more than a way to store floats."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointVariant(FolderVariant):
-    """A folder of BF16, F16 or F32 safetensors."""
+    """A folder of BF16, F16 or F32 safetensors, or a quantized source of `convert` (convert/source/quantized.py)."""
 
     kind = "checkpoint"
 
@@ -38,7 +38,7 @@ class CheckpointVariant(FolderVariant):
                         hint="of ModelOpt (hf_quant_config.json) and others only compressed-tensors can be read",
                     )
                 self.tensors[rule.hf_name] = VariantTensor(
-                    rule.hf_name, tensor.dtype, tensor.shape, tensor.stop - tensor.start
+                    rule.hf_name, tensor.format.parts[0].dtype, tensor.shape, tensor.nbytes
                 )
         self._note_unexplained(set(self.tensors))
 
@@ -48,7 +48,7 @@ class CheckpointVariant(FolderVariant):
 
     def slice(self, name: str, first: int, last: int) -> "torch.Tensor":
         """See Variant.slice."""
-        return self._stored_rows(self.checkpoint.tensors[name], first, last).float()
+        return self._float_rows(self.checkpoint.tensors[name], first, last)
 
     def read(
         self, name: str, dtype: "torch.dtype", on_block: "Callable[[int, torch.Tensor], None] | None" = None
@@ -56,9 +56,9 @@ class CheckpointVariant(FolderVariant):
         """See Variant.read; without a detour over float32."""
         import torch
 
-        if on_block is not None:
-            return super().read(name, dtype, on_block)
         tensor = self.checkpoint.tensors[name]
+        if on_block is not None or tensor.codes is not None:
+            return super().read(name, dtype, on_block)
         whole = torch.empty(tensor.shape, dtype=dtype)
         step = rows_per_block((tensor.stop - tensor.start) // tensor.shape[0])
         for first in range(0, tensor.shape[0], step):
@@ -72,4 +72,4 @@ class CheckpointVariant(FolderVariant):
         import torch
 
         tensor = self.checkpoint.tensors[name]
-        return torch.cat([self._stored_rows(tensor, number, number + 1).float() for number in ids])
+        return torch.cat([self._float_rows(tensor, number, number + 1) for number in ids])

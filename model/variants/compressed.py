@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from streamquant.convert.architectures import TensorKind, TensorRule
 from streamquant.convert.recipes.block_runtimes import block_runtimes
-from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
+from streamquant.convert.source.checkpoint import Checkpoint
+from streamquant.convert.source.tensor import SourceTensor
 from streamquant.model.activations import E4M3_MULTIPLE, through_e4m3
 from streamquant.model.problem import Problem
 from streamquant.model.variants.decoding import check_finite, missing_tensor, rows_per_block, wrong_shape

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures import describe
-from streamquant.convert.source.checkpoint import Checkpoint, SourceTensor
+from streamquant.convert.source.checkpoint import Checkpoint
+from streamquant.convert.source.tensor import SourceTensor
 from streamquant.files.reading import read_bytes
 from streamquant.model.problem import Problem
 from streamquant.model.variants.decoding import BLOCK_BYTES, as_tensor, check_finite, rows_per_block
@@ -49,7 +50,7 @@ class FolderVariant(Variant):
 
     def _same_bytes(self, one: str, other: str) -> bool:
         a, b = (self.checkpoint.tensors.get(name) for name in (one, other))
-        if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+        if a is None or b is None or (a.dtype, a.shape, a.codes, b.codes) != (b.dtype, b.shape, None, None):
             return False
         return all(
             np.array_equal(self._bytes(a, at, min(at + BLOCK_BYTES, a.stop - a.start)),
@@ -68,6 +69,18 @@ class FolderVariant(Variant):
             self._bytes(tensor, first * row_bytes, last * row_bytes), tensor.dtype, (last - first, *tensor.shape[1:])
         )
 
+    def _float_rows(self, tensor: SourceTensor, first: int, last: int) -> "torch.Tensor":
+        """float32 rows [first, last) of a tensor of weights, codes widened (quant/source_format.py)."""
+        import torch
+
+        if tensor.codes is None:
+            return self._stored_rows(tensor, first, last).float()
+        spans = tensor.spans(first, last, tensor.row_length)
+        raw = tuple(read_bytes(self.checkpoint.folder / span.file, span.start, span.stop) for span in spans)
+        rows = np.empty((last - first, tensor.row_length), np.float32)
+        tensor.format.widen_into(raw, first, rows)
+        return torch.from_numpy(rows)
+
     def _whole(self, tensor: SourceTensor) -> "torch.Tensor":
         return as_tensor(self._bytes(tensor, 0, tensor.stop - tensor.start), tensor.dtype, tensor.shape)
 
@@ -76,7 +89,7 @@ class FolderVariant(Variant):
         rows = tensor.shape[0]
         step = rows_per_block((tensor.stop - tensor.start) // rows) if len(tensor.shape) > 1 else rows
         for first in range(0, rows, step):
-            block = self._stored_rows(tensor, first, min(first + step, rows)).float()
+            block = self._float_rows(tensor, first, min(first + step, rows))
             check_finite(block, tensor.name, self.path / tensor.file, first)
             yield first, block
 

@@ -7,7 +7,6 @@ from streamquant.convert.source.checkpoint import as_source, read_checkpoint
 from streamquant.convert.source.config_as_stored import config_of_mtp_layers
 from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE
 from streamquant.files.gguf_file import first_of_split
-from streamquant.files.safetensors_file import DTYPE_BITS
 from streamquant.model.variants.checkpoint import CheckpointVariant
 from streamquant.model.variants.compressed import METHODS, CompressedVariant
 from streamquant.model.variants.folder import QUANTIZATION_KEYS
@@ -33,8 +32,18 @@ def open_variant(path: Path) -> Variant:
     return open_variant(_only_gguf(path))
 
 
+def open_original(path: Path) -> Variant:
+    """The original that variants are measured against: as `open_variant`, but a quantized source of `convert` is its
+    dequantized weights, and its activations are left alone. Raises as `open_variant` does."""
+    if path.is_dir() and (path / CONFIG).exists():
+        source = as_source(read_checkpoint(path))
+        if source.quantized is not None:
+            return CheckpointVariant(source)
+    return open_variant(path)
+
+
 def _open_folder(folder: Path) -> Variant:
-    checkpoint = read_checkpoint(folder, dtypes=DTYPE_BITS)
+    checkpoint = read_checkpoint(folder)
     as_it_is = as_source(checkpoint)
     key = next((key for key in QUANTIZATION_KEYS if checkpoint.config.get(key) is not None), None)
     quantization = None if key is None else checkpoint.config[key]

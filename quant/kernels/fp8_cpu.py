@@ -115,3 +115,45 @@ def encode_tiles(rows: NDArray[np.float32], codes: NDArray[np.uint8], scales: ND
         for i in range(first, last):
             for j in range(n):
                 codes[i, j] = _e4m3(_quotient(rows[i, j], column_scale[j], dtype))
+
+
+@helper
+def _e4m3_value(code: np.uint8) -> np.float32:
+    """The value of a code that is not NaN; below 2**-6 codes are multiples of 2**-9."""
+    a = np.uint32(code & np.uint8(0x7F))
+    normal = np.uint32((a << np.uint32(20)) + np.uint32(120 << 23))
+    subnormal = np.uint32(float_bits(np.float32(np.float32(np.int32(a)) * np.float32(2.0**-9))))
+    magnitude = normal if a >= np.uint32(8) else subnormal
+    return np.float32(bits_float(np.uint32(magnitude | (np.uint32(code & np.uint8(0x80)) << np.uint32(24)))))
+
+
+@kernel
+def decode(
+    codes: NDArray[np.uint8], scales: NDArray[np.float32], block: tuple[int, int, int], out: NDArray[np.float32]
+) -> bool:
+    """codes uint8[r, n] and the scales of the blocks that they lie in -> float32[r, n]; False if a value is not finite.
+
+    `block` is (rows of the first block that come before the first row, rows in a block, columns in a block). NaN codes
+    become NaN.
+    """
+    before, height, width = block
+    r, n = codes.shape
+    is_finite = True
+    for i in range(r):
+        row = scales[(before + i) // height]
+        largest_code, largest = np.uint8(0), np.uint32(0)
+        for j in range(n):
+            largest_code = max(largest_code, np.uint8(codes[i, j] & np.uint8(0x7F)))
+        for tile in range(row.size):
+            start, stop = tile * width, min((tile + 1) * width, n)
+            some, scaled, scale = codes[i, start:stop], out[i, start:stop], row[tile]
+            for j in range(some.size):
+                x = np.float32(_e4m3_value(some[j]) * scale)
+                largest = max(largest, np.uint32(float_bits(x) & ABS))
+                scaled[j] = x
+        if largest_code == np.uint8(0x7F):
+            for j in range(n):
+                if codes[i, j] & np.uint8(0x7F) == np.uint8(0x7F):
+                    out[i, j] = np.float32(np.nan)
+        is_finite &= bool(largest < np.uint32(0x7F800000)) and bool(largest_code < np.uint8(0x7F))
+    return is_finite

@@ -36,8 +36,8 @@ def local_weights(model: Model, listener: Listener = SILENT) -> Path:
 def without_weights(model: Model, listener: Listener = SILENT) -> "Variant":
     """A model of which no weight will be read: of one on the Hub only small files and headers are fetched."""
     from streamquant.model.variants.checkpoint import CheckpointVariant
-    from streamquant.model.variants.open import open_variant
+    from streamquant.model.variants.open import open_original
 
     if isinstance(model, Path) or hub_reference(model) is None:
-        return open_variant(Path(model))
+        return open_original(Path(model))
     return CheckpointVariant(open_source(model, listener=listener))

@@ -9,7 +9,7 @@ from streamquant.calibrate.importance import ImportanceOptions, ImportanceRun, w
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.writing import check_writable, os_errors_told, partial_of
 from streamquant.model.corpus import read_corpus
-from streamquant.model.variants.open import open_variant
+from streamquant.model.variants.open import open_original
 from streamquant.quant.errors import UsageError
 from streamquant.validate import validation
 from streamquant.validate.logits.hidden_states import prune_cache
@@ -103,7 +103,7 @@ def imatrix(
     if os.path.lexists(out) and not out.is_file():
         raise UsageError("the output file is a folder, or no file at all", where=str(out), hint="choose another --out")
     check_writable(out.parent, [partial_of(out).name], try_it=True)  # before hours of computing
-    variant = open_variant(local_weights(model, listener))
+    variant = open_original(local_weights(model, listener))
     parse_special = options is not None and options.parse_special
     corpus = read_corpus(_paths(texts), Path(tokenizer or variant.path), context, chunks, parse_special=parse_special)
     return write_importance(variant, corpus, out, options, listener)

@@ -251,13 +251,13 @@ class _Comparison:
     def compare(self, chunk: Chunk) -> None:
         """Encode a chunk again, compare it with the file, and add up the error of what the file holds."""
         matrix = self.plan.matrices[chunk.matrix]
-        source = self.sources[matrix.source.file]
+        shards = self.sources.__getitem__
         step = matrix.rows_within(BLOCK_WEIGHTS)
         noise = self.result.noise.setdefault(matrix.source.name, Noise())
         wanted = frozenset(range(len(matrix.outputs)))
         for first in range(chunk.first, chunk.last, step):
             last = min(first + step, chunk.last)
-            raw = read_rows(matrix, first, last, source, self.encoding)
+            raw = read_rows(matrix, first, last, shards, self.encoding)
             for pieces in encode_block(self.plan, matrix, first, raw, wanted, self.encoding):
                 stored = [self._stored(piece) for piece in pieces]
                 for piece, found in zip(pieces, stored, strict=True):

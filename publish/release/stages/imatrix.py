@@ -70,9 +70,9 @@ class ImatrixStage(SkippableStage):
             return f"{len(found.entries)} entries over {found.chunk_count} chunks in {found.name}", [self.options.file]
         from streamquant.calibrate.importance import ImportanceOptions, write_importance
         from streamquant.model.corpus import read_corpus
-        from streamquant.model.variants.open import open_variant
+        from streamquant.model.variants.open import open_original
 
-        variant = open_variant(self.release.weights)
+        variant = open_original(self.release.weights)
         asked = self.options
         corpus = read_corpus(asked.text, variant.path, asked.context, asked.chunks, parse_special=asked.parse_special)
         done = write_importance(

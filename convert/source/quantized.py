@@ -1,0 +1,227 @@
+"""Sources that are quantized already: which tensors are codes, which are the scales of which, and how they lie.
+
+| quant_method       | codes            | scales                                                                  |
+| ------------------ | ---------------- | ----------------------------------------------------------------------- |
+| fp8                | F8_E4M3 [N, K]   | `X_scale_inv`, for each block of weight_block_size; without it for all  |
+| modelopt           | F8_E4M3 [N, K]   | `X_scale`, one for the tensor, or for each of its rows                  |
+| compressed-tensors | F8_E4M3 [N, K]   | `X_scale`, by the strategy of the one group: tensor, channel or block   |
+
+The value of a weight is float32(code) * float32(scale) (dequant_model of llama.cpp's conversion/base.py). What
+quantized activations and a quantized key-value cache need is left out: nothing that is made here has a place for it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streamquant.convert.source.config_as_stored import QUANTIZATIONS
+from streamquant.convert.source.tensor import Codes, SourceTensor, StoredPart
+from streamquant.quant.errors import StreamquantError
+from streamquant.quant.source_format import ALL, SourceFormat, fp8
+from streamquant.quant.widen import SOURCE_DTYPES
+
+COMPRESSED_TENSORS = ("compressed-tensors", "compressed_tensors")
+"""Spellings of quant_method (vllm/config/model.py, _verify_quantization)."""
+CODES = "F8_E4M3"
+_OF_ACTIVATIONS = (
+    *(".input_scale", ".output_scale", ".activation_scale", "_activation_scale"),
+    *(".q_scale", ".k_scale", ".v_scale"),
+)
+_SUFFIXES = {"fp8": "_scale_inv", "modelopt": "_scale", **dict.fromkeys(COMPRESSED_TENSORS, "_scale")}
+"""quant_method -> what the names of scales end with."""
+_FLOAT_FORMATS = ("float-quantized", "naive-quantized")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedSource:
+    """What weights had lost before they came here."""
+
+    method: str
+    """quant_method of config.json."""
+    formats: tuple[str, ...]
+    """In words, the most frequent first."""
+    tensors: int
+    """How many are quantized."""
+
+    def __str__(self) -> str:
+        """
+        >>> str(QuantizedSource("fp8", ("FP8 E4M3, a scale for each block of 128 x 128",), 252))
+        'fp8: FP8 E4M3, a scale for each block of 128 x 128'
+        """
+        return f"{self.method}: {'; '.join(self.formats)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantized:
+    """The tensors of a quantized source as tensors of weights, and its config.json without the quantization."""
+
+    tensors: dict[str, SourceTensor]
+    config: dict[str, Any]
+    quantized: QuantizedSource
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scheme:
+    """What config.json says of the codes."""
+
+    method: str
+    suffix: str
+    """Of the scales' names."""
+    block: tuple[int, int] | None
+    """(rows, columns) that share a scale; None: the shape of the scales tells, one for all or for each row."""
+    where: str
+    """The scheme's place in config.json."""
+
+
+def dequantized(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor], where: str) -> Dequantized | None:
+    """Put codes and scales together; None where no tensor is quantized in a way that is known here.
+
+    `where` is the source as messages name it. Raises StreamquantError for codes without scales, scales without codes
+    or of the wrong shape or dtype, and for a scheme that is not known.
+    """
+    scheme = _find_scheme(config, tensors, where)
+    if scheme is None:
+        return None
+    made = dict(tensors)
+    formats: Counter[str] = Counter()
+    for name, codes in tensors.items():
+        if codes.dtype == CODES:
+            scale = made.pop(name + scheme.suffix, None)
+            made[name] = found = _with_scales(codes, scale, scheme, where)
+            formats[found.format.about] += 1
+    dropped = [name for name in made if name.endswith(_OF_ACTIVATIONS)]
+    for name in dropped:
+        del made[name]
+    for name in made:
+        if name.endswith(scheme.suffix):
+            raise StreamquantError(
+                "scales without their weights",
+                where=f"{where}/{made[name].file}, tensor {name!r}",
+                found=_described(tensors.get(name.removesuffix(scheme.suffix))),
+                required=f"{name.removesuffix(scheme.suffix)!r} of dtype {CODES}",
+                hint="download the checkpoint again, or tell its publisher",
+            )
+    source = QuantizedSource(scheme.method, tuple(about for about, _ in formats.most_common()), formats.total())
+    plain = {key: value for key, value in config.items() if key not in QUANTIZATIONS}
+    return Dequantized(made, plain, source, tuple(_notes(source, dropped)))
+
+
+def _notes(source: QuantizedSource, dropped: list[str]) -> Iterator[str]:
+    yield (
+        f"made from a quantized source ({source}): {source.tensors} of its tensors had lost precision before, which"
+        " no variant gets back"
+    )
+    if dropped:
+        yield f"left out: {len(dropped)} scales of activations or of the key-value cache ({dropped[0]} ...)"
+
+
+def _described(tensor: SourceTensor | None) -> str:
+    return "no such tensor" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _find_scheme(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor], where: str) -> _Scheme | None:
+    """The scheme of a source with FP8 codes, or with scales where they should be."""
+    key = next((key for key in QUANTIZATIONS if config.get(key) is not None), None)
+    settings = config[key] if key is not None else None
+    if not isinstance(settings, Mapping):
+        return None
+    place, method = f"{where}/config.json, {key}", settings.get("quant_method")
+    suffix = _SUFFIXES.get(method) if isinstance(method, str) else None
+    if suffix is None or not any(t.dtype == CODES or name.endswith(suffix) for name, t in tensors.items()):
+        return None
+    if method == "fp8":
+        return _Scheme(method, suffix, _block(settings.get("weight_block_size"), place), place)
+    if method == "modelopt":
+        return _Scheme(method, suffix, None, place)
+    if settings.get("format") not in _FLOAT_FORMATS:
+        return None
+    return _Scheme(COMPRESSED_TENSORS[0], suffix, _block_of_group(settings, place), place)
+
+
+def _block(size: object, where: str) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, None where there is no size of blocks."""
+    if size is None:
+        return None
+    match size:
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+    raise StreamquantError(
+        "a size of blocks that is none",
+        where=where,
+        found=f"{size!r:.100}",
+        required="[rows, columns]",
+        hint="download config.json again, or tell the publisher",
+    )
+
+
+def _block_of_group(settings: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """What the one group of a config of compressed-tensors says of its weights."""
+    groups = settings.get("config_groups")
+    values: Iterable[Any] = groups.values() if isinstance(groups, Mapping) else ()
+    weights = [group.get("weights") for group in values if isinstance(group, Mapping)]
+    if len(weights) != 1 or not isinstance(weights[0], Mapping):
+        raise _unknown(where, f"{len(weights)} groups", "one group with weights")
+    kind = {key: weights[0].get(key) for key in ("num_bits", "type", "strategy", "group_size")}
+    strategy = kind.pop("strategy")
+    if kind["num_bits"] != 8 or kind["type"] != "float":
+        raise _unknown(where, f"weights {kind}", "num_bits 8, type float")
+    if strategy == "tensor":
+        return ALL, ALL
+    if strategy == "channel":
+        return 1, ALL
+    if strategy == "block" and (block := _block(weights[0].get("block_structure"), where)) is not None:
+        return block
+    raise _unknown(where, f"strategy {strategy!r:.100}", "strategy tensor, channel or block")
+
+
+def _unknown(where: str, found: str, required: str) -> StreamquantError:
+    return StreamquantError(
+        "a quantization of the source that is not known",
+        where=where,
+        found=found,
+        required=required,
+        hint="start from the original checkpoint in BF16",
+    )
+
+
+def _with_scales(codes: SourceTensor, scale: SourceTensor | None, scheme: _Scheme, where: str) -> SourceTensor:
+    """Codes and their scales as one tensor of weights."""
+    if scale is None:
+        raise StreamquantError(
+            "quantized weights without their scales",
+            where=f"{where}/{codes.file}, tensor {codes.name!r}",
+            found=f"{CODES}, and no {codes.name + scheme.suffix!r}",
+            required=f"{codes.name + scheme.suffix!r}, as {scheme.where} has it",
+            hint="download the checkpoint again, or start from the original in BF16",
+        )
+    if len(codes.shape) != 2:
+        raise _unknown(f"{where}/{codes.file}, tensor {codes.name!r}", f"{CODES} {list(codes.shape)}", "a matrix")
+    if scale.dtype not in SOURCE_DTYPES:
+        raise _unknown(
+            f"{where}/{scale.file}, tensor {scale.name!r}", f"scales of {scale.dtype}", ", ".join(SOURCE_DTYPES)
+        )
+    block = scheme.block or _by_shape(scale)
+    rows, columns = (-(-size // step) for size, step in zip(codes.shape, block, strict=True))
+    is_fine = scale.shape == (rows, columns) or (columns == 1 and scale.shape == (rows,))
+    if not is_fine and not (rows == columns == math.prod(scale.shape) == 1):
+        raise StreamquantError(
+            "scales of the wrong shape",
+            where=f"{where}/{scale.file}, tensor {scale.name!r}",
+            found=list(scale.shape),
+            required=f"[{rows}, {columns}]: {fp8(*block, scale.dtype).about} of {list(codes.shape)}",
+            hint=f"compare it with {scheme.where}; download the checkpoint again, or tell its publisher",
+        )
+    return _coded(codes, (scale,), fp8(*block, scale.dtype))
+
+
+def _by_shape(scale: SourceTensor) -> tuple[int, int]:
+    """One scale for all, or one for each row, by the shape of the scales."""
+    return (ALL, ALL) if math.prod(scale.shape) == 1 else (1, ALL)
+
+
+def _coded(codes: SourceTensor, beside: tuple[SourceTensor, ...], format_: SourceFormat) -> SourceTensor:
+    parts = tuple(StoredPart(tensor.name, tensor.file, tensor.start, tensor.stop) for tensor in beside)
+    return replace(codes, dtype=format_.floats, codes=Codes(format_, parts))

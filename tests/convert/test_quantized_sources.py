@@ -1,0 +1,212 @@
+"""Sources that are quantized already: whole GGUF files against llama.cpp's converter, and what is refused."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from streamquant.convert.conversion import convert
+from streamquant.convert.manifest import MANIFEST
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.quant.errors import StreamquantError
+from streamquant.validate.readback.verify import verify
+from tests import gguf_peer, synthetic
+from tests import quantized_sources as sources
+from tests.conftest import TINY_PRE, Shelf
+from tests.gguf_peer import Job, read_gguf, requires_converter
+from tests.oracle import ggml_encode
+
+LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS = synthetic.ARCHITECTURES
+QWEN3_MOE, MIXTRAL = synthetic.MIXTURES
+OPTIONS = ConversionOptions(pre=TINY_PRE)
+BF16_SCALES = sources.Scheme(scale_dtype=torch.bfloat16)
+TENSOR = sources.Scheme(block=(None, None))
+TENSOR_CONFIG = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+# Arguments of the synthetic checkpoint, scheme, quantization_config.
+CASES: dict[str, tuple[dict[str, Any], sources.Scheme, Mapping[str, object]]] = {
+    "llama": ({}, sources.BLOCK, sources.BLOCK_CONFIG),
+    "qwen3": ({"architecture": QWEN3, "head_dim": 64, "tied": True}, BF16_SCALES, sources.BLOCK_CONFIG),
+    "qwen3-moe": (
+        {"architecture": QWEN3_MOE, "head_dim": 64, "moe_intermediate_size": 160},
+        BF16_SCALES,
+        sources.BLOCK_CONFIG,
+    ),
+    "mixtral": ({"architecture": MIXTRAL, "num_local_experts": 3}, sources.BLOCK, sources.BLOCK_CONFIG),
+    "mistral-per-tensor": ({"architecture": MISTRAL}, TENSOR, TENSOR_CONFIG),
+}
+OUTTYPES: tuple[gguf_peer.OutType, ...] = ("f32", "bf16", "q8_0")
+TO = "gguf:F32,BF16,Q8_0,Q4_K_M"
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+SCALE = Q_PROJ + "_scale_inv"
+
+
+@pytest.fixture(scope="module")
+def made(shelf: Shelf) -> Path:
+    """CASE/Model, CASE/OUTTYPE.gguf of the converter, CASE/out of ours."""
+
+    def make(folder: Path) -> None:
+        jobs = []
+        for case, (settings, scheme, config) in CASES.items():
+            model = sources.write_source(folder / case / "Model", **settings)
+            sources.quantize(model, scheme, config)
+            jobs += [Job(str(model), out, str(folder / case / f"{out}.gguf"), pre=TINY_PRE) for out in OUTTYPES]
+            plan = make_plan(open_checkpoint(model), parse_variants([TO]), OPTIONS)
+            convert(plan, folder / case / "out", RunOptions(jobs=2))
+        if gguf_peer.converter_folder() is not None:
+            gguf_peer.convert_many(jobs)
+
+    return shelf.get("quantized-sources", make)
+
+
+def ours(made: Path, case: str, label: str) -> Path:
+    return made / case / "out" / "Model-GGUF" / f"Model-{label}.gguf"
+
+
+@requires_converter
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("outtype", OUTTYPES)
+def test_whole_files_are_the_converters(made: Path, case: str, outtype: str) -> None:
+    found, expected = ours(made, case, outtype.upper()), made / case / f"{outtype}.gguf"
+    assert found.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_are_the_formulas(made: Path, case: str) -> None:
+    """Also where the converter is not installed: of what has the rows of Hugging Face."""
+    _, tensors = read_gguf(ours(made, case, "F32"))
+    expected = sources.values(made / case / "Model", CASES[case][1])
+    for part, name in (("attn_v", "self_attn.v_proj"), ("attn_output", "self_attn.o_proj")):
+        weights = expected[f"model.layers.1.{name}.weight"].numpy()
+        assert tensors[f"blk.1.{part}.weight"][2] == weights.tobytes()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_k_quants_are_ggmls_of_the_same_floats(made: Path, case: str) -> None:
+    _, floats = read_gguf(ours(made, case, "F32"))
+    _, mixed = read_gguf(ours(made, case, "Q4_K_M"))
+    kinds = set()
+    for name, (kind, shape, raw) in mixed.items():
+        kinds.add(kind.name)
+        rows = np.frombuffer(floats[name][2], np.float32).reshape(-1, shape[-1])
+        expected = rows.tobytes() if kind.name == "F32" else ggml_encode(rows, kind.name).tobytes()
+        assert raw == expected, name
+    assert {"F32", "Q4_K", "Q6_K"} <= kinds
+
+
+def test_the_loss_before_is_told(made: Path) -> None:
+    model = made / "llama" / "Model"
+    plan = make_plan(open_checkpoint(model), parse_variants(["gguf:Q8_0"]), OPTIONS)
+    (note,) = (note for note in plan.notes if note.startswith("made from a quantized source"))
+    assert "FP8 E4M3, a scale for each block of 128 x 128" in note
+    manifest = json.loads((made / "llama" / "out" / "Model-GGUF" / MANIFEST).read_text())
+    assert manifest["source"]["quantized"] == {
+        "method": "fp8",
+        "formats": ["FP8 E4M3, a scale for each block of 128 x 128"],
+        "tensors": 2 * 7,
+    }
+
+
+def test_what_was_made_verifies_against_the_source(made: Path) -> None:
+    results = verify(made / "qwen3-moe" / "out", open_checkpoint(made / "qwen3-moe" / "Model"))
+    assert [problem for result in results for problem in result.problems] == []
+    assert {result.spec: result.total.noise == 0 for result in results}["gguf:F32"]
+
+
+def test_scales_in_another_shard(tmp_path: Path, made: Path) -> None:
+    """Codes and scales of one tensor lie in different files, as where a shard was full in between."""
+    model = sources.write_source(tmp_path / "Model")
+    sources.quantize(model)
+    sources.write(model, sources.read(model), lambda name: 2 if name.endswith("_scale_inv") else len(name) % 2)
+    convert(make_plan(open_checkpoint(model), parse_variants(["gguf:F32"]), OPTIONS), tmp_path / "out")
+    _, found = read_gguf(tmp_path / "out" / "Model-GGUF" / "Model-F32.gguf")
+    _, expected = read_gguf(ours(made, "llama", "F32"))
+    assert found.keys() == expected.keys()
+    assert all(found[name] == expected[name] for name in expected)
+
+
+# --- refused --------------------------------------------------------------------------------------------------------
+
+
+def lost(name: str) -> Callable[[sources.Tensors], None]:
+    return lambda tensors: tensors.__delitem__(name)
+
+
+def changed(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[sources.Tensors], None]:
+    return lambda tensors: tensors.update({name: value(tensors[name])})
+
+
+def with_nan(codes: torch.Tensor) -> torch.Tensor:
+    raw = codes.view(torch.uint8).clone()
+    raw[200, 17] = 0xFF
+    return raw.view(torch.float8_e4m3fn)
+
+
+REFUSED: dict[str, tuple[Callable[[sources.Tensors], None], tuple[str, ...]]] = {
+    "no scales": (lost(SCALE), ("quantized weights without their scales", Q_PROJ, "download")),
+    "no weights": (lost(Q_PROJ), ("scales without their weights", SCALE, "no such tensor")),
+    "scales beside floats": (
+        changed(Q_PROJ, lambda codes: codes.to(torch.bfloat16)),
+        ("scales without their weights", SCALE, "BF16 [256, 256]"),
+    ),
+    "a row too few": (changed(SCALE, lambda s: s[:1]), ("scales of the wrong shape", SCALE, "[1, 2]", "[2, 2]")),
+    "flat": (changed(SCALE, lambda s: s.reshape(-1)), ("scales of the wrong shape", SCALE, "[4]")),
+    "integers": (changed(SCALE, lambda s: s.to(torch.int32)), ("quantization of the source", SCALE, "I32")),
+    "three dimensions": (changed(Q_PROJ, lambda c: c[None]), ("quantization of the source", Q_PROJ, "[1, 256, 256]")),
+    "another FP8": (
+        changed(Q_PROJ, lambda codes: codes.float().to(torch.float8_e5m2)),
+        ("scales without their weights", "F8_E5M2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_codes_and_scales_that_do_not_fit(tmp_path: Path, case: str) -> None:
+    change, words = REFUSED[case]
+    model = sources.quantize(sources.write_source(tmp_path / "Model"))
+    tensors = sources.read(model)
+    change(tensors)
+    sources.write(model, tensors)
+    with pytest.raises(StreamquantError) as error:
+        open_checkpoint(model)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(Q_PROJ, with_nan), (SCALE, lambda scales: scales * float("nan")), (SCALE, lambda scales: scales * 1e40)],
+)
+def test_values_that_are_no_numbers(tmp_path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    model = sources.quantize(sources.write_source(tmp_path / "Model"))
+    tensors = sources.read(model)
+    tensors[name] = change(tensors[name])
+    sources.write(model, tensors)
+    plan = make_plan(open_checkpoint(model), parse_variants(["gguf:Q8_0"]), OPTIONS)
+    with pytest.raises(StreamquantError, match=r"weight is (not a number|infinite)") as error:
+        convert(plan, tmp_path / "out")
+    assert Q_PROJ in str(error.value)
+    assert name != Q_PROJ or "row 200, column 17" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_block_size": [128]}, r"a size of blocks that is none[\s\S]*\[128\]"),
+        ({"weight_block_size": [0, 128]}, "a size of blocks that is none"),
+        ({"weight_block_size": [64, 64]}, r"scales of the wrong shape[\s\S]*64 x 64"),
+        ({"quant_method": "fbgemm_fp8"}, "dtype cannot be converted"),
+    ],
+)
+def test_configs_that_do_not_explain_the_codes(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    model = sources.quantize(sources.write_source(tmp_path / "Model"))
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] |= change
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StreamquantError, match=message):
+        open_checkpoint(model)
