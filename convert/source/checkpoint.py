@@ -151,6 +151,11 @@ def as_source(checkpoint: C) -> C:
         checkpoint = replace(
             checkpoint, tensors=found.tensors, config=found.config, quantized=found.quantized, notes=notes
         )
+    return with_fitting_config(checkpoint)
+
+
+def with_fitting_config(checkpoint: C) -> C:
+    """A checkpoint whose config fits its tensors as they stand (config_as_stored.py)."""
     config, changes = config_of_weights(checkpoint.config, checkpoint.tensors)
     return replace(checkpoint, config=config, notes=(*checkpoint.notes, *changes))
 

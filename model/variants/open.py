@@ -3,8 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from streamquant.convert.source.checkpoint import as_source, read_checkpoint
-from streamquant.convert.source.config_as_stored import config_of_mtp_layers
+from streamquant.convert.source.checkpoint import as_source, read_checkpoint, with_fitting_config
 from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE
 from streamquant.files.gguf_file import first_of_split
 from streamquant.model.variants.checkpoint import CheckpointVariant
@@ -44,7 +43,7 @@ def open_original(path: Path) -> Variant:
 
 def _open_folder(folder: Path) -> Variant:
     checkpoint = read_checkpoint(folder)
-    as_it_is = as_source(checkpoint)
+    as_it_is = with_fitting_config(checkpoint)
     key = next((key for key in QUANTIZATION_KEYS if checkpoint.config.get(key) is not None), None)
     quantization = None if key is None else checkpoint.config[key]
     # A folder that says it is of compressed-tensors is taken at its word: its runtimes do that too, and fail.
