@@ -95,10 +95,15 @@ def read_rows(matrix: Matrix, first: int, last: int, shards: Descriptors, scratc
     return tuple(raw)
 
 
+def count_rows(matrix: Matrix, raw: Raw) -> int:
+    """How many rows some source bytes are."""
+    return raw[0].size // matrix.source.format.parts[0].bytes_per_entry(matrix.n)
+
+
 def widen_rows(matrix: Matrix, first: int, raw: Raw, scratch: Scratch) -> NDArray[np.float32]:
     """Source bytes of rows from `first` -> float32[r, n]. Raises StreamquantError for a NaN or an infinity."""
-    count = raw[0].size // matrix.source.format.parts[0].bytes_per_entry(matrix.n) * matrix.n
-    rows = scratch.take("rows", count * 4).view(np.float32).reshape(-1, matrix.n)
+    count = count_rows(matrix, raw)
+    rows = scratch.take("rows", count * matrix.n * 4).view(np.float32).reshape(count, matrix.n)
     if not matrix.source.format.widen_into(raw, first, rows):
         raise _not_finite(matrix, first, rows)
     return rows

@@ -29,7 +29,6 @@ from streamquant.quant import gpu
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.format import NO_OVERFLOW
 from streamquant.quant.formats import FORMATS
-from streamquant.quant.widen import SOURCE_DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -252,7 +251,7 @@ class _Slot:
 
     def _moved(self, output: int) -> MovedRows:
         """Where the rows of the block go in an output, an index into Matrix.outputs."""
-        rows = self._raw.size // SOURCE_DTYPES[self._matrix.source.dtype] // self._matrix.n
+        rows = blocks.count_rows(self._matrix, self._raw)
         return self._matrix.moved(self._matrix.outputs[output], self._first, self._first + rows)
 
     def _on_cpu(self, outputs: Iterable[int], scratch: Scratch) -> Iterator[list[Piece]]:

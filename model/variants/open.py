@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamquant.convert.source.checkpoint import as_source, read_checkpoint, with_fitting_config
+from streamquant.convert.source.config_as_stored import config_of_mtp_layers
 from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE
 from streamquant.files.gguf_file import first_of_split
 from streamquant.model.variants.checkpoint import CheckpointVariant
