@@ -1,6 +1,7 @@
-"""Sizes as users write and read them."""
+"""Sizes as users write and read them, and long lists as they read them."""
 
 import re
+from collections.abc import Sequence
 
 from streamquant.quant.errors import UsageError
 
@@ -42,3 +43,13 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def shortened(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first `most` names, and how many more there are.
+
+    >>> shortened(["a", "b", "c", "d"], 2)
+    'a, b and 2 more'
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more

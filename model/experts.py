@@ -7,6 +7,7 @@ that checkpoints have, so that what watches and quantizes the inputs of linear l
 from typing import TYPE_CHECKING, Any
 
 from streamquant.convert.architectures.family import Experts
+from streamquant.model.expert_streaming import ExpertCall
 
 if TYPE_CHECKING:
     import torch
@@ -46,14 +47,18 @@ def make_experts(fused: Any, experts: Experts) -> "torch.nn.Module":
             self, hidden_states: "torch.Tensor", top_k_index: "torch.Tensor", top_k_weights: "torch.Tensor"
         ) -> "torch.Tensor":
             """[tokens, hidden], int64[tokens, k], [tokens, k] -> [tokens, hidden]."""
-            out = torch.zeros_like(hidden_states)
+            call = ExpertCall(hidden_states, top_k_index, top_k_weights, torch.zeros_like(hidden_states))
             for number in torch.unique(top_k_index).tolist():
-                token, place = torch.where(top_k_index == number)
-                expert, x = self[number], hidden_states[token]
-                y = fused.act_fn(expert[experts.gate](x)) * expert[experts.up](x)
-                y = expert[experts.down](y) * top_k_weights[token, place, None]
-                out.index_add_(0, token, y.to(out.dtype))
-            return out
+                self.answer(call, number)
+            return call.out
+
+        def answer(self, call: ExpertCall, number: int) -> None:
+            """Add what one expert has to say."""
+            token, place = torch.where(call.top_k_index == number)
+            expert, x = self[number], call.hidden_states[token]
+            y = fused.act_fn(expert[experts.gate](x)) * expert[experts.up](x)
+            y = expert[experts.down](y) * call.top_k_weights[token, place, None]
+            call.out.index_add_(0, token, y.to(call.out.dtype))
 
     def expert() -> torch.nn.ModuleDict:
         with torch.device("meta"):

@@ -9,19 +9,22 @@ one layer computes, a thread reads the next.
 import ctypes
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamquant.convert.architectures import TensorKind
+from streamquant.convert.architectures import TensorKind, TensorRule
 from streamquant.files.listener import SILENT, Listener
 from streamquant.model.errors import errors_of
+from streamquant.model.expert_streaming import ExpertCalls
 from streamquant.model.experts import module_name, separate_experts
 from streamquant.model.variants.variant import EMBEDDINGS, FINAL_NORM, Variant
 from streamquant.quant.errors import StreamquantError, UsageError
@@ -50,6 +53,9 @@ class Setting:
     batch_tokens: int = BATCH_TOKENS
     memory_limit: int | None = None
     """Bytes of hidden states that are kept in memory; more go to a file. None: a quarter of what is free."""
+    layer_limit: int | None = None
+    """Bytes of the weights of a layer in memory; of a larger one the experts are read one at a time. None: a sixth of
+    what is free, as two layers are held, and their files are mapped."""
     scratch: Path | None = None
     """Folder of that file, None for the system's. It is removed at the end, and by the system after a crash."""
 
@@ -166,9 +172,12 @@ def _check_tokens(variant: Variant, tokens: Tokens) -> None:
         )
 
 
+Step = TypeVar("Step")
+
+
 def _ahead(
-    steps: Sequence[tuple[int, int]], read: "Callable[[tuple[int, int]], dict[str, torch.Tensor]]"
-) -> "Iterator[tuple[tuple[int, int], dict[str, torch.Tensor]]]":
+    steps: Sequence[Step], read: "Callable[[Step], dict[str, torch.Tensor]]"
+) -> "Iterator[tuple[Step, dict[str, torch.Tensor]]]":
     """Each step with what `read` gives for it, which a thread reads while the caller works on the step before."""
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         coming: Future[dict[str, torch.Tensor]] | None = None
@@ -190,6 +199,7 @@ class _Model:
         self.batch = lane.batch(setting, shape[1])
         self.skeleton = build_skeleton(lane.variant)
         self.layers = lane.variant.description.layer_count
+        self.layer_limit = free_memory(setting.device) // 6 if setting.layer_limit is None else setting.layer_limit
         size = (shape[0], shape[1], lane.variant.config["hidden_size"])
         lane.hidden = allocate_hidden(size, self.dtype, setting)
         positions = torch.arange(shape[1], device=self.device)[None]
@@ -215,13 +225,25 @@ class _Model:
             self.lane.on_layer(layer, self.lane.hidden)
 
     def read(self, layer: int) -> "dict[str, torch.Tensor]":
-        """The weights of a layer by their names in it, on the device."""
+        """The weights of a layer by their names in it, on the device; not the experts of one that is too large."""
+        rules = self.lane.variant.layer_rules(layer)
+        if self.has_experts_apart(layer):
+            rules = [rule for rule in rules if rule.kind is not TensorKind.EXPERT]
+        return self._read(rules, layer, observed=True)
+
+    def has_experts_apart(self, layer: int) -> bool:
+        """Whether the experts of a layer are read one at a time."""
+        rules = self.lane.variant.layer_rules(layer)
+        nbytes = sum(prod(rule.shape) for rule in rules) * self.dtype.itemsize
+        return nbytes > self.layer_limit and any(rule.kind is TensorKind.EXPERT for rule in rules)
+
+    def _read(self, rules: Iterable[TensorRule], layer: int, *, observed: bool) -> "dict[str, torch.Tensor]":
         variant, prefix = self.lane.variant, f"model.layers.{layer}."
         weights = {}
-        for rule in variant.layer_rules(layer):
+        for rule in rules:
             name = rule.hf_name
             with errors_of(variant):
-                whole = variant.read(name, self.dtype, self._observer(name))
+                whole = variant.read(name, self.dtype, self._observer(name) if observed else None)
             weights[module_name(name.removeprefix(prefix), variant.description.family.experts)] = whole.to(self.device)
             self.lane.bytes_read += variant.tensors[name].nbytes if name in variant.tensors else 0
         return weights
@@ -235,6 +257,20 @@ class _Model:
     def step(self, layer: int, weights: "dict[str, torch.Tensor]") -> None:
         """Push all rows through a layer, and empty it again."""
         module = self.skeleton.model.layers[layer]
+        hidden = self.lane.hidden
+        assert hidden is not None
+        if self.has_experts_apart(layer):
+            self._step_expert_by_expert(layer, module, weights)
+        else:
+            self._fill(layer, module, weights)
+            with ExitStack() as hooks:
+                self._hook(hooks, module.named_modules(), layer)
+                for rows, output in self._outputs(layer, module, hidden):
+                    rows.copy_(output)
+        module.to("meta")
+
+    def _fill(self, layer: int, module: Any, weights: "dict[str, torch.Tensor]") -> None:
+        """Put the weights of a layer into its module; nothing may be missing."""
         module.load_state_dict(weights, strict=False, assign=True)
         left = [name for name, parameter in module.named_parameters() if parameter.device.type == "meta"]
         with errors_of(self.lane.variant):
@@ -244,25 +280,70 @@ class _Model:
                     where=str(self.lane.variant.path),
                     found=f"no {left[0]!r} in layer {layer}",
                 )
-        mask = causal_mask(self.skeleton.config, layer, self.positions)
-        hidden = self.lane.hidden
-        assert hidden is not None
-        with ExitStack() as hooks:
-            self._hook(hooks, module, layer)
-            for first in range(0, len(hidden), self.batch):
-                rows = hidden[first : first + self.batch]
-                output = module(
-                    rows.to(self.device),
-                    attention_mask=mask,
-                    position_ids=self.positions,
-                    use_cache=False,
-                    position_embeddings=self.rotary,
-                )
-                rows.copy_(output[0] if isinstance(output, tuple) else output)
-        module.to("meta")
 
-    def _hook(self, hooks: ExitStack, module: Any, layer: int) -> None:
-        """Watch and quantize the inputs of the linear layers of a decoder layer while `hooks` is open."""
+    def _outputs(
+        self, layer: int, module: Any, hidden: "torch.Tensor"
+    ) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
+        """(rows of hidden states, what the layer makes of them), batch by batch."""
+        mask = causal_mask(self.skeleton.config, layer, self.positions)
+        for first in range(0, len(hidden), self.batch):
+            rows = hidden[first : first + self.batch]
+            output = module(
+                rows.to(self.device),
+                attention_mask=mask,
+                position_ids=self.positions,
+                use_cache=False,
+                position_embeddings=self.rotary,
+            )
+            yield rows, output[0] if isinstance(output, tuple) else output
+
+    def _step_expert_by_expert(self, layer: int, module: Any, weights: "dict[str, torch.Tensor]") -> None:
+        """See model/expert_streaming.py. A share of the tokens is what fits beside the weights of one expert."""
+        experts, hidden = self.lane.variant.description.family.experts, self.lane.hidden
+        assert experts is not None
+        assert hidden is not None
+        block = module.get_submodule(experts.path)
+        whole = block.experts
+        stored: dict[int, list[TensorRule]] = {}
+        for rule in self.lane.variant.layer_rules(layer):
+            if rule.kind is TensorKind.EXPERT and rule.expert is not None:
+                stored.setdefault(rule.expert.number, []).append(rule)
+        chunk_bytes = 2 * prod(hidden.shape[1:]) * self.dtype.itemsize  # what the experts are asked, and their answer
+        share = max(1, self.layer_limit // chunk_bytes // self.batch) * self.batch
+        for first in range(0, len(hidden), share):
+            part, asked = hidden[first : first + share], ExpertCalls()
+            with ExitStack() as hooks, asked.noted(block):
+                self._fill(layer, module, weights)
+                self._hook(hooks, module.named_modules(), layer, observed=False)
+                for _ in self._outputs(layer, module, part):
+                    pass
+            # Observers of weights see every expert once; others are read where tokens go.
+            numbers = sorted(stored) if first == 0 and self.lane.on_weight is not None else asked.reached()
+            read = partial(self._read_expert, layer, stored, observed=first == 0)
+            for number, of_expert in _ahead(numbers, read):
+                name = f"{experts.path}.experts.{number}"
+                whole[number].load_state_dict(
+                    {key.removeprefix(f"{name}."): value for key, value in of_expert.items()}, assign=True
+                )
+                with ExitStack() as hooks:
+                    self._hook(hooks, whole[number].named_modules(prefix=name), layer)
+                    for call in asked.calls:
+                        whole.answer(call, number)
+                whole[number].to("meta")
+            with ExitStack() as hooks, asked.answered(block):
+                self._hook(hooks, module.named_modules(), layer)
+                for rows, output in self._outputs(layer, module, part):
+                    rows.copy_(output)
+
+    def _read_expert(
+        self, layer: int, stored: Mapping[int, list[TensorRule]], number: int, *, observed: bool
+    ) -> "dict[str, torch.Tensor]":
+        return self._read(stored[number], layer, observed=observed)
+
+    def _hook(
+        self, hooks: ExitStack, modules: "Iterable[tuple[str, Any]]", layer: int, *, observed: bool = True
+    ) -> None:
+        """Watch and quantize the inputs of the linear layers among the modules of a layer while `hooks` is open."""
         import torch
 
         prefix = f"model.layers.{layer}."
@@ -272,13 +353,13 @@ class _Model:
             for rule in self.lane.variant.layer_rules(layer)
         }
         last: list[Any] = [None, None, None]  # q, k and v have one input, and gate and up: it is quantized once
-        for name, linear in module.named_modules():
+        for name, linear in modules:
             rule = rules.get(f"{name}.weight")
             is_router = rule is not None and rule.kind is TensorKind.ROUTER  # transformers has a class of its own
             if rule is None or not (is_router or isinstance(linear, torch.nn.Linear)):
                 continue
             stored = rule.hf_name.removesuffix(".weight")
-            observe = self.lane.on_input
+            observe = self.lane.on_input if observed else None
             quantize = self.lane.variant.input_quantizer(stored) if self.lane.quantizes_inputs(self.setting) else None
 
             def before(

@@ -7,7 +7,7 @@ from streamquant.convert.recipes.imatrix import ImportanceMatrix, unreached_note
 from streamquant.convert.recipes.mix import UNQUANTIZED, needs_importance
 from streamquant.convert.recipes.recipe import Recipe
 from streamquant.convert.source.tensor import SourceTensor
-from streamquant.files.listing import shortened
+from streamquant.files.sizes import shortened
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.formats import FORMATS
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from streamquant.files import gguf_file
 from streamquant.files.json_record import JsonRecord
-from streamquant.files.listing import shortened
+from streamquant.files.sizes import shortened
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.format import Importance
 
