@@ -48,6 +48,10 @@ class StreamquantError(Exception):
         lines = [f"  {label + ':':<9} {_shown(value)}" for label, value in parts if value is not None]
         super().__init__("\n".join([_shown(what), *lines]))
 
+    def at(self, where: str) -> "StreamquantError":
+        """The same fault, told with a place that the caller knows better."""
+        return type(self)(self.what, where=where, found=self.found, required=self.required, hint=self.hint)
+
 
 def _shown(part: object) -> str:
     """A part as the message has it. Its further lines stand below its first, so that none passes for another part."""

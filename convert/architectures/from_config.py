@@ -401,8 +401,7 @@ def with_view(rule: TensorRule, view: TensorView | None) -> TensorRule:
     try:
         _ = view.stored_shape(rule.shape)
     except StreamquantError as error:
-        where = f"config.json, for tensor {rule.hf_name!r}"
-        raise StreamquantError(error.what, where=where, found=error.found, required=error.required) from None
+        raise error.at(f"config.json, for tensor {rule.hf_name!r}") from None
     return replace(rule, view=view)
 
 
