@@ -146,6 +146,7 @@ def check_disk(plan: Plan, out: Path, disk: Disk | None = None) -> None:
     free = shutil.disk_usage(nearest_folder(real_path(out))).free
     needed = (disk or Disk(plan.nbytes)).peak - present + DISK_RESERVE
     if free < needed:
+        check_writable(out, try_it=True)  # /sys and /proc have no space and take no files
         raise StreamquantError(
             "not enough disk space",
             where=str(out),

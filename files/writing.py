@@ -200,9 +200,16 @@ def check_writable(folder: Path, names: Iterable[str] = (), *, try_it: bool = Fa
             if len(os.fsencode(name)) > longest:
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), name)
         if try_it:
-            tempfile.TemporaryFile(dir=there).close()
+            _try(there, folder)
     except OSError as error:
         raise explain(error, folder) from error
+
+
+def _try(there: Path, folder: Path) -> None:
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:  # which names a file of a random name
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def _why_not(folder: Path) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamquant.files.folders import real_path
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.worker import Stopped
 from streamquant.files.writing import check_folder
@@ -311,7 +312,7 @@ def _cached_repo(name: str, revision: str, commit: str | None) -> HubRepo:
     files = {}
     for path in sorted(snapshot.rglob("*")):
         if path.is_file():
-            blob = path.resolve().name  # in the cache a file is a link to a blob, which is named by its hash
+            blob = real_path(path).name  # in the cache a file is a link to a blob, which is named by its hash
             relative = path.relative_to(snapshot).as_posix()
             files[relative] = HubFile(relative, path.stat().st_size, _hex(blob, 64), _hex(blob, 40))
     return HubRepo(name, revision, snapshot.name, files, constants.ENDPOINT, name)

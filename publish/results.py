@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from streamquant.convert.manifest import MANIFEST, ManifestFile, ManifestSource, ManifestVariant, read_manifest
 from streamquant.convert.recipes.container import Container
+from streamquant.files.folders import real_path
 from streamquant.files.hashing import sha256_of
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.gates import GateResult
@@ -129,7 +130,7 @@ class VariantFolder:
             name, sha256 = record.file, record.sha256
             if MATRIX.fullmatch(name) is None or any(file.path == name for file in self.files):
                 continue
-            for path in (self.path / name, self.path.resolve().parent / name):
+            for path in (self.path / name, real_path(self.path).parent / name):
                 if sha256 not in found and path.is_file() and not path.is_symlink() and sha256_of(path) == sha256:
                     found[sha256] = path
         return found
@@ -187,7 +188,7 @@ def _report_of(
         place = given if given.is_dir() else given.parent
         return read_report(given), place, f"the report in {given.name or given} is not about it"
     reasons = ["there is no report"]
-    for place in (folder.resolve().parent / REPORT_FOLDER, folder / REPORT_FOLDER):
+    for place in (real_path(folder).parent / REPORT_FOLDER, folder / REPORT_FOLDER):
         if not (place / REPORT).is_file():
             continue
         try:

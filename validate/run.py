@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamquant.convert.source.model_folder import name_of
+from streamquant.files.folders import real_path
 from streamquant.files.listener import Listener
 from streamquant.model.problem import Problem
 from streamquant.model.variants.open import open_variant
@@ -137,11 +138,11 @@ def open_candidates(paths: Sequence[Path]) -> list[Candidate]:
             label = path.stem if path.suffix == ".gguf" else name_of(path)
             candidates.append(Candidate(path, label, measured_files(weight_files(path))))
             candidates[-1].unreadable(error)
-    files = Counter(candidate.file.resolve() for candidate in candidates)
+    files = Counter(real_path(candidate.file) for candidate in candidates)
     if twice := [path for path, count in files.items() if count > 1]:
         raise UsageError("a variant is given twice", found=str(twice[0]))
     counts = Counter(candidate.label for candidate in candidates)
     for candidate in candidates:
         if counts[candidate.label] > 1:
-            candidate.label = f"{candidate.path.resolve().parent.name}/{candidate.label}"
+            candidate.label = f"{real_path(candidate.path).parent.name}/{candidate.label}"
     return candidates

@@ -12,6 +12,7 @@ import gguf
 import yaml
 
 from streamquant.convert.architectures.config_values import LARGEST_FLOAT32, shorten
+from streamquant.files.folders import real_path
 from streamquant.files.strict_json import read_json_object
 from streamquant.quant.errors import StreamquantError, UsageError
 
@@ -96,7 +97,7 @@ def read_model_metadata(
     Raises StreamquantError if a file is malformed or a value has the wrong type, UsageError on a wrong override.
     """
     # '.' has no name of its own; a link keeps its name, as it was given.
-    path = folder.resolve() if folder.name in ("", "..") else folder.absolute()
+    path = real_path(folder) if folder.name in ("", "..") else folder.absolute()
     _check_files(path)
     try:
         metadata = _load(path, name or path.name, counts.total)

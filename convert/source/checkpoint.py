@@ -28,6 +28,7 @@ from streamquant.convert.source.weights import (
     find_weights,
     refuse_adapters,
 )
+from streamquant.files.folders import real_path
 from streamquant.files.safetensors_file import SafetensorsTensor, read_header
 from streamquant.files.strict_json import read_json_object
 from streamquant.quant.errors import StreamquantError, UsageError
@@ -183,7 +184,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             required="a folder with config.json and safetensors",
             hint="download the model first: hf download ORG/MODEL --local-dir DIR",
         )
-    name, folder = name_of(folder), folder.resolve()
+    name, folder = name_of(folder), real_path(folder)
     place = _place(folder)
     weights = find_weights(place)
     config = read_json_object(folder / CONFIG, MAX_CONFIG)

@@ -9,7 +9,7 @@ from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint, model_folder
 from streamquant.convert.source.side_files import SNAPSHOTS
 from streamquant.convert.source.weights import CONFIG, INDEX
-from streamquant.files.folders import nearest_folder
+from streamquant.files.folders import nearest_folder, real_path
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.sizes import human_bytes
 from streamquant.files.writing import explain, make_folder
@@ -90,7 +90,7 @@ def _linked(repo: HubRepo, names: Sequence[str]) -> Path:
             assert cached is not None, "it was fetched"
             make_folder(link.parent, folder)
             link.unlink(missing_ok=True)
-            link.symlink_to(cached.resolve())
+            link.symlink_to(real_path(cached))
     except OSError as error:
         raise explain(error, folder) from error
     return folder
@@ -107,7 +107,7 @@ def _fetch(repo: HubRepo, name: str, listener: Listener) -> None:
         try:
             repo.check(name, path, threading.Event())
         except DamagedBody:
-            path.resolve().unlink()
+            real_path(path).unlink()
             path.unlink(missing_ok=True)
             raise
 

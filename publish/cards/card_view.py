@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamquant.convert.recipes.block_runtimes import BlockRuntimes
+from streamquant.files.folders import real_path
 from streamquant.files.sizes import human_bytes
 from streamquant.publish.cards import commands
 from streamquant.publish.cards.card_rows import CardRow, Choice, choices_among, make_row, pick_for_examples
@@ -70,9 +71,9 @@ def make_card_view(folder: VariantFolder, repo: str | None, public: PublicReport
     first = measured[0].variant.measurement if measured else None
     blocks = next((variant.made.blocks for variant in folder.variants if variant.made.blocks is not None), None)
     return CardView(
-        title=folder.path.resolve().name if repo is None else repo.partition("/")[2],
+        title=real_path(folder.path).name if repo is None else repo.partition("/")[2],
         repo=repo,
-        name=repo or folder.path.resolve().name,
+        name=repo or real_path(folder.path).name,
         rows=rows,
         not_passed=tuple(row for row in measured if not row.variant.passed),
         unmeasured=_grouped((row.variant.why_not, row.variant.label) for row in rows if row.variant.why_not),

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from streamquant.convert.manifest import ManifestFile
 from streamquant.convert.recipes.container import GGUF
 from streamquant.convert.recipes.recipe import RECIPES
+from streamquant.files.folders import real_path
 from streamquant.publish.results import PublishedVariant, VariantFolder
 
 _LLAMA_CPP = {
@@ -63,7 +64,7 @@ def download(repo: str, folder: VariantFolder, variant: PublishedVariant) -> str
     path = PurePosixPath(first_file(variant).path)
     pattern = f"{path.parent}/*" if len(variant.files) > 1 and path.parent.name else str(path)
     wanted = [] if folder.container.is_checkpoint else ["--include", pattern]
-    return shell("hf", "download", repo, *wanted, "--local-dir", folder.path.resolve().name)
+    return shell("hf", "download", repo, *wanted, "--local-dir", real_path(folder.path).name)
 
 
 def llama_cpp(
@@ -75,7 +76,7 @@ def llama_cpp(
 ) -> str:
     """llama-cli or llama-server, from the Hub where `repo` is known, else with the local file."""
     tag = hub_tag(variant)
-    path = f"{folder.path.resolve().name}/{first_file(variant).path}"
+    path = f"{real_path(folder.path).name}/{first_file(variant).path}"
     if repo is not None:
         model = ["-hf", f"{repo}:{tag}"] if tag else ["--hf-repo", repo, "--hf-file", first_file(variant).path]
     else:

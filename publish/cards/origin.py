@@ -9,6 +9,7 @@ from typing import Any
 
 from streamquant.convert.manifest import MANIFEST, read_manifest
 from streamquant.convert.source.side_files import is_own
+from streamquant.files.folders import real_path
 from streamquant.files.gguf_file import GgufKeys, read_header
 from streamquant.files.reading import open_regular
 from streamquant.files.strict_json import read_json_object
@@ -101,9 +102,9 @@ def is_ours(card: Path) -> bool:
 
 def _beside(folder: VariantFolder) -> Iterator[Path]:
     """Checkpoint folders in the same --out folder that were made of the same source."""
-    for path in sorted(folder.path.resolve().parent.glob(f"*/{MANIFEST}")):
+    for path in sorted(real_path(folder.path).parent.glob(f"*/{MANIFEST}")):
         place = path.parent
-        if place != folder.path.resolve() and (place / "config.json").is_file():
+        if place != real_path(folder.path) and (place / "config.json").is_file():
             manifest = read_manifest(place)
             if manifest is not None and manifest.source == folder.source:
                 yield place

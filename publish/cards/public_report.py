@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from streamquant.files.folders import real_path
 from streamquant.files.records import from_json, to_json
 from streamquant.files.writing import explain, make_folder, write_atomically
 from streamquant.quant.errors import UsageError
@@ -110,7 +111,7 @@ def _folders(report: Report) -> Iterator[str]:
 
 def _resolved_parent(path: str) -> str:
     try:
-        return str(Path(path).resolve().parent)
+        return str(real_path(Path(path)).parent)
     except (OSError, ValueError, RuntimeError):
         return ""
 

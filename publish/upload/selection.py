@@ -15,6 +15,7 @@ from streamquant.convert.manifest import MANIFEST, ManifestFile
 from streamquant.convert.run.journal import WORK_FOLDER
 from streamquant.convert.source.side_files import is_side_file
 from streamquant.convert.source.weights import CONFIG, INDEX
+from streamquant.files.folders import real_path
 from streamquant.files.hashing import READ_BYTES
 from streamquant.files.reading import open_regular
 from streamquant.files.writing import PARTIAL
@@ -112,7 +113,7 @@ def select(folder: VariantFolder) -> Selection:
 
     Raises StreamquantError for a file of the manifest that is a link to elsewhere or has another size.
     """
-    root = folder.path.resolve()
+    root = real_path(folder.path)
     weights = tuple(_weights(root, file) for file in folder.files)
     matrices = tuple(_matrix(sha256, path) for sha256, path in folder.matrices.items())
     known = {file.path for file in (*weights, *matrices)}
@@ -151,7 +152,7 @@ def _why_not(path: Path, name: str, root: Path, folder: VariantFolder) -> str | 
         return "hidden"
     if path.name.endswith(PARTIAL):
         return "unfinished"
-    if not path.is_file() or not path.resolve().is_relative_to(root):
+    if not path.is_file() or not real_path(path).is_relative_to(root):
         return "not a file in this folder"
     if name == BASE_CARD:
         return "the original's card, which ours was made from"
@@ -192,7 +193,7 @@ def _weights(root: Path, file: ManifestFile) -> Outgoing:
     path = root / file.path
     if not path.exists():
         return Outgoing(file.path, None, file.size, file.sha256)
-    if not path.is_file() or not path.resolve().is_relative_to(root):
+    if not path.is_file() or not real_path(path).is_relative_to(root):
         raise StreamquantError("not a file in this folder", where=str(path), required="a file, not a link to elsewhere")
     size = path.stat().st_size
     if size != file.size:

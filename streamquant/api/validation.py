@@ -48,6 +48,7 @@ def validate(
     if folder is not None:
         check_report_folder(folder)
         check_writable(folder / PLOTS, try_it=True)  # before hours of computing
+    _check_writable(options.cache, options.setting.scratch)
     report = validation.validate(local_weights(original, listener), _paths(variants), options, listener)
     if folder is not None:
         listener.started("report", 1)
@@ -103,10 +104,18 @@ def imatrix(
     if os.path.lexists(out) and not out.is_file():
         raise UsageError("the output file is a folder, or no file at all", where=str(out), hint="choose another --out")
     check_writable(out.parent, [partial_of(out).name], try_it=True)  # before hours of computing
+    _check_writable(options.setting.scratch if options is not None else None)
     variant = open_original(local_weights(model, listener))
     parse_special = options is not None and options.parse_special
     corpus = read_corpus(_paths(texts), Path(tokenizer or variant.path), context, chunks, parse_special=parse_special)
     return write_importance(variant, corpus, out, options, listener)
+
+
+def _check_writable(*folders: Path | None) -> None:
+    """Raise StreamquantError for a folder that takes no files. Nothing is made."""
+    for folder in folders:
+        if folder is not None:
+            check_writable(folder, try_it=True)
 
 
 def _paths(names: Sequence[str | Path]) -> list[Path]:

@@ -1,5 +1,6 @@
 """`inspect`, `verify` and `recipe`: what is in a file."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +68,7 @@ def recipe_command(
     """
     from streamquant.files.writing import explain, write_atomically
 
-    if out is not None and out.exists():
+    if out is not None and os.path.lexists(out):
         raise UsageError("the output file exists already", where=str(out), hint="choose another --out")
     found = streamquant.recipe(path, label)
     text = found.recipe.yaml()

@@ -120,6 +120,10 @@ def report_command(
     out: Annotated[Path | None, typer.Option(help="Folder for the pages. Default: that of report.json.")] = None,
 ) -> None:
     """Render report.md, report.html and plots again from report.json. Example: `streamquant report report`."""
+    from streamquant.files.writing import check_writable
+
+    if out is not None:
+        check_writable(out, try_it=True)
     found = streamquant.read_report(report)
     folder = out or (report if report.is_dir() else report.parent)
     for path in streamquant.write_pages(found, folder):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamquant.convert.manifest import listed_files
+from streamquant.files.folders import real_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +27,13 @@ class MeasuredFile:
 def measured_files(paths: Sequence[Path]) -> tuple[MeasuredFile, ...]:
     """The files of one variant or original, sorted by name; one that is not there is left out."""
     # a split set has a folder of its own, and its manifest lies one above
-    folders = {folder for path in paths for folder in (path.parent, *path.resolve().parents[:2])}
+    folders = {folder for path in paths for folder in (path.parent, *real_path(path).parents[:2])}
     listed = {key: sha256 for folder in sorted(folders) for key, sha256 in _listed(folder)}
     found = {}
     for path in paths:
         with contextlib.suppress(OSError):
             size = path.stat().st_size
-            found[path.name] = MeasuredFile(path.name, size, listed.get((path.resolve(), size)))
+            found[path.name] = MeasuredFile(path.name, size, listed.get((real_path(path), size)))
     return tuple(found[name] for name in sorted(found))
 
 
@@ -44,4 +45,4 @@ def weight_files(path: Path) -> tuple[Path, ...]:
 def _listed(folder: Path) -> Iterator[tuple[tuple[Path, int], str]]:
     """((file, size), sha256) of all files in the manifest of a folder; nothing without one, or in a broken one."""
     for file in listed_files(folder):
-        yield ((folder / file.path).resolve(), file.size), file.sha256
+        yield (real_path(folder / file.path), file.size), file.sha256
