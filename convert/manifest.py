@@ -28,6 +28,7 @@ from streamquant.convert.source.quantized import QuantizedSource
 from streamquant.files.json_record import JsonRecord
 from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import write_atomically
+from streamquant.hub.repo import COMMIT
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.formats import FORMATS
 
@@ -35,11 +36,11 @@ MANIFEST = "streamquant.json"
 MANIFEST_VERSION = 1
 """Raise it when a manifest says what earlier readers would take for something else."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 """ORG/NAME, as the Hub takes it (huggingface_hub's validate_repo_id is stricter still)."""
 _PACKAGES = ("streamquant", "compressed-tensors", "gguf", "llvmlite", "numba", "numpy", "tokenizers")
 _BROKEN = "broken manifest"
+_HINT = "it was edited or damaged: convert again into another folder, or put back a copy of it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +203,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     if found is None:
         return None
     where = str(folder / MANIFEST)
-    record = JsonRecord(found, where, _BROKEN)
+    record = JsonRecord(found, where, _BROKEN, _HINT)
     model = record.text("model")
     source = _parse_source(record.object("source"))
     variants = {
-        spec: _parse_variant(spec, JsonRecord(entry, f"{where}, variant {spec!r:.80}", _BROKEN))
+        spec: _parse_variant(spec, JsonRecord(entry, f"{where}, variant {spec!r:.80}", _BROKEN, _HINT))
         for spec, entry in found["variants"].items()
     }
     return Manifest(model, source, variants)
@@ -227,8 +228,10 @@ def _read(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    match manifest := read_json_object(path):
-        case {"manifest": int(version), "source": {"files": list()}, "variants": dict()} if version == MANIFEST_VERSION:
+    match manifest := read_json_object(path, hint=_HINT):
+        case {"manifest": int(version), "source": {"files": list()}, "variants": dict()} if (
+            version == MANIFEST_VERSION and not isinstance(version, bool)
+        ):
             return manifest
     raise StreamquantError(
         "not a manifest of this version of streamquant",
@@ -264,7 +267,7 @@ def _parse_variant(spec: str, record: JsonRecord) -> ManifestVariant:
     bits = record.take("bits_per_weight")
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < 1000:
         raise record.broken("bits_per_weight", bits, "a number")
-    options, versions = record.object("options"), record.object("versions")
+    options = record.object("options")
     return ManifestVariant(
         spec=spec,
         recipe=_parse_recipe(spec, record),
@@ -272,7 +275,7 @@ def _parse_variant(spec: str, record: JsonRecord) -> ManifestVariant:
         fingerprint=record.text("fingerprint"),
         options=parse_options(options),
         imatrix=None if options.take("imatrix") is None else parse_imatrix(options.object("imatrix")),
-        versions={package: versions.text(package) for package in versions},
+        versions=record.text_map("versions"),
         bits_per_weight=float(bits),
         files=_parse_files(record),
         generated=record.texts("generated"),
@@ -294,6 +297,7 @@ def _parse_recipe(spec: str, record: JsonRecord) -> Recipe:
             where=error.where or record.where,
             found=f"{error.what}: {str(error.found)!r:.200}",
             required=error.required,
+            hint=_HINT,
         ) from error
 
 
@@ -326,8 +330,8 @@ def _parse_tensor(record: JsonRecord) -> ManifestTensor:
             part.text("name"),
             part.text("stored_as"),
             part.text("file"),
-            part.whole("offset"),
-            part.whole("size"),
+            part.count("offset"),
+            part.count("size"),
             part.text("xxh3_128"),
         )
         for part in record.objects("parts")

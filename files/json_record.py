@@ -1,13 +1,17 @@
 """Objects of JSON files that this package writes itself, read back with suspicion: each value is checked for its kind.
 
-A file on a disk may be damaged, forged or of another version; its paths are opened and its texts printed. Unlike in
-files/records.py, unknown keys are left alone, and the reader says what a place must hold and what to do if it does not.
+A file on a disk may be damaged, forged or of another version; its paths are opened, its numbers reckoned with and its
+texts printed. Unlike in files/records.py, unknown keys are left alone, and the reader says what a place must hold and
+what to do if it does not.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from streamquant.quant.errors import StreamquantError
+
+LARGEST = 2**63 - 1
+"""Number that a record of ours can hold: beyond every size, count and place."""
 
 
 class JsonRecord:
@@ -25,9 +29,9 @@ class JsonRecord:
       required: a text
     """
 
-    def __init__(self, value: object, where: str, what: str) -> None:
-        """`what` is the first line of every error, `where` the place of the object."""
-        self.where, self.what = where, what
+    def __init__(self, value: object, where: str, what: str, hint: str | None = None) -> None:
+        """`what` is the first line of every error and `hint` its last, `where` the place of the object."""
+        self.where, self.what, self.hint = where, what, hint
         if not isinstance(value, dict):
             raise self.broken(None, value, "an object")
         self._values: Mapping[str, Any] = value
@@ -39,7 +43,7 @@ class JsonRecord:
     def broken(self, key: str | None, found: object, required: str) -> StreamquantError:
         """The error of a wrong value."""
         where = self.where if key is None else f"{self.where}.{key}"
-        return _error(self.what, where, found, required)
+        return _error(self.what, where, found, required, self.hint)
 
     def take(self, key: str) -> Any:
         """The value as it stands; None if there is none."""
@@ -60,17 +64,10 @@ class JsonRecord:
         return value
 
     def count(self, key: str) -> int:
-        """A whole number that is not negative."""
-        value = self.whole(key)
-        if value < 0:
-            raise self.broken(key, value, "a whole number that is not negative")
-        return value
-
-    def whole(self, key: str) -> int:
-        """A whole number."""
+        """A whole number that is not negative, and at most LARGEST."""
         value = self.take(key)
-        if type(value) is not int:
-            raise self.broken(key, value, "a whole number")
+        if type(value) is not int or not 0 <= value <= LARGEST:
+            raise self.broken(key, value, "a whole number that is not negative")
         return value
 
     def flag(self, key: str) -> bool:
@@ -91,20 +88,28 @@ class JsonRecord:
 
     def object(self, key: str) -> "JsonRecord":
         """An object within."""
-        return JsonRecord(self.take(key), f"{self.where}.{key}", self.what)
+        return JsonRecord(self.take(key), f"{self.where}.{key}", self.what, self.hint)
 
     def objects(self, key: str) -> list["JsonRecord"]:
         """A list of objects."""
         value = self.take(key)
         if not isinstance(value, list):
             raise self.broken(key, value, "a list")
-        return [JsonRecord(item, f"{self.where}.{key}", self.what) for item in value]
+        where = f"{self.where}.{key}"
+        return [JsonRecord(item, f"{where}[{at}]", self.what, self.hint) for at, item in enumerate(value)]
+
+    def text_map(self, key: str) -> dict[str, str]:
+        """An object whose values are texts; empty if there is none."""
+        if self.take(key) is None:
+            return {}
+        record = self.object(key)
+        return {name: record.text(name) for name in record}
 
     def mapping(self, key: str) -> Mapping[str, Any]:
         """An object within, as it stands; empty if there is none."""
         value = self.take(key)
-        return {} if value is None else JsonRecord(value, f"{self.where}.{key}", self.what)._values
+        return {} if value is None else self.object(key)._values
 
 
-def _error(what: str, where: str, found: object, required: str) -> StreamquantError:
-    return StreamquantError(what, where=where, found=f"{found!r:.200}", required=required)
+def _error(what: str, where: str, found: object, required: str, hint: str | None) -> StreamquantError:
+    return StreamquantError(what, where=where, found=f"{found!r:.200}", required=required, hint=hint)

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from streamquant.quant.errors import StreamquantError
+from streamquant.files.json_record import LARGEST
+from streamquant.quant.errors import StreamquantError, UsageError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -57,16 +58,25 @@ def from_json(kind: type[T], value: Any, where: str, hint: str | None = None) ->
     """The dataclass `kind` from what `to_json` made of it.
 
     Raises StreamquantError, which names the place after `where` and gives the hint, for a missing or unknown field and
-    for a value of another type.
+    for a value of another type or one that the record itself refuses.
     """
     from pydantic import ValidationError
 
+    _check_numbers(value, where, hint)
     infinite: list[ErrorDetails] = []
     for _ in range(2):
         try:
             adapter = _adapter(kind)  # type: ignore[arg-type] # a class is hashable
             record: T = adapter.validate_json(json.dumps(_with_numbers(value, infinite)))
             return record
+        except UsageError as error:  # of a record that checks its own values, such as Gates
+            raise StreamquantError(
+                "a value of another type",
+                where=where,
+                found=f"{error.where}: {error.found!r:.80}",
+                required=error.required,
+                hint=hint,
+            ) from error
         except ValidationError as error:
             others: list[ErrorDetails] = []
             infinite = []
@@ -75,6 +85,20 @@ def from_json(kind: type[T], value: Any, where: str, hint: str | None = None) ->
             if others:
                 raise _refusal(others, where, hint) from error
     raise AssertionError("infinite numbers have been put in place of their names")
+
+
+def _check_numbers(value: Any, where: str, hint: str | None) -> None:
+    """Raise StreamquantError for a whole number that no count of ours reaches, and float has no place for."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_numbers(item, where + _path((key,)), hint)
+    elif isinstance(value, list):
+        for at, item in enumerate(value):
+            _check_numbers(item, f"{where}[{at}]", hint)
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise StreamquantError(
+            "a value of another type", where=where, found=f"{value!r:.80}", required="64 bits", hint=hint
+        )
 
 
 @cache
@@ -130,7 +154,11 @@ def _refusal(faults: "Sequence[ErrorDetails]", where: str, hint: str | None) -> 
     elif fault["type"] == "too_long":
         required = f"{fault['ctx']['max_length']} values"
     return StreamquantError(
-        "a value of another type", where=where + _path(place), found=f"{fault['input']!r:.80}", required=required
+        "a value of another type",
+        where=where + _path(place),
+        found=f"{fault['input']!r:.80}",
+        required=required,
+        hint=hint,
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,37 @@ from streamquant.quant.errors import StreamquantError
 
 MAX_BYTES = 64 * 1024 * 1024
 """Far above any config or tokenizer in the wild (the largest tokenizer.json files are about 35 MB)."""
+FETCH = "fetch the file again"
+"""What to do about a broken file of a checkpoint; those who read other files say what helps there."""
+MAX_DEPTH = 100
+"""Objects and lists within each other. Python's own limit depends on who calls: what was parsed must print as well."""
 
 
-def parse_json(text: bytes, where: str) -> Any:
-    """Parse UTF-8 JSON. Raises StreamquantError, which names `where`, for anything that is not plain, strict JSON."""
+def parse_json(text: bytes, where: str, hint: str = FETCH) -> Any:
+    """Parse UTF-8 JSON.
+
+    Raises StreamquantError, which names `where` and gives the hint, for anything that is not plain, strict JSON.
+    """
     try:
-        return json.loads(
+        value = json.loads(
             text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
         )
+        _check_depth(value)
+        return value
     except UnicodeDecodeError as error:
-        raise StreamquantError("JSON is not UTF-8", where=where, found=str(error)) from error
+        raise StreamquantError("JSON is not UTF-8", where=where, found=str(error), hint=hint) from error
     except RecursionError as error:
-        raise StreamquantError("JSON is nested too deeply", where=where) from error
+        raise StreamquantError(
+            "JSON is nested too deeply", where=where, required=f"at most {MAX_DEPTH} levels", hint=hint
+        ) from error
     except ValueError as error:
-        raise StreamquantError("broken JSON", where=where, found=str(error), hint="fetch the file again") from error
+        raise StreamquantError("broken JSON", where=where, found=str(error), hint=hint) from error
 
 
-def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
+def read_json(path: Path, max_bytes: int = MAX_BYTES, hint: str = FETCH) -> Any:
     """Read and parse a JSON file of at most `max_bytes` bytes.
 
-    Raises StreamquantError if it cannot be read, is larger, or is not plain, strict JSON.
+    Raises StreamquantError, with the hint, if it cannot be read, is larger, or is not plain, strict JSON.
     """
     try:
         with open_regular(path) as file:
@@ -40,17 +52,43 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
         raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error
     if (size := max(size, len(data))) > max_bytes:
         raise StreamquantError("JSON file too large", where=str(path), found=f"{size:,} bytes", required=max_bytes)
-    return parse_json(data, str(path))
+    value = parse_json(data, str(path), hint)
+    if b"\\u" in data:  # an escape can name half of a character, which no UTF-8 has
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise StreamquantError("broken JSON", where=str(path), found=str(error), hint=hint) from error
+    return value
 
 
-def read_json_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_json_object(path: Path, max_bytes: int = MAX_BYTES, hint: str = FETCH) -> dict[str, Any]:
     """`read_json` for a file whose top level must be an object."""
-    value = read_json(path, max_bytes)
+    value = read_json(path, max_bytes, hint)
     if not isinstance(value, dict):
         raise StreamquantError(
-            "unexpected JSON", where=str(path), found=type(value).__name__, required="an object at the top level"
+            "unexpected JSON",
+            where=str(path),
+            found=type(value).__name__,
+            required="an object at the top level",
+            hint=hint,
         )
     return value
+
+
+def _check_depth(value: object) -> None:
+    """Raise RecursionError for more than MAX_DEPTH levels."""
+    level: Sequence[object] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [
+            item
+            for found in level
+            for item in (found.values() if isinstance(found, dict) else found if isinstance(found, list) else ())
+            if isinstance(item, dict | list)
+        ]
+        if not inner:
+            return
+        level = inner
+    raise RecursionError
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

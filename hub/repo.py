@@ -21,6 +21,7 @@ from streamquant.files.writing import check_folder
 from streamquant.hub.reference import MAIN, ModelReference, parse_reference
 from streamquant.quant.errors import StreamquantError
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 READ_BYTES = 4 * 1024 * 1024
 CHUNK_BYTES = 256 * 1024
 """What the client gathers from a connection before it writes it. Its own 10 MiB are fresh pages each time, which cost
@@ -266,7 +267,7 @@ def open_repo(name: str, revision: str = MAIN, commit: str | None = None, listen
         what="no such folder here; listing the files",
         how=Retrying(listener),
     )
-    if not isinstance(info.sha, str) or re.fullmatch("[0-9a-f]{40}", info.sha) is None:
+    if not isinstance(info.sha, str) or COMMIT.fullmatch(info.sha) is None:
         raise StreamquantError("the Hub names no commit", where=f"{name}@{revision}", found=repr(info.sha)[:100])
     if not isinstance(info.id, str) or parse_reference(info.id) != ModelReference(info.id):
         raise StreamquantError(

@@ -6,6 +6,7 @@ streamquant.convert.recipes.quantization_config FP8_DYNAMIC` prints it.
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from streamquant.files.folders import cache_folder
+from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import write_atomically
 from streamquant.quant.errors import StreamquantError
 
@@ -22,7 +24,7 @@ IGNORE = ("lm_head", "model.embed_tokens")
 """Modules that stay unquantized. llm-compressor's documented example leaves the embeddings out of this list, and FP8
 embeddings load without an error and are wrong (transformers) or not at all (vLLM)."""
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raise it when `quantization_config` changes."""
 
 
@@ -77,11 +79,15 @@ def _cache_path(scheme: str) -> Path:
 
 def _read_cache(scheme: str) -> dict[str, Any] | None:
     """What the installed version of compressed-tensors said before; None if it was not asked or the file is damaged."""
+    path = _cache_path(scheme)
     try:
-        config = json.loads(_cache_path(scheme).read_bytes())
-    except (OSError, ValueError):
+        found = read_json_object(path) if path.is_file() else {}
+    except StreamquantError:
         return None
-    return config if isinstance(config, dict) and scheme in config.get("config_groups", {}) else None
+    match found:
+        case {"config": dict(config), "sha256": str(sha256)} if sha256 == _hash(config):
+            return config
+    return None
 
 
 def _write_cache(scheme: str, config: dict[str, Any]) -> None:
@@ -89,7 +95,12 @@ def _write_cache(scheme: str, config: dict[str, Any]) -> None:
     path = _cache_path(scheme)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(config).encode(), shared=True)
+        write_atomically(path, json.dumps({"config": config, "sha256": _hash(config)}).encode(), shared=True)
+
+
+def _hash(config: dict[str, Any]) -> str:
+    """It goes into config.json as it is, so that a damaged one must not pass for it."""
+    return hashlib.sha256(json.dumps(config).encode()).hexdigest()
 
 
 def with_ignored(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:

@@ -21,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from streamquant.files.hashing import quick_hash
+from streamquant.files.json_record import JsonRecord
+from streamquant.files.strict_json import parse_json
 from streamquant.files.writing import make_folder, open_own
 from streamquant.quant.errors import StreamquantError
 
 WORK_FOLDER = ".streamquant"
 JOURNAL = "journal.jsonl"
 VERSION = 2
+_BROKEN = "cannot read the journal of an unfinished run"
+_HINT = "remove the output folder and start again"
 _CHECK = b',"check":"'
 """Begins the end of a line: this, the hash in hexadecimal, '"}'."""
 
@@ -60,17 +64,17 @@ class Progress:
     sources: dict[str, str] = field(default_factory=dict)
     """Source file name -> sha256."""
 
-    def add(self, line: object) -> None:
-        """Take over a line of the journal. Raises ValueError if it is none."""
-        match line:
-            case {"chunk": int(number), "hashes": list(hashes)} if all(isinstance(item, str) for item in hashes):
-                self.chunks[number] = hashes
-            case {"file": str(path), "sha256": str(sha256), "tensors": dict(tensors)}:
-                self.files[path] = FinishedFile(sha256, tensors)
-            case {"source": str(name), "sha256": str(sha256)}:
-                self.sources[name] = sha256
-            case _:
-                raise ValueError("not a line of a journal")
+    def add(self, line: JsonRecord) -> None:
+        """Take over a line of the journal. Raises StreamquantError if it is none."""
+        match [key for key in ("chunk", "file", "source") if line.take(key) is not None]:
+            case ["chunk"]:
+                self.chunks[line.count("chunk")] = [*line.texts("hashes")]
+            case ["file"]:
+                self.files[line.text("file")] = FinishedFile(line.text("sha256"), line.text_map("tensors"))
+            case ["source"]:
+                self.sources[line.text("source")] = line.text("sha256")
+            case kinds:
+                raise line.broken(None, kinds, "a chunk, a file or a source")
 
 
 class Journal:
@@ -177,37 +181,60 @@ class Journal:
                 file.truncate(whole)
         head, progress = None, Progress()
         for number, text in enumerate(data[:whole].split(b"\n")[:-1], 1):
-            try:
-                if head is None:
-                    head = _head(text, self.path)
-                else:
-                    progress.add(json.loads(_without_check(text, head.fingerprint)))
-            except (ValueError, RecursionError) as error:
-                raise StreamquantError(
-                    "cannot read the journal of an unfinished run",
-                    where=str(self.path),
-                    found=f"line {number}: {error}",
-                    hint="remove the output folder and start again",
-                ) from error
+            line = _Line(self.path, number, text)
+            if head is None:
+                head = line.head()
+            else:
+                progress.add(line.record(head.fingerprint))
         return head, progress
 
 
-def _head(text: bytes, path: Path) -> Head:
-    """The first line. Raises ValueError if it is none, StreamquantError if it is that of another version."""
-    line = json.loads(text)
-    match line:
-        case {"journal": int(version)} if version != VERSION:
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A line of a journal. Both methods raise StreamquantError if it is not as it was written."""
+
+    path: Path
+    number: int
+    text: bytes
+
+    def head(self) -> Head:
+        """The first line."""
+        line = self._parse(self.text)
+        if (version := line.count("journal")) != VERSION:
             raise StreamquantError(
                 "cannot read the journal of an unfinished run",
-                where=str(path),
-                found=f"journal {str(version)[:20]}, of another version of streamquant",
+                where=str(self.path),
+                found=f"journal {version}, of another version of streamquant",
                 required=f"journal {VERSION}",
                 hint="finish it with the version that began it, or remove the output folder and start again",
             )
-        case {"journal": int(), "fingerprint": str(fingerprint), "variants": dict(variants)}:
-            _without_check(text, fingerprint)
-            return Head(fingerprint, variants)
-    raise ValueError(f"not the head of a journal of version {VERSION}")
+        fingerprint = line.text("fingerprint")
+        self.record(fingerprint)
+        return Head(fingerprint, line.text_map("variants"))
+
+    def record(self, fingerprint: str) -> JsonRecord:
+        """A line of the journal of a plan."""
+        head, found, check = self.text.removesuffix(b'"}').rpartition(_CHECK)
+        line = head + b"}"
+        if not found or check != _check(line, fingerprint):
+            raise self._broken("it is not as it was written")
+        return self._parse(line)
+
+    def _parse(self, text: bytes) -> JsonRecord:
+        where = f"{self.path}, line {self.number}"
+        try:
+            value = parse_json(text, where)
+        except StreamquantError as error:
+            raise self._broken(f"{error.what}: {error.found}") from error
+        return JsonRecord(value, where, _BROKEN, _HINT)
+
+    def _broken(self, found: str) -> StreamquantError:
+        return StreamquantError(
+            "cannot read the journal of an unfinished run",
+            where=str(self.path),
+            found=f"line {self.number}: {found}",
+            hint=_HINT,
+        )
 
 
 def _with_check(line: bytes, fingerprint: str) -> bytes:
@@ -215,14 +242,5 @@ def _with_check(line: bytes, fingerprint: str) -> bytes:
     return b'%s%s%s"}' % (line.removesuffix(b"}"), _CHECK, _check(line, fingerprint))
 
 
-def _without_check(text: bytes, fingerprint: str) -> bytes:
-    """The JSON object of a line. Raises ValueError if it is not as it was written."""
-    head, found, check = text.removesuffix(b'"}').rpartition(_CHECK)
-    line = head + b"}"
-    if not found or check != _check(line, fingerprint):
-        raise ValueError("it is not as it was written")
-    return line
-
-
 def _check(line: bytes, fingerprint: str) -> bytes:
-    return str(quick_hash(fingerprint.encode() + line).hexdigest()).encode()
+    return str(quick_hash(fingerprint.encode(errors="backslashreplace") + line).hexdigest()).encode()

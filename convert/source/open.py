@@ -6,10 +6,12 @@ from pathlib import Path
 from streamquant.convert.run.journal import JOURNAL, WORK_FOLDER
 from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
 from streamquant.convert.source.hub_checkpoint import open_hub_checkpoint
+from streamquant.files.json_record import JsonRecord
 from streamquant.files.listener import SILENT, Listener
+from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import write_atomically
 from streamquant.hub.reference import hub_reference
-from streamquant.hub.repo import HubRepo, open_repo
+from streamquant.hub.repo import COMMIT, HubRepo, open_repo
 
 PIN = "source.json"
 
@@ -40,15 +42,21 @@ def unpin(out: Path) -> None:
 
 
 def pinned_commit(out: Path, name: str, revision: str) -> str | None:
-    """The commit that the unfinished run in `out` began with, if it is of the same repository and revision."""
+    """The commit that the unfinished run in `out` began with, if it is of the same repository and revision.
+
+    Raises StreamquantError if the record of it is broken: another commit would be another plan.
+    """
     folder = out / WORK_FOLDER
     if not (folder / JOURNAL).is_file():
         return None
-    try:
-        record = json.loads((folder / PIN).read_bytes())
-    except (OSError, ValueError):
+    path = folder / PIN
+    if not path.is_file():
         return None
-    match record:
-        case {"repo": str(repo), "asked": str(asked), "revision": str(of), "commit": str(commit)}:
-            return commit if name.lower() in (repo.lower(), asked.lower()) and of == revision else None
-    return None
+    hint = f"write ORG/NAME@COMMIT with that commit and remove {PIN}, or remove the output folder and start again"
+    what = "cannot read which commit an unfinished run began with"
+    record = JsonRecord(read_json_object(path, hint=hint), str(path), what, hint)
+    commit = record.text("commit")
+    if COMMIT.fullmatch(commit) is None:
+        raise record.broken("commit", commit, "40 hexadecimal digits")
+    names = record.text("repo").lower(), record.text("asked").lower()
+    return commit if name.lower() in names and record.text("revision") == revision else None

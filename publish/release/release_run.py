@@ -153,15 +153,15 @@ class ReleaseRun:
 
     def folders(self) -> list[VariantFolder]:
         """The folders of this release's variants. Raises StreamquantError if nothing is converted."""
-        made = self.state["convert"].made.get("folders", [])
-        if not made:
+        names = self.state["convert"].made.folders
+        if not names:
             raise StreamquantError(
                 "nothing is converted yet",
                 where=str(self.file.out),
                 required="the stage convert",
                 hint="leave --from and --only out",
             )
-        return [read_folder(self.file.out / str(name)) for name in made]
+        return [read_folder(self.file.out / name) for name in names]
 
     @property
     def stopped_by_gates(self) -> bool:

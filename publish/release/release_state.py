@@ -1,29 +1,44 @@
 """What a release has done, so that a repeat does only the rest: one small JSON file in the --out folder.
 
-    {"release": 1, "stages": {"imatrix": {"begun": KEY, "done": KEY, "outputs": {PATH: SHA256}, "made": {...}}, ...}}
+    {"release": 1, "stages": {"imatrix": {"begun": KEY, "done": KEY, "outputs": {PATH: SHA256}, "made": {}}, ...}}
 
 KEY is a hash of all that a stage's outputs depend on. It is written as `begun` before the stage starts, so that what a
 killed run left behind is known to be of it, and as `done` when the outputs lie there.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from streamquant.files.hashing import sha256_of
+from streamquant.files.json_record import JsonRecord
 from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import explain, write_atomically
 from streamquant.publish.release.release_file import STAGES, StageName
 from streamquant.quant.errors import StreamquantError
 
 VERSION = 1
+_BROKEN = "not the state of a release"
+_HINT = "remove the file: what is complete is found again, the rest is done again"
+
+
+@dataclass(slots=True)
+class Made:
+    """What the stage convert made."""
+
+    folders: tuple[str, ...] = ()
+    """Names of the release's folders, below --out."""
+    ours: tuple[str, ...] = ()
+    """Fingerprints of variants that are ours to replace."""
+
+    def json(self) -> dict[str, list[str]]:
+        """As in the file."""
+        return {key: list(value) for key, value in (("folders", self.folders), ("ours", self.ours)) if value}
 
 
 @dataclass(slots=True)
@@ -34,8 +49,12 @@ class StageState:
     done: str | None = None
     outputs: dict[str, str] = field(default_factory=dict)
     """Path, from the --out folder, -> SHA-256; of small files."""
-    made: dict[str, Any] = field(default_factory=dict)
-    """What else the stage has to remember, JSON."""
+    made: Made = field(default_factory=Made)
+    """What the stage convert has to remember."""
+
+    def json(self) -> dict[str, object]:
+        """As in the file."""
+        return {"begun": self.begun, "done": self.done, "outputs": self.outputs, "made": self.made.json()}
 
 
 class ReleaseState:
@@ -66,11 +85,14 @@ class ReleaseState:
     def is_intact(self, stage: StageName) -> bool:
         """Whether the outputs of a stage are there with the hashes that they had."""
         outputs = {self.path.parent / path: sha256 for path, sha256 in self._stages[stage].outputs.items()}
-        return bool(outputs) and all(path.is_file() and sha256_of(path) == known for path, known in outputs.items())
+        try:
+            return bool(outputs) and all(path.is_file() and sha256_of(path) == known for path, known in outputs.items())
+        except OSError:  # a name that no file can have
+            return False
 
     def write(self) -> None:
         """Write the file. Raises StreamquantError."""
-        stages = {name: asdict(entry) for name, entry in self._stages.items() if entry != StageState()}
+        stages = {name: entry.json() for name, entry in self._stages.items() if entry != StageState()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps({"release": VERSION, "stages": stages}, indent=1).encode() + b"\n")
@@ -78,25 +100,26 @@ class ReleaseState:
             raise explain(error, self.path) from error
 
     def _read(self) -> None:
-        record = read_json_object(self.path)
-        match record:
-            case {"release": int(version), "stages": dict(stages)} if version == VERSION and stages.keys() <= {*STAGES}:
-                with contextlib.suppress(TypeError, ValueError):
-                    self._stages |= {name: _entry(value) for name, value in stages.items()}
-                    return
-        raise StreamquantError(
-            "not the state of a release",
-            where=str(self.path),
-            hint="remove the file: what is complete is found again, the rest is done again",
-        )
+        record = JsonRecord(read_json_object(self.path, hint=_HINT), str(self.path), _BROKEN, _HINT)
+        if (version := record.count("release")) != VERSION:
+            raise record.broken("release", version, f"{VERSION}, of this version of streamquant")
+        stages = record.object("stages")
+        if other := next((name for name in stages if name not in STAGES), None):
+            raise stages.broken(None, other, f"stages of {', '.join(STAGES)}")
+        self._stages |= {name: _entry(stages.object(name)) for name in STAGES if stages.take(name) is not None}
 
 
-def _entry(value: Mapping[str, Any]) -> StageState:
-    found = StageState(**value)
-    texts = [text for text in (found.begun, found.done, *found.outputs.values()) if text is not None]
-    if not isinstance(found.made, dict) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("not an entry")
-    return found
+def _entry(record: JsonRecord) -> StageState:
+    made = JsonRecord({}, "", _BROKEN) if record.take("made") is None else record.object("made")
+    folders = made.texts("folders")
+    if outside := [name for name in folders if name in ("", ".", "..") or "/" in name or not name.isprintable()]:
+        raise made.broken("folders", outside, "names of folders below --out")
+    return StageState(
+        begun=record.optional_text("begun"),
+        done=record.optional_text("done"),
+        outputs=record.text_map("outputs"),
+        made=Made(folders, made.texts("ours")),
+    )
 
 
 def key_of(value: object) -> str:

@@ -36,7 +36,7 @@ def messages() -> dict[str, set[str]]:
     for path, tree in trees.items():
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef):
-                for message in _raised(function, classes):
+                for message in _raised(function, classes, tree):
                     found.setdefault(message, set()).add(path)
     return found
 
@@ -65,23 +65,27 @@ def _error_classes(trees: Iterable[ast.Module]) -> set[str]:
     return found
 
 
-def _raised(function: ast.FunctionDef, classes: set[str]) -> Iterator[str]:
-    """The messages of the errors that a function makes itself; those that its caller gives are the caller's."""
+def _raised(function: ast.FunctionDef, classes: set[str], tree: ast.Module) -> Iterator[str]:
+    """The messages of the errors that a function makes itself, or has a JsonRecord make; those that its caller gives
+    are the caller's."""
     given = {argument.arg for argument in function.args.args}
     for call in ast.walk(function):
         if not isinstance(call, ast.Call):
             continue
         if isinstance(call.func, ast.Name) and call.func.id in classes:
             text = call.args[0]
+        elif isinstance(call.func, ast.Name) and call.func.id == "JsonRecord":  # (value, where, what)
+            text = call.args[2]
         elif isinstance(call.func, ast.Attribute) and call.func.attr == "refuse":  # (key, what, ...)
             text = call.args[1]
         else:
             continue
-        if not (isinstance(text, ast.Name) and text.id in given):
-            yield from _texts(text, function)
+        is_given = (isinstance(text, ast.Name) and text.id in given) or ast.unparse(text).startswith("self.")
+        if not is_given:
+            yield from _texts(text, function, tree)
 
 
-def _texts(node: ast.expr, function: ast.FunctionDef) -> Iterator[str]:
+def _texts(node: ast.expr, function: ast.FunctionDef, tree: ast.Module) -> Iterator[str]:
     match node:
         case ast.Constant(value=str(text)):
             yield text
@@ -89,17 +93,17 @@ def _texts(node: ast.expr, function: ast.FunctionDef) -> Iterator[str]:
             texts = [part.value if isinstance(part, ast.Constant) else GAP for part in parts]
             yield "".join(map(str, texts))
         case ast.IfExp(body=one, orelse=other):
-            yield from _texts(one, function)
-            yield from _texts(other, function)
+            yield from _texts(one, function, tree)
+            yield from _texts(other, function, tree)
         case ast.Name(id=name):
             values = [
                 statement.value
-                for statement in ast.walk(function)
+                for statement in (*ast.walk(function), *tree.body)
                 if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name
             ]
             assert values, f"{function.name}: {name} is not assigned here"
             for value in values:
-                yield from _texts(value, function)
+                yield from _texts(value, function, tree)
         case _:
             raise AssertionError(f"{function.name}: cannot tell the message of {ast.unparse(node)}")
 

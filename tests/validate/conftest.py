@@ -9,12 +9,13 @@ from tests.validate.engine_fixtures import (
     qwen_gguf,
     qwen_source,
 )
-from tests.validate.report_fixtures import four_variants, report
+from tests.validate.report_fixtures import four_variants, hostile, report
 
 __all__ = [
     "four_variants",
     "hermes_14b",
     "hermes_llama",
+    "hostile",
     "llama_gguf",
     "llama_source",
     "models",

@@ -19,13 +19,11 @@ import pytest
 from PIL import Image
 
 from streamquant.files.records import from_json, to_json
-from streamquant.model.problem import Problem
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.gates import failed
 from streamquant.validate.report.data import (
     REPORT,
     SCHEMA,
-    NotRun,
     Report,
     check_report_folder,
     read_report,
@@ -34,63 +32,13 @@ from streamquant.validate.report.data import (
 from streamquant.validate.report.plots import VARIABLES, Plot, make_plots, pareto
 from streamquant.validate.report.render import render_html, render_markdown, write_pages
 from streamquant.validate.report.view import make_view, remark
-from streamquant.validate.text.chat import ChatDifference, ChatReport
-from streamquant.validate.text.template_lints import Lint
-from streamquant.validate.text.tokens import TokenDifference, TokenGroup, TokenReport
 
-HOSTILE = "<script>alert(1)</script>\"'|`[x](javascript:y) $\\frac$ \u202egnp.\x1b[31m {{7*7}} &lt; ![i](//e)"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 @pytest.fixture(scope="module")
 def plots(report: Report) -> list[Plot]:
     return make_plots(report, [variant.label for variant in report.variants])
-
-
-@pytest.fixture(scope="module")
-def hostile(report: Report) -> Report:
-    """Every text that a stranger chooses, chosen badly."""
-    difference = TokenDifference(HOSTILE, 1, (1, 2), (1, 3), HOSTILE, HOSTILE, HOSTILE)
-    tokens = TokenReport(HOSTILE, HOSTILE, (TokenGroup(HOSTILE, True, False, 3, 9, 2, 1, (difference,)),), (HOSTILE,))
-    chats = (ChatDifference(HOSTILE, "ids", "file", 4, HOSTILE, HOSTILE, (1,), (2,)),)
-    chat = ChatReport(HOSTILE, HOSTILE, HOSTILE, 5, 4, 0, False, chats, (HOSTILE,))
-    lint = Lint("two-templates", "error", HOSTILE, HOSTILE, HOSTILE, HOSTILE)
-    problem = Problem(HOSTILE, "error", HOSTILE, HOSTILE, HOSTILE, HOSTILE)
-
-    def renamed(number: int) -> str:
-        return f"{HOSTILE}{number}"
-
-    comparison = report.comparison
-    results = []
-    for number, result in enumerate(comparison.variants):
-        model = dataclasses.replace(result.model, label=renamed(number), path=renamed(number), architecture=HOSTILE)
-        tensors = tuple(dataclasses.replace(tensor, name=HOSTILE, stored_as=HOSTILE) for tensor in result.tensors[:2])
-        by_category = {HOSTILE + key: value for key, value in result.by_category.items()}
-        results.append(dataclasses.replace(result, model=model, tensors=tensors, by_category=by_category))
-    base = comparison.original
-    original = dataclasses.replace(
-        base,
-        model=dataclasses.replace(base.model, label=HOSTILE, architecture=HOSTILE, path=HOSTILE),
-        problems=(problem,),
-        by_category={HOSTILE + key: value for key, value in base.by_category.items()},
-    )
-    files = tuple(dataclasses.replace(file, path=Path(f"{HOSTILE}{file.path.name}")) for file in comparison.files)
-    return dataclasses.replace(
-        report,
-        command=(HOSTILE,),
-        versions={HOSTILE: HOSTILE},
-        comparison=dataclasses.replace(comparison, original=original, variants=tuple(results), files=files),
-        variants=tuple(
-            dataclasses.replace(
-                variant, label=renamed(number), path=renamed(number), problems=(problem,), tokens=tokens, chat=chat,
-                lints=(lint,),
-            )
-            for number, variant in enumerate(report.variants)
-        ),
-        original_lints=(lint,),
-        not_run=(NotRun("engines", renamed(0), HOSTILE),),
-        gate_results=tuple(dataclasses.replace(result, variant=renamed(0)) for result in report.gate_results),
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -185,7 +185,7 @@ def read_report(path: str | Path) -> Report:
     file = path / REPORT if path.is_dir() else path
     if not file.is_file():
         raise UsageError("no report", where=str(file), required="a folder that validate wrote, or its report.json")
-    record = read_json_object(file, MAX_BYTES)
+    record = read_json_object(file, MAX_BYTES, OTHER_VERSION)
     if record.get("schema") != SCHEMA:
         raise StreamquantError(
             "a report of another version",

@@ -46,14 +46,14 @@ class ConvertStage(SkippableStage):
     def _remember(self) -> None:
         """Which folders the release has, and the fingerprints that are ours to replace."""
         made = self.state.made
-        folders = sorted({variant.folder for variant in self.plan.variants})
-        if made.get("folders") != folders and not self.release.options.dry_run:
-            made["folders"] = folders
+        folders = tuple(sorted({variant.folder for variant in self.plan.variants}))
+        if made.folders != folders and not self.release.options.dry_run:
+            made.folders = folders
             self.release.state.write()
 
     def prepare(self) -> None:
         """Remove the variants that this release made of other inputs."""
-        ours = set(self.state.made.get("ours", []))
+        ours = set(self.state.made.ours)
         complete = {variant.recipe.spec for variant in self._complete()}
         try:
             for variant in self.plan.variants:
@@ -62,7 +62,7 @@ class ConvertStage(SkippableStage):
         except OSError as error:
             raise explain(error, self.file.out) from error
         prints = [self.plan.variant_fingerprint(v) for v in self.plan.variants if v.recipe.spec not in complete]
-        self.state.made["ours"] = sorted(ours.union(prints))
+        self.state.made.ours = tuple(sorted(ours.union(prints)))
 
     def _remove_obsolete(self, variant: VariantPlan, ours: set[str]) -> None:
         folder = self.file.out / variant.folder
