@@ -14,7 +14,7 @@ import sys
 from llmcompressor import model_free_ptq
 model_free_ptq(
     model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="FP8_DYNAMIC",
-    ignore=["lm_head", "model.embed_tokens"], max_workers=int(sys.argv[3]), device="cpu",
+    ignore=["lm_head", "model.embed_tokens", *sys.argv[4:]], max_workers=int(sys.argv[3]), device="cpu",
 )
 """
 # SHA-256 by OpenSSL, a thread per core: coreutils' sha256sum does not use the CPU's SHA instructions.
@@ -44,9 +44,11 @@ def first_run(name: str, source: Path, variants: list[str], out: Path, cache: Pa
     return Contender(name, plain.command, [out, cache], empty, repeats=1)
 
 
-def llm_compressor(name: str, source: Path, out: Path, repeats: int | None = None) -> Contender:
+def llm_compressor(
+    name: str, source: Path, out: Path, repeats: int | None = None, ignore: tuple[str, ...] = ()
+) -> Contender:
     """llm-compressor's streaming path, with a worker per core (its default is one)."""
-    command = [sys.executable, "-c", _PTQ, str(source), str(out), str(CORES)]
+    command = [sys.executable, "-c", _PTQ, str(source), str(out), str(CORES), *ignore]
     return Contender(name, command, [out], repeats=repeats)
 
 

@@ -20,7 +20,7 @@ COMPILE_SECONDS = 20
 def q4_k_m(setting: Setting) -> Section:
     """One checkpoint to Q4_K_M, what most people ask for."""
     section = Section("gguf:Q4_K_M")
-    if not _ready(section):
+    if not ready(section):
         return section
     source = _source(setting)
     read = source_bytes(source)
@@ -51,7 +51,7 @@ def q4_k_m(setting: Setting) -> Section:
 def ladder(setting: Setting) -> Section:
     """Nine file types in one command, and what their kernels take to compile."""
     section = Section("The ladder of file types from one read")
-    if not _ready(section):
+    if not ready(section):
         return section
     source = _source(setting)
     read = source_bytes(source)
@@ -89,7 +89,7 @@ def ladder(setting: Setting) -> Section:
     return section
 
 
-def _ready(section: Section) -> bool:
+def ready(section: Section) -> bool:
     """Whether both sides can run; if not, the section says what is missing."""
     missing = []
     if not TOKENIZER.is_dir():

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import conversions, encoders, hub, memory, mixes, validation
+from benchmarks import conversions, encoders, hub, memory, mixes, mixtures, validation
 from benchmarks.conversions import Setting
 from benchmarks.page import Section, Target, page
 from tests.peers import ROOT
@@ -23,6 +23,7 @@ BENCHMARKS = {
     "q4_k_m": mixes.q4_k_m,
     "ladder": mixes.ladder,
     "one-pass": conversions.one_pass,
+    "mixtures": mixtures.mixtures,
     "hub": hub.hub,
     "memory": memory.memory,
     "kernels": encoders.encoders,

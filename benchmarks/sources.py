@@ -19,6 +19,7 @@ from tests.synthetic import (
 )
 
 TOKENIZER = DATA / "tokenizers" / "hermes4-llama"
+QWEN_TOKENIZER = DATA / "tokenizers" / "hermes4-14b"
 # Llama 3.1 405B has 128 heads; with 8 the disk needs 20 % less and the largest matrices are the same.
 LLAMA_405B = {
     "hidden_size": 16384,
@@ -45,6 +46,29 @@ def llama(folder: Path, layers: int, *, width: int = 2048, tokenizer: bool = Fal
     if tokenizer:
         return write_checkpoint(folder, size=sizes, shards=shards, tied=True, tokenizer=TOKENIZER)
     return write_checkpoint(folder, size={**sizes, "vocab_size": 32000}, shards=shards)
+
+
+def mixture(folder: Path, experts: int, *, layers: int = 6, width: int = 1024) -> Path:
+    """A Qwen 3 MoE with Qwen 3's tokenizer; with more experts each is smaller, and the weights are as many."""
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 128,
+        "num_key_value_heads": width // 128,
+        "head_dim": 128,
+    }
+    return write_checkpoint(
+        folder,
+        architecture="Qwen3MoeForCausalLM",
+        size=sizes,
+        shards=3,
+        tied=True,
+        tokenizer=QWEN_TOKENIZER,
+        num_experts=experts,
+        num_experts_per_tok=4,
+        moe_intermediate_size=32 * width // experts,
+    )
 
 
 def huge(folder: Path, layers: int, *, scale: int = 1) -> Path:
