@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 def separate_experts(skeleton: Any, experts: Experts) -> None:
-    """Put `make_experts` in the place of the fused experts of every layer of a model on the meta device."""
+    """Put `make_experts` in the place of the fused experts of the layers of a model on the meta device."""
     for layer in skeleton.model.layers:
         block = layer.get_submodule(experts.path)
-        block.experts = make_experts(block.experts, experts)
+        if hasattr(block, "experts"):
+            block.experts = make_experts(block.experts, experts)
 
 
 def module_name(stored: str, experts: Experts | None) -> str:

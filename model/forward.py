@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -238,12 +239,16 @@ class _Model:
         return nbytes > self.layer_limit and any(rule.kind is TensorKind.EXPERT for rule in rules)
 
     def _read(self, rules: Iterable[TensorRule], layer: int, *, observed: bool) -> "dict[str, torch.Tensor]":
+        import torch
+
         variant, prefix = self.lane.variant, f"model.layers.{layer}."
         weights = {}
         for rule in rules:
             name = rule.hf_name
+            # transformers keeps these in float32 whatever the model computes in (_keep_in_fp32_modules_strict)
+            dtype = torch.float32 if rule.kind is TensorKind.ROUTER_BIAS else self.dtype
             with errors_of(variant):
-                whole = variant.read(name, self.dtype, self._observer(name) if observed else None)
+                whole = variant.read(name, dtype, self._observer(name) if observed else None)
             weights[module_name(name.removeprefix(prefix), variant.description.family.experts)] = whole.to(self.device)
             self.lane.bytes_read += variant.tensors[name].nbytes if name in variant.tensors else 0
         return weights
@@ -272,7 +277,8 @@ class _Model:
     def _fill(self, layer: int, module: Any, weights: "dict[str, torch.Tensor]") -> None:
         """Put the weights of a layer into its module; nothing may be missing."""
         module.load_state_dict(weights, strict=False, assign=True)
-        left = [name for name, parameter in module.named_parameters() if parameter.device.type == "meta"]
+        held = chain(module.named_parameters(), module.named_buffers())
+        left = [name for name, tensor in held if tensor.device.type == "meta"]
         with errors_of(self.lane.variant):
             if left:
                 raise StreamquantError(

@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,10 +119,15 @@ def tiny_variants(shelf: Shelf, tiny: Path) -> Path:
     )
 
 
-def write_small_tokenizer(folder: Path, **more: object) -> Path:
+GLM_TOKENS = ("<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>")
+"""The special tokens by which llama.cpp's converter knows a tokenizer of GLM."""
+
+
+def write_small_tokenizer(folder: Path, *, special: Sequence[str] = (), **more: object) -> Path:
     """A byte-level BPE tokenizer with three merges: as small as one can be, unknown to every table.
 
-    `more` are keys of tokenizer_config.json. (With add_bos_token=True llama.cpp's converter writes what we write.)
+    `special` are further special tokens; `more` are keys of tokenizer_config.json. (With add_bos_token=True llama.cpp's
+    converter writes what we write.)
     """
     merges = [("t", "h"), ("th", "e"), ("i", "n")]
     texts = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
@@ -131,7 +136,7 @@ def write_small_tokenizer(folder: Path, **more: object) -> Path:
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<s>", "</s>")])
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<s>", "</s>", *special)])
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "TokenizersBackend"}

@@ -17,10 +17,10 @@ from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.files.gguf_file import pack_header, pad, read_header
 from tests import synthetic
-from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
+from tests.conftest import GLM_TOKENS, TINY_PRE, Shelf, write_small_tokenizer
 
 LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS = synthetic.ARCHITECTURES
-QWEN3_MOE, MIXTRAL = synthetic.MIXTURES
+QWEN3_MOE, MIXTRAL, GLM = synthetic.MIXTURES[:3]
 CASES: Mapping[str, Mapping[str, Any]] = {
     "llama3.1": {"architecture": LLAMA, "rope": "llama3"},
     "llama-biased": {"architecture": LLAMA, "attention_bias": True, "mlp_bias": True, "tied": True},
@@ -31,6 +31,12 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "qwen3": {"architecture": QWEN3, "dtype": "F16"},
     "mixtral": {"architecture": MIXTRAL, "intermediate_size": 256},
     "qwen3-moe": {"architecture": QWEN3_MOE, "moe_intermediate_size": 256},
+    "glm": {"architecture": GLM, "moe_intermediate_size": 256, "routed_scaling_factor": 1.5},
+    "glm-plain": {
+        **{"architecture": GLM, "tied": True, "first_k_dense_replace": 0, "n_routed_experts": 6, "head_dim": ...},
+        **{"num_nextn_predict_layers": 0, "attention_bias": False, "use_qk_norm": False, "n_group": 3},
+        **{"topk_group": 2, "moe_intermediate_size": 256, "n_shared_experts": 2},
+    },
     "seed-oss": {"architecture": SEED_OSS, "dtype": "F32"},
 }
 VARIANTS = "gguf:F32,BF16,Q8_0,Q4_K_M"
@@ -48,7 +54,8 @@ class Models:
         name = f"validate-{case}" + "".join(f"-{key}-{value}" for key, value in sorted(overrides.items()))
 
         def make(folder: Path) -> None:
-            tokenizer = write_small_tokenizer(folder / "tokenizer")
+            special = GLM_TOKENS if settings["architecture"] == GLM else ()
+            tokenizer = write_small_tokenizer(folder / "tokenizer", special=special)
             synthetic.write_checkpoint(folder / "Model-1B", tokenizer=tokenizer, **settings)
 
         return self.shelf.get(name, make) / "Model-1B"

@@ -9,7 +9,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -25,7 +25,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "SeedOssForCausalLM",
 )
-MIXTURES = ("Qwen3MoeForCausalLM", "MixtralForCausalLM")
+MIXTURES = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM")
 
 # What each family's config.json carries besides the sizes (transformers 4.57 and 5 agree on these keys).
 FAMILY_KEYS: Mapping[str, Mapping[str, object]] = {
@@ -67,6 +67,22 @@ FAMILY_KEYS: Mapping[str, Mapping[str, object]] = {
         "use_sliding_window": False,
         "sliding_window": None,
     },
+    "Glm4MoeForCausalLM": {
+        "model_type": "glm4_moe",
+        "attention_bias": True,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 96,
+        "n_group": 1,
+        "n_routed_experts": 5,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": 2,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 0.5,
+        "routed_scaling_factor": 2.5,
+        "topk_group": 1,
+        "use_qk_norm": True,
+    },
     "SeedOssForCausalLM": {
         "model_type": "seed_oss",
         "attention_bias": True,
@@ -83,6 +99,7 @@ THETA = {
     "Qwen3ForCausalLM": 1000000.0,
     "MixtralForCausalLM": 1000000.0,
     "Qwen3MoeForCausalLM": 1000000.0,
+    "Glm4MoeForCausalLM": 1000000.0,
     "SeedOssForCausalLM": 10000000.0,
 }
 SIZES: Mapping[str, Mapping[str, int]] = {
@@ -107,6 +124,8 @@ HEAD_DIM = {
     ("Qwen3ForCausalLM", "small"): 64,
     ("Qwen3MoeForCausalLM", "tiny"): 32,
     ("Qwen3MoeForCausalLM", "small"): 64,
+    ("Glm4MoeForCausalLM", "tiny"): 32,
+    ("Glm4MoeForCausalLM", "small"): 64,
     ("SeedOssForCausalLM", "tiny"): 32,
     ("SeedOssForCausalLM", "small"): 64,
 }
@@ -159,6 +178,8 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     is_norm: bool = False
+    dtype: str | None = None
+    """Where it is not that of the checkpoint."""
 
     @property
     def count(self) -> int:
@@ -257,16 +278,17 @@ def weights_of(config: Mapping[str, object]) -> Iterator[Weight]:
     sizes = {key: value for key, value in config.items() if isinstance(value, int)}
     hidden, vocabulary = sizes["hidden_size"], sizes["vocab_size"]
     yield Weight("model.embed_tokens.weight", (vocabulary, hidden))
-    for layer in range(sizes["num_hidden_layers"]):
-        for weight in layer_weights(config, sizes):
-            yield Weight(f"model.layers.{layer}.{weight.name}", weight.shape, weight.is_norm)
+    for layer in range(sizes["num_hidden_layers"] + sizes.get("num_nextn_predict_layers", 0)):
+        for weight in layer_weights(config, sizes, layer):
+            yield replace(weight, name=f"model.layers.{layer}.{weight.name}")
     yield Weight("model.norm.weight", (hidden,), is_norm=True)
     if not config.get("tie_word_embeddings", False):
         yield Weight("lm_head.weight", (vocabulary, hidden))
 
 
-def layer_weights(config: Mapping[str, object], sizes: Mapping[str, int]) -> Iterator[Weight]:
+def layer_weights(config: Mapping[str, object], sizes: Mapping[str, int], layer: int) -> Iterator[Weight]:
     """The tensors of one decoder layer, named inside the layer."""
+    glm = config["model_type"] == "glm4_moe"
     qwen2, qwen3_moe = (config["model_type"] == name for name in ("qwen2", "qwen3_moe"))
     qwen3 = qwen3_moe or config["model_type"] == "qwen3"
     seed_oss = config["model_type"] == "seed_oss"
@@ -278,7 +300,7 @@ def layer_weights(config: Mapping[str, object], sizes: Mapping[str, int]) -> Ite
     rows = {"q": heads * head_dim, "k": sizes.get("num_key_value_heads", heads) * head_dim}
     rows["v"] = rows["k"]
     attention_bias = qwen2 or bool(config.get("attention_bias", False))
-    out_bias = bool(config.get("attention_out_bias", False)) if seed_oss else attention_bias and not qwen2
+    out_bias = bool(config.get("attention_out_bias", False)) if seed_oss else attention_bias and not (qwen2 or glm)
     for part in "qkv":
         yield Weight(f"self_attn.{part}_proj.weight", (rows[part], hidden))
         if attention_bias:
@@ -286,10 +308,12 @@ def layer_weights(config: Mapping[str, object], sizes: Mapping[str, int]) -> Ite
     yield Weight("self_attn.o_proj.weight", (hidden, rows["q"]))
     if out_bias:
         yield Weight("self_attn.o_proj.bias", (hidden,))
-    if qwen3:
+    if qwen3 or config.get("use_qk_norm", False):
         yield Weight("self_attn.q_norm.weight", (head_dim,), is_norm=True)
         yield Weight("self_attn.k_norm.weight", (head_dim,), is_norm=True)
-    if qwen3_moe:
+    if glm and layer >= sizes["first_k_dense_replace"]:
+        yield from glm_experts(config, sizes, layer)
+    elif qwen3_moe:
         narrow = sizes["moe_intermediate_size"]
         names = {"gate_proj": (narrow, hidden), "up_proj": (narrow, hidden), "down_proj": (hidden, narrow)}
         yield from expert_weights("mlp", sizes["num_experts"], hidden, names)
@@ -303,6 +327,25 @@ def layer_weights(config: Mapping[str, object], sizes: Mapping[str, int]) -> Ite
                 yield Weight(f"mlp.{part}_proj.bias", shape[:1])
     yield Weight("input_layernorm.weight", (hidden,), is_norm=True)
     yield Weight("post_attention_layernorm.weight", (hidden,), is_norm=True)
+
+
+def glm_experts(config: Mapping[str, object], sizes: Mapping[str, int], layer: int) -> Iterator[Weight]:
+    """The feed-forward of a layer of GLM-4.5 with experts, and what only its last layer has, that predicts a token."""
+    hidden, narrow, vocabulary = sizes["hidden_size"], sizes["moe_intermediate_size"], sizes["vocab_size"]
+    wide = sizes["n_shared_experts"] * narrow
+    for name, shape in (("gate_proj", (wide, hidden)), ("up_proj", (wide, hidden)), ("down_proj", (hidden, wide))):
+        yield Weight(f"mlp.shared_experts.{name}.weight", shape)
+    names = {"gate_proj": (narrow, hidden), "up_proj": (narrow, hidden), "down_proj": (hidden, narrow)}
+    yield from expert_weights("mlp", sizes["n_routed_experts"], hidden, names)
+    yield Weight("mlp.gate.e_score_correction_bias", (sizes["n_routed_experts"],), dtype="F32")
+    if layer >= sizes["num_hidden_layers"]:
+        yield Weight("eh_proj.weight", (hidden, 2 * hidden))
+        yield Weight("enorm.weight", (hidden,), is_norm=True)
+        yield Weight("hnorm.weight", (hidden,), is_norm=True)
+        yield Weight("shared_head.norm.weight", (hidden,), is_norm=True)
+        if config.get("own_ends", True):
+            yield Weight("embed_tokens.weight", (vocabulary, hidden))
+            yield Weight("shared_head.head.weight", (vocabulary, hidden))
 
 
 def expert_weights(path: str, count: int, hidden: int, names: Mapping[str, tuple[int, int]]) -> Iterator[Weight]:
@@ -325,7 +368,10 @@ def write_weights(folder: Path, weights: list[Weight], dtype: str, shards: int, 
     weight_map = {weight.name: name for name, part in zip(names, parts, strict=True) for weight in part}
     total = sum(weight.count for weight in weights)
     index = {
-        "metadata": {"total_parameters": total, "total_size": total * ITEM_BYTES[dtype]},
+        "metadata": {
+            "total_parameters": total,
+            "total_size": sum(w.count * ITEM_BYTES[w.dtype or dtype] for w in weights),
+        },
         "weight_map": dict(sorted(weight_map.items())),
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -361,8 +407,12 @@ def shard_header(weights: list[Weight], dtype: str) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for weight in sorted(weights, key=lambda weight: weight.name):
-        end = offset + weight.count * ITEM_BYTES[dtype]
-        header[weight.name] = {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [offset, end]}
+        end = offset + weight.count * ITEM_BYTES[weight.dtype or dtype]
+        header[weight.name] = {
+            "dtype": weight.dtype or dtype,
+            "shape": list(weight.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -378,7 +428,7 @@ def write_values(file: BinaryIO, weight: Weight, dtype: str, seed: int) -> None:
     for first in range(0, rows, step):
         count = min(step, rows - first)
         values = draw(generator, first, count, columns, weight.is_norm)
-        file.write(encode(values, dtype).tobytes())
+        file.write(encode(values, weight.dtype or dtype).tobytes())
 
 
 def draw(generator: np.random.Generator, first: int, rows: int, columns: int, is_norm: bool) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 All that is known of a family is in its file (family.py has the records); FAMILIES below lists them.
 
 >>> sorted(ARCHITECTURES)[:2]
-['LlamaForCausalLM', 'MistralForCausalLM']
+['Glm4MoeForCausalLM', 'LlamaForCausalLM']
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from streamquant.convert.architectures.config_values import describe_type, shorten
 from streamquant.convert.architectures.description import ExtraTensor, ModelDescription, TensorRule
+from streamquant.convert.architectures.families.glm4_moe import GLM4_MOE
 from streamquant.convert.architectures.families.llama import LLAMA
 from streamquant.convert.architectures.families.mistral import MISTRAL
 from streamquant.convert.architectures.families.mixtral import MIXTRAL
@@ -21,6 +22,7 @@ from streamquant.convert.architectures.families.seed_oss import SEED_OSS
 from streamquant.convert.architectures.family import Family, TensorKind, VocabularyRules
 from streamquant.convert.architectures.from_config import describe_model
 from streamquant.convert.architectures.rope import ROPE_FREQS
+from streamquant.convert.architectures.text_config import text_config
 from streamquant.quant.errors import StreamquantError
 
 __all__ = [
@@ -33,10 +35,20 @@ __all__ = [
     "TensorRule",
     "VocabularyRules",
     "describe",
+    "family_of",
+    "text_config",
 ]
 
-FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, SEED_OSS)
+FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, SEED_OSS, GLM4_MOE)
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType({family.hf_architecture: family for family in FAMILIES})
+
+
+def family_of(config: Mapping[str, object]) -> Family | None:
+    """The family that config.json names; None where `describe` would refuse it."""
+    named = config.get("architectures")
+    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
+        return None
+    return ARCHITECTURES.get(named[0])
 
 
 def describe(config: Mapping[str, object]) -> ModelDescription:
@@ -45,7 +57,8 @@ def describe(config: Mapping[str, object]) -> ModelDescription:
     Raises StreamquantError naming the key where config.json is incomplete, contradicts itself, or asks for something
     that is not supported. The reference is llama.cpp's convert_hf_to_gguf.py (conversion/base.py, llama.py, qwen.py).
     """
-    return describe_model(ARCHITECTURES[architecture_of(config)], config)
+    family = ARCHITECTURES[architecture_of(config)]
+    return describe_model(family, text_config(family, config))
 
 
 def architecture_of(config: Mapping[str, object]) -> str:

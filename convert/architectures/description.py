@@ -117,7 +117,12 @@ class ModelDescription:
 
     def is_ignored(self, name: str) -> bool:
         """Whether the HF tensor is known and not wanted in a GGUF."""
-        return name.endswith(IGNORED_SUFFIXES)
+        return name.endswith(IGNORED_SUFFIXES) or self.is_left_out(name)
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether the HF tensor is of what a multimodal model has beside its text model."""
+        multimodal = self.family.multimodal
+        return multimodal is not None and name.startswith(multimodal.left_out)
 
     def match(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TensorRule, ...]:
         """The rules of the tensors that a checkpoint has, in the checkpoint's order, ignored tensors left out.

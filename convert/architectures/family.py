@@ -83,13 +83,15 @@ class VocabularyRules:
 
     sentencepiece: tokenizer.model wins over tokenizer.json. add_space_prefix: add_prefix_space of tokenizer_config.json
     is written. no_bos: sizes of vocabularies for which BOS exists but must not be added. fill_in_the_middle: size of a
-    vocabulary -> ids by kind (prefix, suffix, middle, eot), for tokenizers whose files do not name them.
+    vocabulary -> ids by kind (prefix, suffix, middle, eot), for tokenizers whose files do not name them. special: kind
+    (bos, eot, unk, eom) -> text of the added token that it is, where the files do not name one.
     """
 
     sentencepiece: bool = False
     add_space_prefix: bool = False
     no_bos: frozenset[int] = frozenset()
     fill_in_the_middle: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    special: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,19 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
+class Multimodal:
+    """The class around a text model that also sees or hears: the text model alone becomes a GGUF.
+
+    Its config.json has the text model's under text_config, its tensors have `language_model.` in their names. FP8
+    folders keep the names and, byte for byte, what is left out of GGUF files.
+    """
+
+    model_type: str
+    left_out: tuple[str, ...]
+    """What the names of tensors begin with that are no part of the text model."""
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A model family: Hugging Face's class, and where it differs from the others.
 
@@ -149,6 +164,7 @@ class Family:
     tells the kinds of layers, where they differ; sizes are the family's own, for its table and its keys. unquantized
     are the modules that compressed-tensors must leave alone beside the head and the embeddings, in its spelling.
     partial_rotary: the share of a head that is rotated, where config.json does not say; None: heads are rotated whole.
+    multimodal is set for a class around a text model, whose model_type and tables the others are.
     """
 
     hf_architecture: str
@@ -165,6 +181,7 @@ class Family:
     sizes: Mapping[Size, Terms] = field(default_factory=dict)
     unquantized: tuple[str, ...] = ()
     partial_rotary: float | None = None
+    multimodal: Multimodal | None = None
 
     @property
     def gguf_arch(self) -> str:

@@ -7,7 +7,7 @@ limited to the layers that have a tag.
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from streamquant.convert.architectures.config_values import ConfigValues, describe_type, shorten
@@ -106,6 +106,24 @@ class MtpLayers:
     """What these layers are beside MTP."""
     unquantized: tuple[str, ...] = ()
     """Modules of theirs that compressed-tensors must leave alone, in its spelling."""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """Where checkpoints keep them as `mtp.MODULE` beside the other layers, and not as layers behind the last one:
+    the module -> its name in the layer. Layers of theirs are `mtp.layers.0` and so on."""
+
+    def layer_name(self, name: str, layers: int) -> str:
+        """The name of a tensor as one of a layer behind the last of `layers`; others come back as they are.
+
+        >>> mtp = MtpLayers("mtp_num_hidden_layers", frozenset(), modules={"fc": "eh_proj"})
+        >>> mtp.layer_name("mtp.layers.0.mlp.up_proj.weight", 40), mtp.layer_name("mtp.fc.weight", 40)
+        ('model.layers.40.mlp.up_proj.weight', 'model.layers.40.eh_proj.weight')
+        """
+        parts = name.split(".", 3)
+        if parts[0] != "mtp" or not self.modules:
+            return name
+        if len(parts) == 4 and parts[1] == "layers" and parts[2].isdecimal() and len(parts[2]) < 7:
+            return f"model.layers.{layers + int(parts[2])}.{parts[3]}"
+        module, _, local = name.removeprefix("mtp.").rpartition(".")
+        return f"model.layers.{layers}.{self.modules[module]}.{local}" if module in self.modules else name
 
     def count(self, config: ConfigValues, most: int) -> int:
         """Layers of this kind by config.json, at most `most`."""

@@ -11,7 +11,8 @@ training tools.
 import re
 from collections.abc import Iterable
 
-_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "language_model.")
+_TOOLS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_PARENT = "language_model."
 _IN_FRONT = re.compile(r"(?:module\.|base_model\.model\.)+")
 _BODY = re.compile(r"(?:embed_tokens|layers|norm)\.")
 _TWICE = re.compile(r"model\.(?=(?:model|lm_head)\.)")
@@ -29,17 +30,31 @@ def model_name(stored: str) -> str:
     >>> model_name("embed_tokens.weight"), model_name("base_model.model.lm_head.weight")
     ('model.embed_tokens.weight', 'lm_head.weight')
     """
-    name = stored
-    for wrapper in _ANYWHERE:
-        name = re.sub(rf"(?<![^.]){re.escape(wrapper)}", "", name)
-    name = _IN_FRONT.sub("", name) if _IN_FRONT.match(name) else name
+    name = _without(published_name(stored), _PARENT)
     name = _TWICE.sub("", name) if _TWICE.match(name) else name
     return f"model.{name}" if _BODY.match(name) else name
 
 
-def renaming_note(stored: Iterable[str]) -> str | None:
+def published_name(stored: str) -> str:
+    """The name without what training tools leave in it: that of a published checkpoint, a multimodal one too.
+
+    >>> published_name("module.model.language_model.norm._orig_mod.weight")
+    'model.language_model.norm.weight'
+    """
+    name = stored
+    for tool in _TOOLS:
+        name = _without(name, tool)
+    return _IN_FRONT.sub("", name) if _IN_FRONT.match(name) else name
+
+
+def _without(name: str, wrapper: str) -> str:
+    return re.sub(rf"(?<![^.]){re.escape(wrapper)}", "", name)
+
+
+def renaming_note(stored: Iterable[str], *, is_multimodal: bool = False) -> str | None:
     """What a user should know where a checkpoint's names are not those of its class; None where they are."""
+    wanted = published_name if is_multimodal else model_name
     for name in stored:
-        if (known := model_name(name)) != name:
+        if (known := wanted(name)) != name:
             return f"the checkpoint calls its tensors otherwise: {name!r} is {known!r} here and in every variant"
     return None

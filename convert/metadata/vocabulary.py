@@ -99,7 +99,7 @@ def read_vocabulary(
     if pieces is not None or _is_byte_fallback(files):
         notes += _write_spm(writer, files, pieces, vocab_size, pre)
     else:
-        notes += _write_bpe(writer, files, vocab_size, pre)
+        notes += _write_bpe(writer, files, vocab_size, pre, rules)
     if vocab_size in rules.fill_in_the_middle:
         write_fill_in_the_middle(writer, files, rules.fill_in_the_middle[vocab_size])
     if vocab_size in rules.no_bos:
@@ -183,7 +183,9 @@ def _write_space_prefix(writer: Any, files: TokenizerFiles, *, forced: bool) -> 
     return notes
 
 
-def _write_bpe(writer: Any, files: TokenizerFiles, vocab_size: int, pre: str | None) -> Iterable[str]:
+def _write_bpe(
+    writer: Any, files: TokenizerFiles, vocab_size: int, pre: str | None, rules: VocabularyRules
+) -> Iterable[str]:
     assert files.tokenizer is not None
     assert files.backend is not None
     bos = content_of(files.config.get("bos_token"))
@@ -198,7 +200,7 @@ def _write_bpe(writer: Any, files: TokenizerFiles, vocab_size: int, pre: str | N
     _write_tokens(writer, "gpt2", name, tokens, types)
     padding = types.count(int(gguf.TokenType.UNUSED))
     padded = (f"{padding} ids have no token: [PADn], unused",) if padding else ()
-    return [*notes, *padded, *write_special(writer, files, merges=True)]
+    return [*notes, *padded, *write_special(writer, files, merges=True, named=rules.special)]
 
 
 def _bpe_tokens(files: TokenizerFiles, vocab_size: int) -> tuple[list[str], list[int]]:

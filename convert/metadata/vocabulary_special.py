@@ -53,16 +53,21 @@ def _special(files: TokenizerFiles, *, merges: bool, types: Iterable[str] | None
         ) from fault
 
 
-def write_special(writer: Any, files: TokenizerFiles, *, merges: bool) -> Iterable[str]:
+def write_special(
+    writer: Any, files: TokenizerFiles, *, merges: bool, named: Mapping[str, str] | None = None
+) -> Iterable[str]:
     """Write special token ids, add_*_token flags, chat templates and (`merges`) the merge rules; return notes.
 
-    Raises StreamquantError if a template is malformed or there are no merges.
+    `named` are the texts of tokens by kind that the family has where the files name none (VocabularyRules.special).
+    Raises StreamquantError if a template is malformed, there are no merges, or no token has such a text.
     """
     template, notes = read_templates(files)
     with _gguf_warnings() as warned:
         special = _special(files, merges=merges)
         fixed = _follow_template(special, files)
         notes = (*notes, *_follow_map(special, files))
+        for kind, number in _ids_of(named or {}, files).items():
+            special.special_token_ids.setdefault(kind, number)
         special.chat_template = template
         if merges and not special.merges:
             raise StreamquantError("tokenizer.json has no merges", where=str(files.folder / "tokenizer.json"))
@@ -71,6 +76,20 @@ def write_special(writer: Any, files: TokenizerFiles, *, merges: bool) -> Iterab
     if names is not None:
         names.value.sort()
     return [*(text for text in warned if not (fixed and "Unknown leading special token" in text)), *notes]
+
+
+def _ids_of(named: Mapping[str, str], files: TokenizerFiles) -> dict[str, int]:
+    added = (files.tokenizer or {}).get("added_tokens", [])
+    ids = {token["content"]: token["id"] for token in added}
+    if missing := [text for text in named.values() if text not in ids]:
+        raise StreamquantError(
+            "a special token of the family is missing",
+            where=f"{files.folder / 'tokenizer.json'}, added_tokens",
+            found=f"no {missing[0]!r}",
+            required=", ".join(repr(text) for text in dict.fromkeys(named.values())),
+            hint="is the tokenizer that of the model?",
+        )
+    return {kind: ids[text] for kind, text in named.items()}
 
 
 def _follow_template(special: Any, files: TokenizerFiles) -> bool:

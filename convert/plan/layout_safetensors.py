@@ -38,7 +38,8 @@ class SafetensorsLayout(Layout):
         shards: dict[str, list[Entry]] = {file.name: [] for file in checkpoint.files}
         for tensor in checkpoint.tensors.values():
             kept = Choice(copy_of(tensor.dtype).name, "not a weight of the model: kept as in the source")
-            entry = Entry(tensor.name, (tensor,), choices.get(tensor.name, kept), tensor.shape)
+            name = tensor.published or tensor.name
+            entry = Entry(name, (tensor,), choices.get(tensor.name, kept), tensor.shape)
             shards[tensor.file].append(entry)
         if max_shard_size is None:
             return list(shards.items())

@@ -51,6 +51,12 @@ def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: Conver
     ]
     notes = [*checkpoint.notes, *model.notes, *biases, *draft.notes, *_overrides_notes(mixed, options.overrides, model)]
     notes += draft.importance.notes(is_asked=bool(mixed))
+    left_out = [name for name in checkpoint.tensors if model.is_left_out(name)]
+    if left_out:
+        notes.append(
+            f"{len(left_out)} tensors are of what the model has beside its text model ({left_out[0]!r} and so on):"
+            " GGUF files leave them out, FP8 folders keep them as they are"
+        )
     if checkpoint.ignored_files:
         notes.append(f"not part of the checkpoint, left alone: {', '.join(checkpoint.ignored_files)}")
     matrices = tuple(_matrices(checkpoint, variants))

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from streamquant.convert.architectures.names import model_name, renaming_note
+from streamquant.convert.architectures import family_of, text_config
+from streamquant.convert.architectures.names import model_name, published_name, renaming_note
 from streamquant.convert.source.config_as_stored import config_of_weights
 from streamquant.convert.source.model_folder import name_of
 from streamquant.convert.source.passed_over import passed_over_note
@@ -195,9 +196,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         entries, _, header = read_header(folder / shard)
         files.append(SourceFile(shard, before.st_size, before.st_mtime_ns, hashlib.sha256(header).hexdigest()))
         stored[shard] = entries.values()
-    tensors = collect_tensors(stored, weights.weight_map, str(folder))
+    tensors = collect_tensors(stored, weights.weight_map, str(folder), config)
     side, ignored = _other_files(folder, {*weights.shards, INDEX, CONFIG})
-    notes = [*reading_notes(place, weights, stored)]
+    notes = [*reading_notes(place, weights, stored, config)]
     if weights.passed_over:
         notes.append(passed_over_note(place, folder, stored[SINGLE_FILE]))
     return Checkpoint(folder, config, tuple(files), tensors, side, ignored, given_name=name, notes=tuple(notes))
@@ -207,8 +208,11 @@ def collect_tensors(
     stored: Mapping[str, Collection[SafetensorsTensor]],
     weight_map: Mapping[str, str] | None,
     where: str,
+    config: Mapping[str, Any],
 ) -> dict[str, SourceTensor]:
     """Shard -> its tensors, in their order, to the tensors of a checkpoint by name, compared with the index.
+
+    config.json, which may be of any kind, tells the class, and so how its tensors may be called.
 
     Raises StreamquantError for a tensor that occurs twice or is empty, for none at all, and for an index that says
     something else.
@@ -222,13 +226,19 @@ def collect_tensors(
     if not tensors:
         raise StreamquantError("checkpoint without tensors", where=where)
     refuse_adapters(tensors, where)
-    return _by_model_name(tensors, where)
+    return _by_model_name(tensors, where, config)
 
 
-def reading_notes(place: Place, weights: Weights, stored: Mapping[str, Collection[SafetensorsTensor]]) -> Iterator[str]:
+def reading_notes(
+    place: Place, weights: Weights, stored: Mapping[str, Collection[SafetensorsTensor]], config: Mapping[str, Any]
+) -> Iterator[str]:
     """What a user should know about the files and names of the weights."""
     yield from weights.notes
-    note = renaming_note(tensor.name for entries in stored.values() for tensor in entries)
+    family = family_of(config)
+    is_multimodal = family is not None and family.multimodal is not None
+    note = renaming_note(
+        (tensor.name for entries in stored.values() for tensor in entries), is_multimodal=is_multimodal
+    )
     if note is not None:
         yield note
     if ADAPTER in place.names:
@@ -238,11 +248,18 @@ def reading_notes(place: Place, weights: Weights, stored: Mapping[str, Collectio
         )
 
 
-def _by_model_name(tensors: Mapping[str, SourceTensor], where: str) -> dict[str, SourceTensor]:
+def _by_model_name(
+    tensors: Mapping[str, SourceTensor], where: str, config: Mapping[str, Any]
+) -> dict[str, SourceTensor]:
     """The tensors under the names of their class. Raises StreamquantError where two would have one."""
+    family = family_of(config)
+    mtp = family.mtp if family is not None else None
+    layers = text_config(family, config).get("num_hidden_layers") if family is not None and mtp is not None else None
     renamed: dict[str, SourceTensor] = {}
     for stored, tensor in tensors.items():
-        name = model_name(stored)
+        name = known = model_name(stored)
+        if mtp is not None and type(layers) is int:
+            name = mtp.layer_name(known, layers)
         if name in renamed:
             raise StreamquantError(
                 "two tensors are the same tensor of the model",
@@ -250,7 +267,11 @@ def _by_model_name(tensors: Mapping[str, SourceTensor], where: str) -> dict[str,
                 found=f"{name!r} is in {renamed[name].file} too",
                 hint="keep one of them: the names differ by what a wrapper added",
             )
-        renamed[name] = tensor if name == stored else replace(tensor, name=name)
+        published = published_name(stored) if family is not None and family.multimodal is not None else known
+        if (name, published) == (stored, stored):
+            renamed[name] = tensor
+        else:
+            renamed[name] = replace(tensor, name=name, published=None if published == name else published)
     return renamed
 
 

@@ -6,8 +6,9 @@ What is changed here is changed in the config.json of FP8 folders too, and every
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from streamquant.convert.architectures import ARCHITECTURES
+from streamquant.convert.architectures import family_of, text_config
 from streamquant.convert.architectures.layers import stored_mtp_layers
+from streamquant.convert.architectures.text_config import with_value
 
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -48,8 +49,11 @@ def config_of_weights(config: Mapping[str, Any], tensors: Collection[str]) -> tu
                     f"config.json has a {key} ({method!r:.60}) although no tensor is quantized: it is another model's"
                     " and is left out"
                 )
-    if HEAD not in tensors and EMBEDDINGS in tensors and changed.get("tie_word_embeddings", False) is False:
+    family = family_of(config)
+    tied = (config if family is None else text_config(family, config)).get("tie_word_embeddings", False)
+    if HEAD not in tensors and EMBEDDINGS in tensors and tied is False:
         changed["tie_word_embeddings"] = True
+        changed = changed if family is None else with_value(family, changed, "tie_word_embeddings", True)
         notes.append(
             f"WARNING: there is no {HEAD} although tie_word_embeddings is false: the embeddings are the head, as"
             " llama.cpp takes them; the config.json of FP8 folders says so"
@@ -63,17 +67,21 @@ def config_of_mtp_layers(config: Mapping[str, Any], tensors: Collection[str]) ->
 
     Tools lose these layers, and config.json keeps their number: llama.cpp would miss a block (its issue 24737).
     """
-    named = config.get("architectures")
-    family = ARCHITECTURES.get(named[0]) if isinstance(named, list) and len(named) == 1 else None
-    layers = config.get("num_hidden_layers")
-    if family is None or family.mtp is None or type(layers) is not int:
-        return dict(config), ()  # what is wrong with config.json is told where it is read
+    family = family_of(config)
+    if family is None or family.mtp is None:
+        return dict(config), ()
+    own = text_config(family, config)
+    layers = own.get("num_hidden_layers")
+    if type(layers) is not int:
+        return dict(config), ()  # told where it is read
     key = family.mtp.key
-    said, found = config.get(key, family.defaults.get(key)), stored_mtp_layers(tensors, layers)
+    said, found = own.get(key, family.defaults.get(key)), stored_mtp_layers(tensors, layers)
     if (said or 0) == found:
         return dict(config), ()
     says = "says nothing of" if said is None else f"says {said!r:.20} of"
     kept = (
         f"{found} are converted, which the checkpoint has" if found else "the checkpoint has none, nor has any variant"
     )
-    return {**config, key: found}, (f"config.json {says} layers for multi-token prediction ({key}); {kept}",)
+    return with_value(family, config, key, found), (
+        f"config.json {says} layers for multi-token prediction ({key}); {kept}",
+    )

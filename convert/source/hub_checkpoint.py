@@ -87,8 +87,8 @@ def open_hub_checkpoint(repo: HubRepo) -> HubCheckpoint:
         file = repo.file(name)
         stored[name] = list(parse_header(data, file.size, f"{repo}/{name}")[0].values())
         files.append(SourceFile(name, file.size, 0, hashlib.sha256(data).hexdigest(), file.etag))
-    tensors = collect_tensors(stored, weights.weight_map, str(repo))
-    notes = [*reading_notes(place, weights, stored)]
+    tensors = collect_tensors(stored, weights.weight_map, str(repo), config)
+    notes = [*reading_notes(place, weights, stored, config)]
     if weights.passed_over:
         notes.append(f"{BOTH}; what the index names was not looked at")
     checkpoint = as_source(

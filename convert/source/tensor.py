@@ -30,7 +30,7 @@ class SourceTensor:
     """A tensor of the checkpoint: bytes [start, stop) of `file`, little endian, row-major."""
 
     name: str
-    """In the state dict of its class: the file may call it otherwise (convert/architectures/names.py)."""
+    """In the state dict of XForCausalLM: the file may call it otherwise (convert/architectures/names.py)."""
     dtype: str
     """Of the weights: as stored, or for codes that which they have where they are stored as plain floats."""
     shape: tuple[int, ...]
@@ -39,6 +39,8 @@ class SourceTensor:
     stop: int
     codes: Codes | None = None
     """None: plain floats."""
+    published: str | None = None
+    """What FP8 folders call it, where that is not `name`: they keep the names of a multimodal model."""
 
     @property
     def format(self) -> SourceFormat:

@@ -149,13 +149,21 @@ class CompressedVariant(FolderVariant):
         matched = match_targets(module, instance, targets)
         return targets[matched[0]] if matched else None
 
+    def _published(self, module: str) -> str:
+        """What the files call a module."""
+        for local in ("weight", "weight_packed"):
+            tensor = self.checkpoint.tensors.get(f"{module}.{local}")
+            if tensor is not None and tensor.published is not None:
+                return tensor.published.removesuffix(f".{local}")
+        return module
+
     def _add(self, rule: TensorRule) -> None:
         """Match a rule with what the files hold."""
         name = rule.hf_name
         module, _, _ = name.rpartition(".")
-        others = (TensorKind.HEAD, TensorKind.EMBEDDING, TensorKind.ROUTER)
+        others = (TensorKind.HEAD, TensorKind.EMBEDDING, TensorKind.ROUTER, TensorKind.MTP)
         quantizable = rule.kind.is_linear or rule.kind in others
-        scheme = self._scheme(module, rule.kind) if quantizable else None
+        scheme = self._scheme(self._published(module), rule.kind) if quantizable else None
         if scheme is not None and scheme.weights is not None and self._add_quantized(rule, module, scheme):
             return
         tensor = self.checkpoint.tensors.get(name)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from streamquant.convert.architectures import describe
+from streamquant.convert.architectures import describe, family_of, text_config
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.tensor import SourceTensor
 from streamquant.files.reading import read_bytes
@@ -32,7 +32,9 @@ class FolderVariant(Variant):
         self.checkpoint = checkpoint
         self.path = checkpoint.folder
         self.files = tuple(checkpoint.folder / file.name for file in checkpoint.files)
-        self.config = {key: value for key, value in checkpoint.config.items() if key not in QUANTIZATION_KEYS}
+        config = {key: value for key, value in checkpoint.config.items() if key not in QUANTIZATION_KEYS}
+        family = family_of(config)
+        self.config = config if family is None else text_config(family, config)
         self.description = describe(self.config)
         self.problems = []
         self._tied: bool | None = None

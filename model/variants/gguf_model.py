@@ -19,6 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures import ARCHITECTURES, ROPE_FREQS, Family, describe
+from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, Field
 from streamquant.convert.recipes.mix import MAIN_TYPES
 from streamquant.files.gguf_file import GgufTensor
 from streamquant.model.problem import Problem
@@ -35,6 +36,7 @@ class GgufRope:
     """Rope as llama.cpp computes it: theta, factor and context of the file; scaling is "none", "linear" or "yarn"."""
 
     head_dim: int
+    """The part of a head that is rotated."""
     theta: float
     scaling: str
     factor: float
@@ -84,12 +86,12 @@ class Keys:
         found = self.metadata.get(key, "no such key")
         return StreamquantError(what, where=f"{self.path}, key {key!r}", found=str(found)[:100], required=required)
 
-    def count(self, name: str, default: int | None = None) -> int:
-        """A positive integer; without it the default, or an error."""
+    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """An integer of at least `least`; without it the default, or an error."""
         value = self.metadata.get(f"{self.arch}.{name}", default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]  # one value for each layer
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
             raise self.refuse(name, "a hyperparameter that is missing or cannot be", "a positive integer")
         return value
 
@@ -115,7 +117,7 @@ def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Gg
     for what is not a dense decoder.
     """
     arch = metadata.get("general.architecture")
-    known = [family for family in ARCHITECTURES.values() if family.gguf_arch == arch]
+    known = [family for family in ARCHITECTURES.values() if family.gguf_arch == arch and family.multimodal is None]
     if not known:
         raise StreamquantError(
             "unknown architecture",
@@ -151,10 +153,16 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
     head_dim = keys.count("attention.key_length", hidden // heads or 1)
     if keys.count("attention.value_length", head_dim) != head_dim:
         raise keys.refuse("attention.value_length", "values of another width than keys", str(head_dim))
-    if keys.count("rope.dimension_count", head_dim) != head_dim:
-        raise keys.refuse("rope.dimension_count", "heads that are rotated in part", str(head_dim))
     fitting = (family for family in families if hidden % heads == 0 or not family.hidden_divides_by_heads)
     family = next(fitting, families[0])
+    rotary = keys.count("rope.dimension_count", head_dim)
+    if rotary != head_dim and (family.partial_rotary is None or rotary > head_dim):
+        raise keys.refuse("rope.dimension_count", "heads that are rotated in part", str(head_dim))
+    partial = {"partial_rotary_factor": rotary / head_dim} if family.partial_rotary is not None else {}
+    mtp_layers = 0 if family.mtp is None else keys.count("nextn_predict_layers", 0, least=0)
+    layers = keys.count("block_count") - mtp_layers
+    if layers < 1:
+        raise keys.refuse("nextn_predict_layers", "a hyperparameter that is missing or cannot be", "fewer than blocks")
     no_window = {"sliding_window": None, "use_sliding_window": False}
     return {
         "architectures": [family.hf_architecture],
@@ -162,17 +170,19 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": keys.count("feed_forward_length"),
-        "num_hidden_layers": keys.count("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "vocab_size": embeddings.shape[0],
         "max_position_embeddings": keys.count("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)},
+        "rope_parameters": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0), **partial},
         "tie_word_embeddings": "output.weight" not in tensors,
         **{key: value for key, value in no_window.items() if key in family.defaults},
+        **({} if family.mtp is None else {family.mtp.key: mtp_layers}),
         **read_experts(family, keys),
+        **read_fields(family, keys),
         **read_switches(family, tensors),
     }
 
@@ -188,6 +198,18 @@ def read_experts(family: Family, keys: Keys) -> dict[str, Any]:
         family.experts.intermediate: own_size,
         **family.llama_cpp.assumed,
     }
+
+
+def read_fields(family: Family, keys: Keys) -> dict[str, Any]:
+    """The keys of config.json that the family's file writes into the GGUF as they are."""
+    found: dict[str, Any] = {}
+    for row in (*EXPERT_GROUPS, *family.llama_cpp.keys):
+        value = keys.metadata.get(row.name.format(arch=keys.arch))
+        if not isinstance(row.value, Field) or value is None:
+            continue
+        of_number = {number: text for text, number in (row.value.values or {}).items()}
+        found[row.value.key] = of_number.get(value, value) if type(value) is int else value
+    return found
 
 
 def read_switches(family: Family, tensors: Iterable[str]) -> dict[str, bool]:
@@ -223,7 +245,7 @@ def read_rope(keys: Keys, config: Mapping[str, Any], problems: list[Problem]) ->
                 )
             )
     return GgufRope(
-        config["head_dim"],
+        int(config["head_dim"] * config["rope_parameters"].get("partial_rotary_factor", 1)),
         config["rope_parameters"]["rope_theta"],
         scaling,
         factor,

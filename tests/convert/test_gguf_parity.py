@@ -28,7 +28,7 @@ from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import gguf_peer, synthetic
-from tests.conftest import Shelf, write_small_tokenizer
+from tests.conftest import GLM_TOKENS, Shelf, write_small_tokenizer
 from tests.gguf_peer import Job, OutType, read_gguf
 from tests.oracle import ggml_encode
 from tests.tokenizer_folders import edit
@@ -44,7 +44,7 @@ DEVIATIONS = {
 OUTTYPES: tuple[OutType, ...] = ("f32", "f16", "bf16", "q8_0")
 LEGACY = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")
 LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS = synthetic.ARCHITECTURES
-QWEN3_MOE, MIXTRAL = synthetic.MIXTURES
+QWEN3_MOE, MIXTRAL, GLM = synthetic.MIXTURES[:3]
 Setting = dict[str, Any]
 SEVEN_EXPERTS: Setting = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 256, "head_dim": ...}
 METADATA = {"general.author": "Somebody", "general.version": "v7", "general.tags": ["a", "b"]}
@@ -63,10 +63,18 @@ DEFAULT: dict[str, Setting] = {
     "qwen3-moe": {"architecture": QWEN3_MOE, "tokenizer": "hermes4-14b", "shards": 3},
     "qwen3-moe-tied": {"architecture": QWEN3_MOE, "tokenizer": "qwen2", "size": "small", "tied": True, **SEVEN_EXPERTS},
     "mixtral": {"architecture": MIXTRAL, "tokenizer": "llama-bpe", "shards": 2, "num_local_experts": 8},
+    "glm": {"architecture": GLM, "tokenizer": "glm4", "shards": 3, "num_hidden_layers": 3},
+    "glm-plain": {
+        **{"architecture": GLM, "tokenizer": "glm4", "size": "small", "tied": True, "num_hidden_layers": 4},
+        **{"first_k_dense_replace": 3, "n_routed_experts": 7, "n_shared_experts": 2, "num_nextn_predict_layers": 0},
+        **{"attention_bias": False, "use_qk_norm": False, "moe_intermediate_size": 256, "head_dim": ...},
+    },
     "llama-biases-yarn": {"tokenizer": "llama-bpe", "rope": "yarn", "attention_bias": True, "mlp_bias": True},
 }
-NEWEST = frozenset({"mixtral"})
+NEWEST = frozenset({"mixtral", "glm", "glm-plain"})
 """Cases whose family the PyPI converter does not know: the newest makes the reference."""
+NO_MTP = frozenset({"glm-plain"})
+"""Cases that lost the layers of which config.json speaks: the reference is told so."""
 ALL_OUTTYPES = ("stories260K", "mistral")
 # transformers' class for Qwen2 adds <|endoftext|> to a small tokenizer that has none, so it gets the real one.
 LONG_TOKENIZERS = {SEED_OSS: "seed-coder", "Qwen2ForCausalLM": "hermes4-14b", QWEN3: "qwen2"}
@@ -140,10 +148,13 @@ class Pairs:
             tokenizer = gguf_peer.tokenizer_folder(settings.pop("tokenizer"))
         else:
             del settings["tokenizer"]
-            tokenizer = write_small_tokenizer(folder.parent / "tokenizer")
+            special = GLM_TOKENS if pre_of(case) == "glm4" else ()
+            tokenizer = write_small_tokenizer(folder.parent / "tokenizer", special=special)
             # Else llama.cpp adds BOS and Hugging Face does not, where the converter's file differs from ours.
             edit(tokenizer / "tokenizer_config.json", lambda config: config.update(add_bos_token=True))
         synthetic.write_checkpoint(folder, tokenizer=tokenizer, **settings)
+        if case in NO_MTP:
+            edit(folder / "config.json", lambda config: config.update(num_nextn_predict_layers=1))
 
     def fixture(self, name: str) -> Path:
         folder = self.request.getfixturevalue(name)
@@ -182,7 +193,8 @@ class Pairs:
 
     def job(self, folder: Path, case: str, outtype: OutType, name: str | None = None) -> Job:
         outfile, newest = str(folder / f"{name or case}-{outtype}.gguf"), case in NEWEST
-        return Job(str(self.source(case)), outtype, outfile, pre=pre_of(case), newest=newest)
+        more = ("--no-mtp",) if case in NO_MTP else ()
+        return Job(str(self.source(case)), outtype, outfile, pre=pre_of(case), newest=newest, more=more)
 
     def has(self, case: str) -> bool:
         try:

@@ -29,7 +29,7 @@ from tests.goldens.models import Entry, write_imatrix
 from tests.shapes import MIXTURES, write_shape
 from tests.synthetic import Weight
 
-QWEN3_MOE, _ = synthetic.MIXTURES
+QWEN3_MOE, _, GLM = synthetic.MIXTURES[:3]
 OPTIONS = ConversionOptions(pre=TINY_PRE)
 
 

@@ -24,7 +24,7 @@ from tests.gguf_peer import Job, read_gguf, requires_converter
 from tests.oracle import ggml_encode
 
 LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS = synthetic.ARCHITECTURES
-QWEN3_MOE, MIXTRAL = synthetic.MIXTURES
+QWEN3_MOE, MIXTRAL = synthetic.MIXTURES[:2]
 OPTIONS = ConversionOptions(pre=TINY_PRE)
 BF16_SCALES = sources.Scheme(scale_dtype=torch.bfloat16)
 TENSOR = sources.Scheme(block=(None, None))

@@ -55,9 +55,13 @@ def some_tokens(vocabulary: int, chunks: int = 3, context: int = 48) -> Any:
 
 
 def resident(folder: Path, tokens: Any, dtype: str, **options: Any) -> torch.Tensor:
-    """float32[chunks, context, vocabulary] of transformers, all layers in memory, the head in float32."""
+    """float32[chunks, context, vocabulary] of transformers, all layers in memory, the head in float32.
+
+    Experts run one by one, as its modeling file has it: its default, a grouped product, rounds otherwise.
+    """
     from transformers import AutoModelForCausalLM
 
+    options = {"experts_implementation": "eager", **options}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options).eval()
     with torch.inference_mode():
         if dtype == "float32":
