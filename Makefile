@@ -24,6 +24,7 @@ VLLM_READY := $(VLLM)/.ready
 PIP_VLLM := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
 
 TORCH ?= torch==2.13.0
+SECONDS ?= 60
 OUT ?= variants
 TO ?= fp8-dynamic gguf:BF16,Q8_0,Q4_0
 TO_FLAGS = $(foreach variant,$(TO),--to $(variant))
@@ -41,7 +42,7 @@ need_text = $(if $(TEXT),,$(error TEXT= is missing: make $@ MODEL=path/to/checkp
 need_repo = $(if $(REPO),,$(error REPO= is missing: make $@ OUT=folder REPO=ORG/MODEL))
 need_model = $(if $(MODEL),,$(error MODEL= is missing: make $@ MODEL=path/to/checkpoint OUT=folder))
 
-.PHONY: help setup llama-cpp demo test test-newest test-vllm test-long check lint types fix plan convert fp8 gguf inspect verify validate imatrix report card upload release bench clean distclean
+.PHONY: help setup llama-cpp demo test test-newest test-vllm fuzz test-long check lint types fix plan convert fp8 gguf inspect verify validate imatrix report card upload release bench clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -104,6 +105,10 @@ test-newest: $(NEWEST_READY) $(SMOLLM2)/.ready ## the newest libraries, in an en
 test-vllm: $(VLLM_READY) $(SMOLLM2)/.ready ## FP8 folders in vLLM on a CPU, in an environment of its own
 	$(VLLM)/bin/python -m pytest tests/validate/test_vllm.py
 
+fuzz: $(READY) ## coverage-guided fuzzing of the parsers: SECONDS= for each, FUZZ= names of targets
+	$(PIP) --editable '.[dev,fuzz]'
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(FUZZ)
+
 test-long: setup test-newest ## the tests that take minutes, and those of the newest libraries
 	$(BIN)/$(PYTEST) -m long
 
@@ -160,7 +165,7 @@ bench: setup ## side by side with the peers, in one run; writes docs/benchmarks.
 	$(BIN)/python -m benchmarks.run
 
 clean: ## caches and demo output
-	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build *.egg-info
+	rm -rf demo .fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
 
 distclean: clean ## everything that set-up made

@@ -47,7 +47,8 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES, hint: str = FETCH) -> Any:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            data = b"" if size > max_bytes else file.read(max_bytes + 1)
+            # not the limit, of which Python would make a buffer
+            data = b"" if size > max_bytes else file.read(size + 1)
     except OSError as error:
         raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error
     if (size := max(size, len(data))) > max_bytes:

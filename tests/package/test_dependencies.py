@@ -12,7 +12,7 @@ from tests.package.conftest import ROOT
 
 DEVICE = "_gpu.py"
 """Ending of the files whose whole content needs an extra; they are imported where that is there."""
-TOOLS = frozenset({"dev", "test"})
+TOOLS = frozenset({"dev", "fuzz", "test"})
 """Extras of those who work on the package itself."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
