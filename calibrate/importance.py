@@ -18,6 +18,7 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures import TensorRule
+from streamquant.convert.architectures.tensor_view import resolve
 from streamquant.convert.recipes.imatrix import unreached_notes
 from streamquant.files.gguf_file import GgufKeys, pack_header, pad, read_header
 from streamquant.files.listener import SILENT, Listener
@@ -48,7 +49,7 @@ class InputSums:
     _last: "tuple[torch.Tensor, NDArray[np.float64]] | None" = None
 
     def observe(self, name: str, x: "torch.Tensor") -> None:
-        """Add an input [..., n]. q, k and v share one, and gate and up: it is squared once."""
+        """Add an input [..., n]. q, k and v share one, and gate and up: it is squared once. Columns are the GGUF's."""
         rule = self.rules.get(name)
         if rule is None:
             return
@@ -61,7 +62,8 @@ class InputSums:
         if weight not in self.sums:
             self.sums[weight] = np.zeros((matrices, x.shape[-1]))
             self.counts[weight] = np.zeros(matrices, np.int64)
-        self.sums[weight][number] += self._last[1]
+        columns = resolve(rule.view, rule.shape).columns if rule.view is not None else None
+        self.sums[weight][number] += self._last[1] if columns is None else self._last[1][columns]
         self.counts[weight][number] += x.shape[:-1].numel()
 
     def unreached(self) -> dict[str, list[int]]:

@@ -412,6 +412,8 @@ def rotary_tables(
         module.inv_freq, module.attention_scaling = own
         module.original_inv_freq = own[0]
     module = module.to(positions.device)
+    if hasattr(module, "mrope_section"):  # a position in text, in height and in width: in text they are one
+        positions = positions.expand(3, 1, -1)
     cos, sin = module(torch.empty(0, dtype=dtype, device=positions.device), positions)
     return cos, sin
 

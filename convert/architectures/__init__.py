@@ -17,9 +17,10 @@ from streamquant.convert.architectures.families.mistral import MISTRAL
 from streamquant.convert.architectures.families.mixtral import MIXTRAL
 from streamquant.convert.architectures.families.qwen2 import QWEN2
 from streamquant.convert.architectures.families.qwen3 import QWEN3
+from streamquant.convert.architectures.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_VL, QWEN3_5_VL
 from streamquant.convert.architectures.families.qwen3_moe import QWEN3_MOE
 from streamquant.convert.architectures.families.seed_oss import SEED_OSS
-from streamquant.convert.architectures.family import Family, TensorKind, VocabularyRules
+from streamquant.convert.architectures.family import Experts, Family, TensorKind, VocabularyRules
 from streamquant.convert.architectures.from_config import describe_model
 from streamquant.convert.architectures.rope import ROPE_FREQS
 from streamquant.convert.architectures.text_config import text_config
@@ -28,6 +29,7 @@ from streamquant.quant.errors import StreamquantError
 __all__ = [
     "ARCHITECTURES",
     "ROPE_FREQS",
+    "Experts",
     "ExtraTensor",
     "Family",
     "ModelDescription",
@@ -39,7 +41,10 @@ __all__ = [
     "text_config",
 ]
 
-FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, SEED_OSS, GLM4_MOE)
+FAMILIES = (
+    *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE, QWEN3_5_VL, QWEN3_5_MOE_VL),
+    *(SEED_OSS, GLM4_MOE),
+)
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType({family.hf_architecture: family for family in FAMILIES})
 
 

@@ -48,13 +48,20 @@ class TensorRule:
     def has_importance(self) -> bool:
         """Whether llama-imatrix has an entry for it: the matrices of the layers that inputs are multiplied with."""
         is_read = self.layer >= 0 and not self.is_mtp
-        return is_read and (self.kind.is_linear or self.kind is TensorKind.ROUTER)
+        return is_read and (self.kind.is_linear or self.kind in (TensorKind.ROUTER, TensorKind.STATE_INPUT))
 
     @property
     def gguf_shape(self) -> tuple[int, ...]:
         """The shape of the GGUF tensor in Hugging Face's order: of a stack, experts first."""
         shape = self.shape if self.view is None else self.view.stored_shape(self.shape)
         return shape if self.expert is None else (self.expert.count, *shape)
+
+    @property
+    def quantized_shape(self) -> tuple[int, ...]:
+        """gguf_shape as llama-quantize writes it: ggml does not count the first dimensions of 1 (ggml_n_dims)."""
+        shape = self.gguf_shape
+        first = next((at for at, size in enumerate(shape) if size != 1), len(shape) - 1)
+        return shape[first:]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

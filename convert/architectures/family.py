@@ -30,6 +30,12 @@ class TensorKind(enum.Enum):
     """What is added to the scores of a router before the best are chosen: numbers that stay as they are."""
     EXPERT = "expert"
     """A projection of one expert. GGUF stacks those of a layer in one tensor."""
+    CONVOLUTION = "convolution"
+    """The short one of a linear attention; never quantized."""
+    STATE = "state"
+    """Numbers for each head of a linear attention: its decay, the bias of its step."""
+    STATE_INPUT = "input of a state"
+    """The small matrices of a linear attention that make decay and step; runtimes want them unquantized."""
     MTP = "multi-token prediction"
     """A matrix that only a layer for multi-token prediction has; runtimes want it unquantized in safetensors."""
 
@@ -137,6 +143,8 @@ class Experts:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    is_fused: bool = False
+    """Whether checkpoints may store those of a layer in one tensor (convert/source/fused_experts.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +173,7 @@ class Family:
     are the modules that compressed-tensors must leave alone beside the head and the embeddings, in its spelling.
     partial_rotary: the share of a head that is rotated, where config.json does not say; None: heads are rotated whole.
     multimodal is set for a class around a text model, whose model_type and tables the others are.
+    norm_value: what the converter makes of norms, but for those whose row has a view of its own.
     """
 
     hf_architecture: str
@@ -182,6 +191,7 @@ class Family:
     unquantized: tuple[str, ...] = ()
     partial_rotary: float | None = None
     multimodal: Multimodal | None = None
+    norm_value: ValueMap | None = None
 
     @property
     def gguf_arch(self) -> str:

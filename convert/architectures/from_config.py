@@ -137,6 +137,8 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     notes = [*assumed_notes(config), *rope.notes]
     window = read_window(family, config)
     notes += [*window_notes(family, window, sizes), *unread_notes(family, config), *other_value_notes(family, config)]
+    metadata = common_metadata(family, config, sizes, rope)
+    sources = KeySources(family.gguf_arch, config, sizes.size, tags, metadata)
     if tied:
         notes.append("tie_word_embeddings: no output.weight unless the checkpoint has lm_head.weight")
     return ModelDescription(
@@ -149,8 +151,8 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
         sliding_window=window,
         tied_embeddings=tied,
         rules=MappingProxyType({rule.hf_name: rule for rule in make_rules(family, config, sizes, tags)}),
-        metadata=MappingProxyType(common_metadata(family, config, sizes, rope)),
-        added_metadata=MappingProxyType(added_metadata(family, config, sizes, tags)),
+        metadata=MappingProxyType(metadata),
+        added_metadata=MappingProxyType(key_values(family.llama_cpp.keys, sources)),
         extra_tensors=extra_tensors(rope, sizes),
         notes=tuple(notes),
     )
@@ -378,18 +380,23 @@ def make_rules(
                 required = not (tensor.optional or may_be_zero)
                 name = f"model.layers.{number}.{tensor.suffix}"
                 rule = make_rule(names, name, tensor.kind, shape, required=required)
-                view = rope_view(heads, len(shape)) if heads else read_view(tensor, sizes)
+                view = rope_view(heads, len(shape)) if heads else read_view(family, tensor, sizes)
                 yield with_view(replace(rule, layer=number, is_mtp=is_mtp), view)
-    yield make_rule(names, "model.norm.weight", TensorKind.NORM, (sizes.hidden,))
+    yield with_view(make_rule(names, "model.norm.weight", TensorKind.NORM, (sizes.hidden,)), norm_view(family))
     tied = config.boolean("tie_word_embeddings")
     yield make_rule(names, "lm_head.weight", TensorKind.HEAD, matrix, required=not tied)
 
 
-def read_view(tensor: LayerTensor, sizes: Dimensions) -> TensorView | None:
+def norm_view(family: Family) -> TensorView | None:
+    """What the converter makes of a norm."""
+    return None if family.norm_value is None else TensorView(value=family.norm_value)
+
+
+def read_view(family: Family, tensor: LayerTensor, sizes: Dimensions) -> TensorView | None:
     """The view of a row of a layer table, with the sizes of the model."""
     row = tensor.view
     if row is None:
-        return None
+        return norm_view(family) if tensor.kind is TensorKind.NORM else None
     known = tuple((name, size if isinstance(size, int) else sizes.size(size)) for name, size in row.sizes)
     return TensorView(row.pattern, known, row.value)
 
@@ -452,13 +459,6 @@ def common_metadata(
         **(key_values(EXPERT_GROUPS, KeySources(arch, config, sizes.size)) if experts else {}),
         **count_values(arch, dict.fromkeys(widths, sizes.head_dim)),
     }
-
-
-def added_metadata(
-    family: Family, config: ConfigValues, sizes: Dimensions, tags: Sequence[frozenset[str]]
-) -> dict[str, GGUFValue]:
-    """The {arch}.* keys that a family adds, or gives another value."""
-    return key_values(family.llama_cpp.keys, KeySources(family.gguf_arch, config, sizes.size, tags))
 
 
 def count_values(arch: str, counts: Mapping[str, int]) -> dict[str, GGUFValue]:

@@ -1,6 +1,6 @@
 """The {arch}.* keys of a GGUF that a family's file lists: rows of a name, a type and where the value comes from."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import gguf
@@ -27,6 +27,21 @@ class Constant:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """The product of two integers of config.json. Read backwards, the first one is known."""
+
+    first: str
+    second: str
+
+
+@dataclass(frozen=True, slots=True)
+class Otherwise:
+    """A list for a key that the common ones do not have, because config.json says nothing."""
+
+    value: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PerLayer:
     """A list with a value for each layer: that of the first tag that the layer has, or `otherwise`.
 
@@ -46,10 +61,10 @@ class GgufKey:
 
     name: str
     type: GGUFValueType
-    value: str | Field | Constant | PerLayer
+    value: str | Field | Constant | Product | Otherwise | PerLayer
 
 
-def u32(name: str, value: str | Field | Constant) -> GgufKey:
+def u32(name: str, value: str | Field | Constant | Product) -> GgufKey:
     """A count."""
     return GgufKey(name, GGUFValueType.UINT32, value)
 
@@ -84,6 +99,8 @@ class KeySources:
     """A size by its name."""
     layers: Sequence[frozenset[str]] = ()
     """The tags of each layer."""
+    known: Collection[str] = ()
+    """The keys that the GGUF has already."""
 
 
 def key_values(rows: Iterable[GgufKey], sources: KeySources) -> dict[str, GGUFValue]:
@@ -99,6 +116,11 @@ def key_values(rows: Iterable[GgufKey], sources: KeySources) -> dict[str, GGUFVa
                 found[name] = GGUFValue(values, GGUFValueType.ARRAY, row.type)
             case Constant(value=value):
                 found[name] = GGUFValue(value, row.type)
+            case Product(first=first, second=second):
+                found[name] = GGUFValue(config.integer(first) * config.integer(second), row.type)
+            case Otherwise(value=otherwise_list):
+                if name not in sources.known:
+                    found[name] = GGUFValue(list(otherwise_list), GGUFValueType.ARRAY, row.type)
             case Field() as field:
                 if config.has_value(field.key):
                     found[name] = GGUFValue(_read(config, field, row.type), row.type)

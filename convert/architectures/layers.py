@@ -106,6 +106,8 @@ class MtpLayers:
     """What these layers are beside MTP."""
     unquantized: tuple[str, ...] = ()
     """Modules of theirs that compressed-tensors must leave alone, in its spelling."""
+    is_plain: bool = False
+    """Whether runtimes want all of them unquantized in safetensors."""
     modules: Mapping[str, str] = field(default_factory=dict)
     """Where checkpoints keep them as `mtp.MODULE` beside the other layers, and not as layers behind the last one:
     the module -> its name in the layer. Layers of theirs are `mtp.layers.0` and so on."""

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 
 from streamquant.convert.architectures import ModelDescription, TensorRule
@@ -10,6 +10,7 @@ from streamquant.convert.metadata.embedding import CLASSIFIER
 from streamquant.convert.metadata.gguf_metadata import GgufMetadata, gguf_metadata
 from streamquant.convert.metadata.model_metadata import ParameterCounts
 from streamquant.convert.plan.classifier import Classifier, find_classifier
+from streamquant.convert.plan.importance import CONVERTERS_OWN
 from streamquant.convert.plan.layout import Draft, Entry, Layout, split, too_large
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
 from streamquant.convert.recipes.mix import Choice
@@ -64,7 +65,8 @@ class GgufLayout(Layout):
         choices = draft.choices(recipe, classifier)
         made_of_rows = choices.pop(CLASSIFIER, None)
         place = {name: number for number, name in enumerate(draft.checkpoint.tensors)}
-        for rules in stored_order(draft.model, choices):
+        fused = {name: tensor.fused for name, tensor in draft.checkpoint.tensors.items() if tensor.fused is not None}
+        for rules in stored_order(draft.model, choices, fused):
             first, choice = rules[0], choices[rules[0].hf_name]
             if (
                 classifier is not None
@@ -75,7 +77,8 @@ class GgufLayout(Layout):
                 made_of_rows = None
             sources = tuple(draft.checkpoint.tensors[rule.hf_name] for rule in rules)
             importance = draft.importance.entry(first, sources, choice.format)
-            yield Entry(first.gguf_name, sources, choice, first.gguf_shape, first.view, importance=importance)
+            shape = first.gguf_shape if recipe.base in CONVERTERS_OWN else first.quantized_shape
+            yield Entry(first.gguf_name, sources, choice, shape, first.view, importance=importance)
         if classifier is not None and made_of_rows is not None:
             yield self._classifier_entry(classifier, made_of_rows)
 
@@ -131,23 +134,28 @@ def count_parameters(entries: Iterable[Entry]) -> ParameterCounts:
     return ParameterCounts(total, shared, expert, experts)
 
 
-def stored_order(model: ModelDescription, names: Iterable[str]) -> Iterator[tuple[TensorRule, ...]]:
+def stored_order(
+    model: ModelDescription, names: Iterable[str], fused: Mapping[str, str] | None = None
+) -> Iterator[tuple[TensorRule, ...]]:
     """Source tensors in the order of the source -> the tensors of a GGUF in its order, each with its sources' rules.
 
     The experts of a layer stand where the last of them was read, stacked, in the order of the family's table
-    (modify_tensors of the converter's classes for mixtures of experts).
+    (modify_tensors of the converter's classes for mixtures of experts); those that the checkpoint stores in one tensor,
+    `fused`, where that was read.
     """
-    waiting: dict[int, list[TensorRule]] = {}
-    wanted = Counter(rule.layer for rule in model.rules.values() if rule.expert is not None)
+    listed, fused = list(names), fused or {}
+    together = {name: (model.rules[name].layer, fused.get(name)) for name in listed}
+    wanted = Counter(together[name] for name in listed if model.rules[name].expert is not None)
+    waiting: dict[tuple[int, str | None], list[TensorRule]] = {}
     order = {name: number for number, name in enumerate(model.rules)}
-    for name in names:
+    for name in listed:
         rule = model.rules[name]
         if rule.expert is None:
             yield (rule,)
             continue
-        found = waiting.setdefault(rule.layer, [])
+        found = waiting.setdefault(together[name], [])
         found.append(rule)
-        if len(found) == wanted[rule.layer]:
+        if len(found) == wanted[together[name]]:
             found.sort(key=lambda rule: order[rule.hf_name])
             for _, stacked in groupby(found, key=lambda rule: rule.gguf_name):
                 yield tuple(stacked)

@@ -99,6 +99,8 @@ def _gguf_fixed(tensor: SourceTensor, rule: TensorRule) -> Choice | None:
         return Choice("F32", "norms are F32")
     if rule.kind is TensorKind.ROUTER:
         return Choice("F32", "routers are F32")
+    if rule.kind is TensorKind.CONVOLUTION:
+        return Choice("F32", "convolutions are F32")
     if not rule.gguf_name.endswith(".weight"):
         return Choice("F32", "only weights are quantized")
     return None
@@ -152,10 +154,11 @@ def _mix_model(model: ModelDescription) -> MixModel:
 def _fp8_choice(formats: Mapping[str, Format]) -> Choose:
     """Linear layers to FP8; everything else as it is in the source."""
 
-    def choose(tensors: Tensors, _model: ModelDescription, _options: ChoiceOptions) -> dict[str, Choice]:
+    def choose(tensors: Tensors, model: ModelDescription, _options: ChoiceOptions) -> dict[str, Choice]:
+        mtp = model.family.mtp
         return {
             tensor.name: _linear_choice(tensor, formats)
-            if rule.kind.is_linear
+            if rule.kind.is_linear and not (rule.is_mtp and mtp is not None and mtp.is_plain)
             else Choice(copy_of(tensor.dtype).name, f"{rule.kind.value}: {_kept(tensor)}")
             for tensor, rule in tensors
         }

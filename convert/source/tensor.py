@@ -41,6 +41,8 @@ class SourceTensor:
     """None: plain floats."""
     published: str | None = None
     """What FP8 folders call it, where that is not `name`: they keep the names of a multimodal model."""
+    fused: str | None = None
+    """The tensor of all experts of a layer that it is a part of, as `name` would be."""
 
     @property
     def format(self) -> SourceFormat:

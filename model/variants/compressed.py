@@ -161,7 +161,7 @@ class CompressedVariant(FolderVariant):
         """Match a rule with what the files hold."""
         name = rule.hf_name
         module, _, _ = name.rpartition(".")
-        others = (TensorKind.HEAD, TensorKind.EMBEDDING, TensorKind.ROUTER, TensorKind.MTP)
+        others = (TensorKind.HEAD, TensorKind.EMBEDDING, TensorKind.ROUTER, TensorKind.STATE_INPUT, TensorKind.MTP)
         quantizable = rule.kind.is_linear or rule.kind in others
         scheme = self._scheme(self._published(module), rule.kind) if quantizable else None
         if scheme is not None and scheme.weights is not None and self._add_quantized(rule, module, scheme):

@@ -78,7 +78,7 @@ class GgufVariant(Variant):
                 raise missing_tensor(rule, self.path, rule.gguf_name)
             return
         file, tensor = self._stored[rule.gguf_name]
-        if tensor.shape != rule.gguf_shape:
+        if tensor.shape not in (rule.gguf_shape, rule.quantized_shape):
             raise wrong_shape(rule, file, rule.gguf_name, tensor.shape)
         if tensor.stored_as in NOT_DECODED:
             raise StreamquantError(
@@ -183,13 +183,26 @@ class GgufVariant(Variant):
         """See Variant.input_quantizer: what llama.cpp's CPU backend does (model/activations.py)."""
         tensor = self.tensors.get(f"{module}.weight")
         dot_type = None if tensor is None else stored_type(tensor.stored_as).dot_type
-        return None if dot_type is None else QUANTIZERS[dot_type]
+        if dot_type is None:
+            return None
+        columns, quantize = view_of(self.description.rules[f"{module}.weight"]).columns, QUANTIZERS[dot_type]
+        return quantize if columns is None else _in_order_of(columns, quantize)
 
     def activations(self) -> str | None:
         """See Variant.activations."""
         kinds = {stored_type(tensor.stored_as).dot_type for tensor in self.tensors.values() if len(tensor.shape) > 1}
         names = sorted(kind for kind in kinds if kind is not None)
         return f"{', '.join(names)}, as llama.cpp's CPU backend" if names else None
+
+
+def _in_order_of(
+    columns: NDArray[np.int64], quantize: "Callable[[torch.Tensor], torch.Tensor]"
+) -> "Callable[[torch.Tensor], torch.Tensor]":
+    """Quantize inputs in the order of the file's columns: those that share a scale are others there."""
+    import torch
+
+    order, back = torch.from_numpy(columns.copy()), torch.from_numpy(np.argsort(columns))
+    return lambda x: quantize(x[..., order.to(x.device)])[..., back.to(x.device)]
 
 
 def part_of(rule: TensorRule, tensor: GgufTensor) -> GgufTensor:

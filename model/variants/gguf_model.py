@@ -19,7 +19,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures import ARCHITECTURES, ROPE_FREQS, Family, describe
-from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, Field
+from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, Field, PerLayer, Product
+from streamquant.convert.architectures.layers import ListedTypes
 from streamquant.convert.recipes.mix import MAIN_TYPES
 from streamquant.files.gguf_file import GgufTensor
 from streamquant.model.problem import Problem
@@ -169,7 +170,7 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
         "model_type": family.model_type,
         "hidden_act": "silu",
         "hidden_size": hidden,
-        "intermediate_size": keys.count("feed_forward_length"),
+        **read_intermediate(family, keys),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
@@ -183,15 +184,25 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
         **({} if family.mtp is None else {family.mtp.key: mtp_layers}),
         **read_experts(family, keys),
         **read_fields(family, keys),
+        **read_layer_types(family, keys, layers),
         **read_switches(family, tensors),
     }
+
+
+def read_intermediate(family: Family, keys: Keys) -> dict[str, int]:
+    """The feed-forward size of dense layers; a mixture of experts that has no such layers may have no such key."""
+    may_lack = family.experts is not None and "intermediate_size" not in family.defaults
+    if may_lack and f"{keys.arch}.feed_forward_length" not in keys.metadata:
+        return {}
+    return {"intermediate_size": keys.count("feed_forward_length")}
 
 
 def read_experts(family: Family, keys: Keys) -> dict[str, Any]:
     """The keys of config.json about experts, and those that no GGUF key carries as llama.cpp takes them."""
     if family.experts is None:
         return {}
-    own_size = keys.count("expert_feed_forward_length", keys.count("feed_forward_length"))
+    name = "expert_feed_forward_length"
+    own_size = keys.count(name if f"{keys.arch}.{name}" in keys.metadata else "feed_forward_length")
     return {
         family.experts.count[0]: keys.count("expert_count"),
         family.experts.used: keys.count("expert_used_count"),
@@ -205,10 +216,37 @@ def read_fields(family: Family, keys: Keys) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for row in (*EXPERT_GROUPS, *family.llama_cpp.keys):
         value = keys.metadata.get(row.name.format(arch=keys.arch))
+        if isinstance(row.value, Product):
+            first = found[row.value.first]  # its row stands before
+            of_both = keys.count(row.name.removeprefix("{arch}."))
+            if type(first) is not int or first < 1 or of_both % first:
+                raise keys.refuse(row.name.removeprefix("{arch}."), "a product of heads and their size", f"of {first}")
+            found[row.value.second] = of_both // first
         if not isinstance(row.value, Field) or value is None:
             continue
         of_number = {number: text for text, number in (row.value.values or {}).items()}
         found[row.value.key] = of_number.get(value, value) if type(value) is int else value
+    return found
+
+
+def read_layer_types(family: Family, keys: Keys, layers: int) -> dict[str, list[str]]:
+    """The list of the types of layers, where the GGUF has one; else the family's rule counts."""
+    found: dict[str, list[str]] = {}
+    for kinds in family.layers:
+        if not isinstance(kinds, ListedTypes):
+            continue
+        spelled = {tag: name for name, tag in reversed(kinds.types.items())}
+        for row in family.llama_cpp.keys:
+            tags = set(row.value.by_tag) & spelled.keys() if isinstance(row.value, PerLayer) else set()
+            values = keys.metadata.get(row.name.format(arch=keys.arch))
+            if not isinstance(row.value, PerLayer) or not tags or values is None:
+                continue
+            by_value = {row.value.otherwise: next(tag for tag in (kinds.nth, kinds.rest) if tag not in tags)}
+            by_value |= {row.value.by_tag[tag]: tag for tag in tags}
+            known = isinstance(values, list) and len(values) >= layers
+            if not known or not all(type(value) is type(row.value.otherwise) for value in values):
+                raise keys.refuse(row.name.removeprefix("{arch}."), "not a value for each layer", f"{layers} values")
+            found[kinds.key] = [spelled[by_value[value]] for value in values[:layers]]
     return found
 
 

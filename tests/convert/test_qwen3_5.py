@@ -1,0 +1,315 @@
+"""Qwen 3.5 and 3.6: linear attention, fused experts, layers for multi-token prediction, the model around them.
+
+Checkpoints are made by transformers' own classes. Whole files are compared with llama.cpp's newest converter, logits
+with transformers' and llama.cpp's.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from streamquant.calibrate.importance import InputSums
+from streamquant.convert.architectures import describe
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.model.forward import Setting, all_logits
+from streamquant.model.variants.open import open_variant
+from streamquant.quant.errors import StreamquantError
+from streamquant.validate.engines.process import EngineProcess
+from streamquant.validate.readback.verify import verify
+from tests import llama_cpp
+from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
+from tests.convert.test_gguf_parity import differences
+from tests.gguf_peer import Job, OutType, convert_many, read_gguf, requires_newest_converter
+from tests.tokenizer_folders import edit
+
+pytestmark = [pytest.mark.xdist_group("qwen3_5"), pytest.mark.timeout(600)]
+
+OUTTYPES: tuple[OutType, ...] = ("f32", "bf16", "q8_0")
+COMMON = {
+    **{"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 64},
+    **{"num_key_value_heads": 1, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2},
+    **{"max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 0},
+    "rope_parameters": {
+        **{"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+        **{"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+    },
+}
+DENSE = {"model_type": "qwen3_5_text", "intermediate_size": 128, "linear_num_value_heads": 4}
+MOE = {
+    **{"model_type": "qwen3_5_moe_text", "num_experts": 5, "num_experts_per_tok": 2, "linear_num_value_heads": 6},
+    **{"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "dense": {**DENSE, "tie_word_embeddings": True},
+    "dense-wrapped": {**DENSE, "linear_num_value_heads": 2, "mtp": "config", "is_wrapped": True},
+    "moe": {**MOE, "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"]},
+    "moe-fused": {**MOE, "mtp": "tensors", "is_fused": True},
+    "moe-wrapped": {**MOE, "is_fused": True, "is_wrapped": True, "mtp": "lost"},
+}
+ALONE = [case for case in CASES if "is_wrapped" not in CASES[case]]
+
+
+def random_weights(model: Any) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        spread = 0.1 if parameter.ndim > 1 else 0.3
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+    return {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+
+
+def write_model(folder: Path, settings: dict[str, Any]) -> Path:
+    """A checkpoint; mtp: its layer is in "config" and tensors, in "tensors" alone, or only in the config: "lost"."""
+    given = {**COMMON, **settings}
+    mtp, is_fused, is_wrapped = (given.pop(key, None) for key in ("mtp", "is_fused", "is_wrapped"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given)).float()
+    weights = random_weights(model)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    if not is_fused:  # transformers writes a tensor for each expert
+        weights = load_file(folder / "model.safetensors")
+    elif given.get("tie_word_embeddings"):
+        del weights["lm_head.weight"]
+    config = json.loads((folder / "config.json").read_text())
+    layer = "model.layers.3."
+    if mtp in ("config", "tensors"):
+        behind = {name.replace(layer, "mtp.layers.0."): t for name, t in weights.items() if name.startswith(layer)}
+        weights |= {name: tensor.flip(0).contiguous() for name, tensor in behind.items()}
+        hidden = given["hidden_size"]
+        weights["mtp.fc.weight"] = torch.randn(hidden, 2 * hidden).bfloat16()
+        names = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+        weights |= {f"mtp.{name}.weight": torch.randn(hidden).bfloat16() for name in names}
+    if mtp in ("config", "lost"):
+        config["mtp_num_hidden_layers"] = 1
+    if is_wrapped:
+        weights = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in weights.items()}
+        weights["model.visual.blocks.0.attn.qkv.weight"] = torch.randn(96, 32).bfloat16()
+        outer = given["model_type"].removesuffix("_text")
+        (named,) = config.pop("architectures")
+        config = {
+            **{"architectures": [named.replace("CausalLM", "ConditionalGeneration")], "model_type": outer},
+            **{"text_config": config, "vision_config": {"model_type": f"{outer}_vision", "depth": 1}},
+            **{"tie_word_embeddings": given.get("tie_word_embeddings", False), "image_token_id": 5},
+        }
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = write_small_tokenizer(folder.parent / f"{folder.name}-tokenizer")
+    edit(tokenizer / "tokenizer_config.json", lambda config: config.update(add_bos_token=True))
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(shelf: Shelf) -> Path:
+    def make(folder: Path) -> None:
+        for case, settings in CASES.items():
+            write_model(folder / case, settings)
+
+    return shelf.get("qwen3_5-sources", make)
+
+
+@pytest.fixture(scope="module")
+def converted(sources: Path, shelf: Shelf) -> Path:
+    variants = parse_variants(["gguf:F32,BF16,Q8_0", "fp8-dynamic"])
+
+    def make(folder: Path) -> None:
+        for case in CASES:
+            plan = make_plan(open_checkpoint(sources / case), variants, ConversionOptions(pre=TINY_PRE))
+            convert(plan, folder, RunOptions(jobs=2))
+
+    return shelf.get("qwen3_5-converted", make)
+
+
+@pytest.fixture(scope="module")
+def references(sources: Path, shelf: Shelf) -> Path:
+    """The converter's files. It counts by config.json, and would miss the tensors of a layer that was lost."""
+
+    def make(folder: Path) -> None:
+        jobs = [
+            Job(str(sources / case), outtype, str(folder / f"{case}-{outtype}.gguf"), TINY_PRE, newest=True, more=more)
+            for case, settings in CASES.items()
+            for more in [() if settings.get("mtp") in ("config", "tensors") else ("--no-mtp",)]
+            for outtype in OUTTYPES
+        ]
+        convert_many(sorted(jobs, key=lambda job: job.more))  # the option stays for the rest of a process
+
+    return shelf.get("qwen3_5-references", make)
+
+
+def gguf_of(converted: Path, case: str, kind: str) -> Path:
+    return converted / f"{case}-GGUF" / f"{case}-{kind}.gguf"
+
+
+def tokens() -> Any:
+    return (torch.arange(96).reshape(2, 48) * 7 % 320).numpy()
+
+
+@requires_newest_converter
+@pytest.mark.parametrize("outtype", OUTTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference_converter(converted: Path, references: Path, case: str, outtype: OutType) -> None:
+    ours, reference = gguf_of(converted, case, outtype.upper()), references / f"{case}-{outtype}.gguf"
+    assert differences(ours, reference) == []
+
+
+LARGER = {"hidden_size": 256, "head_dim": 128, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("settings", [{**DENSE, "intermediate_size": 512}, {**MOE, "moe_intermediate_size": 256}])
+def test_equals_llama_quantize(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Of the file in BF16; the weight of the shared expert's gate has one row, and so one dimension."""
+    if not llama_cpp.is_built():
+        pytest.skip("llama-quantize is not built (make setup)")
+    source = write_model(tmp_path / "Model", {**settings, **LARGER, "mtp": "config"})
+    types = ("Q4_K_M", "Q2_K", "IQ4_XS", "MXFP4_MOE")
+    variants = parse_variants([f"gguf:BF16,{','.join(types)}"])
+    convert(make_plan(open_checkpoint(source), variants, ConversionOptions(pre=TINY_PRE)), tmp_path, RunOptions(jobs=2))
+    made = tmp_path / "Model-GGUF"
+    for kind in types:
+        theirs = llama_cpp.quantize(made / "Model-BF16.gguf", tmp_path / f"{kind}.gguf", kind)
+        assert read_gguf(made / f"Model-{kind}.gguf")[1] == read_gguf(theirs)[1]
+        assert open_variant(theirs).problems == []
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_streamed_logits_are_transformers(sources: Path, case: str) -> None:
+    ours = all_logits(open_variant(sources / case), tokens(), Setting())
+    model = AutoModelForCausalLM.from_pretrained(sources / case, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        theirs = model(torch.from_numpy(tokens())).logits
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_was_made_computes_what_the_original_does(sources: Path, converted: Path, case: str) -> None:
+    original = all_logits(open_variant(sources / case), tokens(), Setting())
+    for kind in ("F32", "BF16"):
+        variant = open_variant(gguf_of(converted, case, kind))
+        assert variant.problems == []
+        found = all_logits(variant, tokens(), Setting(weights_only=True))
+        assert (found - original).abs().max() < 1e-4 * original.abs().max(), kind
+    folder = open_variant(converted / f"{case}-FP8-dynamic")
+    assert folder.problems == []
+    if case.startswith("dense"):  # where weights are random, a little noise chooses other experts
+        noise = all_logits(folder, tokens(), Setting()) - original
+        assert noise.square().mean() < 0.1 * original.square().mean()
+
+
+@pytest.mark.parametrize("case", ["dense", "moe-fused"])
+def test_llama_cpp_computes_the_same(sources: Path, converted: Path, case: str) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp (package xllamacpp) is not installed")
+    prompts = [[5, 17, 33], [5, 17, 33, 60, 99, 120, 7, 42, 250, 199, 3, 77]]
+    engine = EngineProcess(gguf_of(converted, case, "F32"))
+    try:
+        answers = engine.next_token_logprobs(prompts, 20)
+    finally:
+        engine.close()
+    original = open_variant(sources / case)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = torch.log_softmax(all_logits(original, np.array([prompt]), Setting())[0, -1].double(), -1)
+        assert np.allclose(answer.logprobs, expected[list(answer.ids)], atol=3e-3)
+
+
+@pytest.mark.parametrize("case", ["dense", "moe-wrapped"])
+def test_what_was_made_verifies_against_the_source(sources: Path, converted: Path, case: str) -> None:
+    for folder in (f"{case}-GGUF", f"{case}-FP8-dynamic"):
+        for result in verify(converted / folder, open_checkpoint(sources / case)):
+            assert result.problems == []
+            assert result.total.sqnr_db > 25
+
+
+def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                yield name, file.get_tensor(name)
+
+
+def test_fp8_has_an_expert_in_each_tensor_and_leaves_small_matrices_alone(sources: Path, converted: Path) -> None:
+    fused = load_file(sources / "moe-wrapped" / "model.safetensors")
+    made = dict(tensors_of(converted / "moe-wrapped-FP8-dynamic"))
+    name = "model.visual.blocks.0.attn.qkv.weight"
+    assert torch.equal(made[name], fused[name])
+    path = "model.language_model.layers.1"
+    for expert in range(5):
+        both = fused[f"{path}.mlp.experts.gate_up_proj"][expert]
+        whole = {"gate": both[:64], "up": both[64:], "down": fused[f"{path}.mlp.experts.down_proj"][expert]}
+        for part, weight in whole.items():
+            codes = made[f"{path}.mlp.experts.{expert}.{part}_proj.weight"]
+            scale = made[f"{path}.mlp.experts.{expert}.{part}_proj.weight_scale"]
+            assert (codes.dtype, codes.shape) == (torch.float8_e4m3fn, weight.shape)
+            assert torch.allclose(codes.float() * scale.float(), weight.float(), atol=0.04)
+    plain = {name for name, tensor in made.items() if tensor.dtype == torch.bfloat16 and name.startswith(f"{path}.")}
+    kept = ("mlp.gate", "mlp.shared_expert_gate", *(f"linear_attn.{name}" for name in ("conv1d", "norm")))
+    kept += ("linear_attn.in_proj_a", "linear_attn.in_proj_b", "input_layernorm", "post_attention_layernorm")
+    named = {f"{path}.{name}.weight" for name in kept} | {f"{path}.linear_attn.{n}" for n in ("A_log", "dt_bias")}
+    assert {name for name in plain if not name.endswith("_scale")} == named
+    mtp = [name for name, _ in tensors_of(converted / "moe-fused-FP8-dynamic") if name.startswith("mtp.")]
+    assert "mtp.layers.0.mlp.experts.4.down_proj.weight" in mtp
+    assert not any(name.endswith("_scale") for name in mtp)
+
+
+def test_a_layer_that_was_lost_is_said(sources: Path) -> None:
+    checkpoint = open_checkpoint(sources / "moe-wrapped")
+    assert any("mtp_num_hidden_layers" in note and "the checkpoint has none" in note for note in checkpoint.notes)
+
+
+def test_importance_has_the_columns_of_the_gguf(sources: Path, converted: Path) -> None:
+    """llama.cpp sees the inputs of ssm_out in its own order of heads."""
+    rules = describe(open_checkpoint(sources / "dense").config).rules
+    name = "model.layers.0.linear_attn.out_proj"
+    sums = InputSums({name: rules[f"{name}.weight"]})
+    sums.observe(name, torch.arange(128.0)[None])
+    squares = np.arange(128.0).reshape(2, 2, 32).swapaxes(0, 1).reshape(128) ** 2
+    assert np.array_equal(sums.sums["blk.0.ssm_out.weight"][0], squares)
+    _, stored = read_gguf(gguf_of(converted, "dense", "F32"))
+    source = load_file(sources / "dense" / "model.safetensors")[f"{name}.weight"].float().numpy()
+    found = np.frombuffer(stored["blk.0.ssm_out.weight"][2], np.float32).reshape(source.shape)
+    assert np.array_equal(found, source.reshape(64, 2, 2, 32).swapaxes(1, 2).reshape(64, 128))
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("case", "weights", "config", "message"),
+    [
+        ("moe-fused", {f"{EXPERTS}.2.up_proj.weight": (64, 64)}, {}, "two tensors are the same tensor"),
+        ("moe-fused", {f"{EXPERTS}.gate_up_proj": (5, 127, 64)}, {}, "a shape that does not divide"),
+        ("moe-fused", {f"{EXPERTS}.gate_up_proj": (128, 64)}, {}, "a shape that does not divide"),
+        ("moe-fused", {f"{EXPERTS}.gate_up_proj": (4, 128, 64)}, {}, "lacks tensors"),
+        ("moe-fused", {f"{EXPERTS}.down_proj": (6, 64, 64)}, {}, "does not explain"),
+        ("moe-fused", {f"{EXPERTS}.down_proj": (5, 64, 32)}, {}, "shape does not fit config.json"),
+        ("moe-fused", {"mtp.norm.weight": None}, {}, "lacks tensors"),
+        ("dense", {}, {"layer_types": ["full_attention"] * 5}, "a list of 5 layers in a model of 4"),
+        ("dense", {}, {"layer_types": ["mamba"] * 4}, "unknown type"),
+        ("dense", {}, {"linear_num_value_heads": 3}, "does not divide into heads"),
+        ("dense", {}, {"attn_output_gate": False}, "layers of another kind"),
+        ("dense", {"model.layers.0.linear_attn.conv1d.weight": (256, 4)}, {}, "shape does not fit config.json"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    sources: Path, tmp_path: Path, case: str, weights: dict[str, Any], config: dict[str, Any], message: str
+) -> None:
+    folder = shutil.copytree(sources / case, tmp_path / "Model")
+    tensors = load_file(folder / "model.safetensors")
+    for name, shape in weights.items():
+        tensors.pop(name, None)
+        if shape is not None:
+            tensors[name] = torch.zeros(shape, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors")
+    edit(folder / "config.json", lambda values: values.update(config))
+    with pytest.raises(StreamquantError, match=message):
+        make_plan(open_checkpoint(folder), parse_variants(["gguf:BF16"]), ConversionOptions(pre=TINY_PRE))
