@@ -235,7 +235,7 @@ def read_layer_types(family: Family, keys: Keys, layers: int) -> dict[str, list[
     for kinds in family.layers:
         if not isinstance(kinds, ListedTypes):
             continue
-        spelled = {tag: name for name, tag in reversed(kinds.types.items())}
+        spelled = {tag: name for name, tag in reversed(list(kinds.types.items()))}
         for row in family.llama_cpp.keys:
             tags = set(row.value.by_tag) & spelled.keys() if isinstance(row.value, PerLayer) else set()
             values = keys.metadata.get(row.name.format(arch=keys.arch))
