@@ -221,7 +221,8 @@ class _Job:
             room = self.delivery.room if self.delivery is not None and self.delivery.delete else None
             check_disk(plan, out, disk_of(plan, self.options, room))
             schemes = [variant.recipe.scheme for variant in plan.variants if variant.recipe.scheme is not None]
-            if schemes and isinstance(checkpoint, HubCheckpoint):
+            has_folders = any(variant.recipe.container.is_checkpoint for variant in plan.variants)
+            if has_folders and isinstance(checkpoint, HubCheckpoint):
                 fetch_side_files(checkpoint)
             configs = stack.enter_context(contextlib.closing(QuantizationConfigs(schemes)))
             self.listener.planned(plan)
@@ -229,7 +230,7 @@ class _Job:
             resources = RunResources(self.options.jobs, self.encode, shards, self.delivery, self.listener)
             written = run(plan, out, journal, resources)
             for variant in plan.variants:
-                if variant.recipe.scheme is not None:
+                if variant.recipe.container.is_checkpoint:
                     _write_checkpoint_files(plan, variant, out, configs)
             write_manifests(out, plan, written)
             if isinstance(shards, Spool):
@@ -274,8 +275,7 @@ def _taken(path: Path) -> StreamquantError:
 
 
 def _write_checkpoint_files(plan: Plan, variant: VariantPlan, out: Path, configs: QuantizationConfigs) -> None:
-    """Everything of an FP8 checkpoint that is not weights: side files, the index, and config.json last of all."""
-    assert variant.recipe.scheme is not None, "FP8 variants have a scheme"
+    """Everything of a checkpoint that is not weights: side files, the index, and config.json last of all."""
     folder, source = out / variant.folder, plan.checkpoint.folder
     bos_token = bos_text(_tokenizer_config(plan)) if plan.options.guard_template else None
     for name in plan.checkpoint.side_files:
@@ -286,9 +286,15 @@ def _write_checkpoint_files(plan: Plan, variant: VariantPlan, out: Path, configs
         write_atomically(folder / name, content)
     if [Path(plan.files[number].path).name for number in variant.files] != [SINGLE_FILE]:
         write_atomically(folder / INDEX, _json(_index(plan, variant)))
-    quantization = with_ignored(configs[variant.recipe.scheme], plan.model.unquantized)
-    config = {**plan.checkpoint.config, "quantization_config": quantization}
-    write_atomically(folder / CONFIG, _json(config))
+    write_atomically(folder / CONFIG, _json(_config(plan, variant, configs)))
+
+
+def _config(plan: Plan, variant: VariantPlan, configs: QuantizationConfigs) -> dict[str, Any]:
+    """config.json of a checkpoint: the source's, with the quantization of the variant, or the dtype of its weights."""
+    config, scheme = dict(plan.checkpoint.config), variant.recipe.scheme
+    if scheme is not None:
+        return {**config, "quantization_config": with_ignored(configs[scheme], plan.model.unquantized)}
+    return {**config, "torch_dtype" if "torch_dtype" in config else "dtype": "bfloat16"}
 
 
 def _tokenizer_config(plan: Plan) -> dict[str, Any]:

@@ -46,7 +46,7 @@ ARGUMENTS = (
         "split_max_size", str, "Split GGUF files at this many bytes of tensors, e.g. 40G (decimal, as llama.cpp)."
     ),
     Argument("split_max_tensors", int, "Split GGUF files after this many tensors, as llama.cpp's converter does."),
-    Argument("max_shard_size", str, "Largest FP8 shard, e.g. 5G. Default: the shards of the source."),
+    Argument("max_shard_size", str, "Largest shard of a checkpoint, e.g. 5G. Default: the shards of the source."),
     Argument("pre", str, "tokenizer.ggml.pre, if it cannot be derived from tokenizer.json."),
     Argument("metadata", Path, "JSON file of GGUF keys that override the model card (llama.cpp's --metadata)."),
     Argument("imatrix", Path, "Importance matrix of llama-imatrix, GGUF or .dat, for the GGUF variants.", False),
@@ -128,7 +128,7 @@ class ConversionOptions:
     split_max_tensors: int | None = None
     """Largest number of tensors in a GGUF file; None: any."""
     max_shard_size: int | None = None
-    """Largest number of tensor bytes in an FP8 shard; None: the shards of the source."""
+    """Largest number of tensor bytes in a shard of a checkpoint; None: the shards of the source."""
     pre: str | None = None
     """tokenizer.ggml.pre, if it cannot be derived from tokenizer.json."""
     metadata: Mapping[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The layout of a compressed-tensors checkpoint: shards of safetensors, without gaps, every tensor aligned."""
+"""The layout of a checkpoint of safetensors: shards of safetensors, without gaps, every tensor aligned."""
 
 from streamquant.convert.plan.layout import Entry, Layout, split, too_large
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
@@ -19,6 +19,9 @@ class SafetensorsLayout(Layout):
         tensors: list[OutputTensor] = []
         for path, group in self._shards(recipe):
             tensors += self._place(f"{folder}/{path}", group)
+        source = self.draft.checkpoint.tensors
+        if recipe.scheme is None and all(t.format == source[t.sources[0]].format.encoded_as for t in tensors):
+            self.draft.notes.append(f"{recipe.spec}: the source is in BF16 already: this is a copy of it")
         blocks = self._block_runtimes(tensors)
         if blocks is not None:
             self.draft.notes.append(blocks.note(recipe.spec))
@@ -42,7 +45,7 @@ class SafetensorsLayout(Layout):
             entry = Entry(name, (tensor,), choices.get(tensor.name, kept), tensor.shape)
             shards[tensor.file].append(entry)
         if max_shard_size is None:
-            return list(shards.items())
+            return [(path, group) for path, group in shards.items() if group]  # one may have had scales alone
         entries = [entry for shard in shards.values() for entry in shard]
         self.draft.notes += too_large(recipe, entries, max_shard_size)
         groups = split(entries, max_shard_size)

@@ -25,10 +25,13 @@ class Container:
     def label(self, spec: str) -> str:
         """The name of a variant in the names of files and folders.
 
-        >>> GGUF.label("gguf:Q8_0"), SAFETENSORS.label("fp8-dynamic")
-        ('Q8_0', 'FP8-dynamic')
+        >>> GGUF.label("gguf:Q8_0"), SAFETENSORS.label("fp8-dynamic"), SAFETENSORS.label("bf16")
+        ('Q8_0', 'FP8-dynamic', 'BF16')
         """
-        return spec.replace("fp8", "FP8", 1) if self.is_checkpoint else spec.removeprefix(self.prefix)
+        if not self.is_checkpoint:
+            return spec.removeprefix(self.prefix)
+        kind, dash, rest = spec.partition("-")
+        return kind.upper() + dash + rest
 
 
 GGUF = Container(

@@ -5,6 +5,7 @@ F32, F16, BF16 and Q8_0, those of llama-quantize (mix.py) for the rest. The rule
 `targets=["Linear"]`, by the role of the tensor in the architecture and not by its name.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ class ChoiceOptions:
 
 
 GGUF_RUNTIMES = ("llama.cpp", "LM Studio", "Ollama")
-FP8_RUNTIMES = ("vLLM", "SGLang", "transformers")
+CHECKPOINT_RUNTIMES = ("vLLM", "SGLang", "transformers")
 
 Tensors = Sequence[tuple[SourceTensor, TensorRule]]
 Choose = Callable[[Tensors, ModelDescription, ChoiceOptions], dict[str, Choice]]
@@ -61,7 +62,7 @@ class Recipe:
     choose: Choose
     """All tensors of the model with their rules, and options -> the choice for each, by source name."""
     scheme: str | None = None
-    """The preset of compressed-tensors, for safetensors."""
+    """The preset of compressed-tensors, for safetensors that are quantized."""
     base: str | None = None
     """llama-quantize's file type, for GGUF: "Q4_K_M" of "gguf:Q4_K_L"."""
     file: RecipeFile | None = None
@@ -174,8 +175,23 @@ def _linear_choice(tensor: SourceTensor, formats: Mapping[str, Format]) -> Choic
     return Choice(formats[tensor.dtype].name, "linear layer")
 
 
+def _bf16_choice(tensors: Tensors, _model: ModelDescription, _options: ChoiceOptions) -> dict[str, Choice]:
+    """What transformers' save_pretrained writes of a model loaded in BF16; of a model in BF16 all tensors as they are,
+    those included that it keeps in F32."""
+    weights: Counter[str] = Counter()
+    for tensor, _ in tensors:
+        weights[tensor.dtype] += tensor.count
+    is_bf16 = weights.most_common(1)[0][0] == "BF16"
+    return {
+        tensor.name: Choice(copy_of(tensor.dtype).name, _kept(tensor))
+        if is_bf16 or tensor.dtype == "BF16"
+        else Choice("BF16", f"rounded from {tensor.dtype}")
+        for tensor, _ in tensors
+    }
+
+
 def _kept(tensor: SourceTensor) -> str:
-    """How a tensor that is not quantized comes into an FP8 checkpoint."""
+    """How a tensor that is not quantized comes into a checkpoint."""
     return "kept as in the source" if tensor.codes is None else f"{tensor.dtype}, of the codes of the source"
 
 
@@ -236,7 +252,7 @@ def _fp8(name: str, formats: Mapping[str, Format], scheme: str, about: str, deta
         _fp8_choice(formats),
         scheme=scheme,
         about=about,
-        runtimes=FP8_RUNTIMES,
+        runtimes=CHECKPOINT_RUNTIMES,
         details=details,
     )
 
@@ -267,6 +283,16 @@ RECIPES: dict[str, Recipe] = {
             "Weights of linear layers are FP8 E4M3 with one scale for each block of 128 x 128; activations are "
             "quantized to FP8 at run time, in groups of 128. Embeddings, norms and the output layer stay as in the "
             "original. No calibration data was needed.",
+        ),
+        Recipe(
+            "bf16",
+            SAFETENSORS,
+            SAFETENSORS.label("bf16"),
+            "plain bfloat16, of a quantized source",
+            _bf16_choice,
+            about="plain bfloat16, of a quantized source",
+            runtimes=CHECKPOINT_RUNTIMES,
+            details="Weights are plain BF16, without a quantization.",
         ),
         _gguf("F32", "32-bit float", remark="not quantized"),
         _gguf("F16", "16-bit float", remark="not quantized"),

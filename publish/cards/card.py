@@ -31,7 +31,9 @@ from streamquant.publish.upload.selection import repositories
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.report.text import Markdown, code, markdown
 
-_TAGS = {GGUF: ("gguf", "llama.cpp"), SAFETENSORS: ("fp8", "compressed-tensors", "vllm")}
+_TAGS = {GGUF: ("gguf", "llama.cpp", "quantized"), SAFETENSORS: ("fp8", "compressed-tensors", "vllm", "quantized")}
+_PLAIN_TAGS = ("bf16", "vllm")
+"""Of a checkpoint that is not quantized."""
 _LIBRARY = {GGUF: "gguf", SAFETENSORS: "transformers"}
 _NOT_OURS = re.compile(r"gguf|awq|gptq|mlx|exl[23]|fp8|fp4|nvfp4|int4|int8|bnb|bitsandbytes|[0-9]-?bit", re.IGNORECASE)
 """Tags of the original that would be said of its weights, which ours are not."""
@@ -90,7 +92,9 @@ def front_matter(
     """The metadata that the Hub reads; a key without a value is left out."""
     base = options.base_model
     refused = any(variant.made.blocks is not None and variant.made.blocks.is_refused for variant in folder.variants)
-    own = [tag for tag in _TAGS[folder.container] if not (refused and tag == "vllm")] + ["quantized", "streamquant"]
+    is_plain = folder.container.is_checkpoint and all(v.made.recipe.scheme is None for v in folder.variants)
+    tags = _PLAIN_TAGS if is_plain else _TAGS[folder.container]
+    own = [tag for tag in tags if not (refused and tag == "vllm")] + ["streamquant"]
     own += ["imatrix"] if any(variant.made.imatrix for variant in folder.variants) else []
     own += ["conversational"] if prompts is not None and prompts.prompts else []
     theirs = [tag for tag in card.tags if not _NOT_OURS.search(tag)]

@@ -285,7 +285,7 @@ def test_inspect_json_of_everything(run: Run, tiny_variants: Path) -> None:
     files = {Path(f.path).name: f for f in TypeAdapter(list[StoredFile]).validate_python(result.json)}
     on_disk = [p for p in tiny_variants.rglob("*") if p.suffix in (".gguf", ".safetensors")]
     gguf = [spec for spec in PLAIN if spec.startswith("gguf:")]
-    assert len(result.json) == len(on_disk) == len(gguf) + 2 * 2
+    assert len(result.json) == len(on_disk) == len(gguf) + 3 * 2  # two shards of each checkpoint
     assert {f.path: f.size for f in map(StoredFile.model_validate, result.json)} == {
         str(path): path.stat().st_size for path in on_disk
     }
@@ -295,7 +295,7 @@ def test_inspect_json_of_everything(run: Run, tiny_variants: Path) -> None:
     assert q4.metadata["tokenizer.ggml.tokens"] == f"[{q4.metadata['llama.vocab_size']} values]"
     down = next(tensor for tensor in q4.tensors if tensor.name == "blk.0.ffn_down.weight")
     assert (down.stored_as, down.shape, down.nbytes) == ("Q4_0", [256, 512], 256 * 512 // 32 * 18)
-    fp8 = next(f for name, f in files.items() if name.endswith(".safetensors"))
+    fp8 = next(f for f in map(StoredFile.model_validate, result.json) if "FP8" in f.path)
     assert fp8.metadata["quantization_config"]["quant_method"] == "compressed-tensors"
     assert {"F8_E4M3", "BF16"} == {tensor.stored_as for tensor in fp8.tensors}
 
@@ -349,7 +349,7 @@ def test_verify_json(run: Run, tiny: Path, tiny_variants: Path) -> None:
     assert [found for found in (*plain, *measured) if not found.ok or found.problems] == []
     assert {found.sqnr_db for found in plain} == {None}
     lossless = {found.variant for found in measured if found.sqnr_db is None}
-    assert lossless == {"gguf:F32", "gguf:BF16"}
+    assert lossless == {"gguf:F32", "gguf:BF16", "bf16"}
     assert {found.max_error for found in measured if found.variant in lossless} == {0.0}
 
 
@@ -464,7 +464,7 @@ def test_faults_end_with_1(run: Run, tiny: Path, tiny_variants: Path, tmp_path: 
     to = ("--to", "gguf:Q8_0")
     assert "not a Hugging Face checkpoint" in fails("plan", tmp_path, *to)
     assert "unknown pre-tokenizer" in fails("plan", tiny, *to)
-    fails("plan", tiny_variants / "Tiny-FP8-dynamic", *to, *PRE)  # quantized already
+    assert run("plan", tiny_variants / "Tiny-FP8-dynamic", *to, *PRE).code == 0  # quantized already, and a source
     broken = tmp_path / "broken.gguf"
     broken.write_bytes((tiny_variants / "Tiny-GGUF" / "Tiny-Q8_0.gguf").read_bytes()[:5000])
     assert "broken.gguf" in fails("inspect", broken)

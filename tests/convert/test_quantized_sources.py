@@ -210,3 +210,107 @@ def test_configs_that_do_not_explain_the_codes(tmp_path: Path, change: dict[str,
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(StreamquantError, match=message):
         open_checkpoint(model)
+
+
+# --- checkpoints of safetensors -------------------------------------------------------------------------------------
+
+
+def made_of(model: Path, out: Path, *to: str) -> Path:
+    """The folder of the last variant."""
+    plan = make_plan(open_checkpoint(model), parse_variants([*to]), OPTIONS)
+    convert(plan, out, RunOptions(jobs=2))
+    return out / plan.variants[-1].folder
+
+
+@pytest.fixture(scope="module")
+def plain(shelf: Shelf, made: Path) -> Path:
+    """bf16 of the case "qwen3-moe", from shards."""
+
+    def make(folder: Path) -> None:
+        model = sources.write_source(folder / "Model", **CASES["qwen3-moe"][0])
+        sources.quantize(model, BF16_SCALES)
+        sources.write(model, sources.read(model), lambda name: len(name) % 3)
+        made_of(model, folder / "out", "bf16")
+
+    return shelf.get("quantized-sources-bf16", make)
+
+
+def test_bf16_is_the_formula_rounded_and_loads_in_transformers(plain: Path) -> None:
+    folder = plain / "out" / "Model-BF16"
+    expected = {name: v.to(torch.bfloat16) for name, v in sources.values(plain / "Model", BF16_SCALES).items()}
+    found = sources.read(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == expected.keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
+    assert (folder / "tokenizer.json").is_file()
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    assert model.dtype == torch.bfloat16
+
+
+def test_fp8_of_another_kind_is_that_of_the_bf16_checkpoint(plain: Path, tmp_path: Path) -> None:
+    """Which is llm-compressor's (test_fp8_parity.py), and its own way: FP8BlockDequantizer, then model_free_ptq."""
+    direct = sources.read(made_of(plain / "Model", tmp_path / "direct", "gguf:Q8_0", "fp8-dynamic"))
+    detour = sources.read(made_of(plain / "out" / "Model-BF16", tmp_path / "detour", "fp8-dynamic"))
+    assert direct.keys() == detour.keys()
+    raw = torch.uint8
+    assert all(torch.equal(direct[n].reshape(-1).view(raw), detour[n].reshape(-1).view(raw)) for n in direct)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_fp8_of_the_same_kind_takes_codes_and_scales_as_they_are(made: Path, tmp_path: Path, case: str) -> None:
+    model = made / case / "Model"
+    folder = made_of(model, tmp_path / "out", "fp8-block")
+    stored, found = sources.read(model), sources.read(folder)
+    assert {name.replace("_scale_inv", "_scale") for name in stored} == found.keys()
+    for name, value in stored.items():
+        same = found[name.replace("_scale_inv", "_scale")]
+        assert same.dtype == value.dtype, name
+        assert torch.equal(same.view(torch.uint8), value.view(torch.uint8)), name
+    results = verify(tmp_path / "out", open_checkpoint(model))
+    assert [result.problems for result in results] == [[]]
+    assert results[0].total.noise == 0
+    from streamquant.model.variants.open import open_variant
+
+    variant = open_variant(folder)
+    expected = sources.values(model, CASES[case][1])
+    assert all(torch.equal(variant.read(name, torch.float32), value) for name, value in expected.items())
+
+
+def test_bf16_of_bf16_is_a_copy_and_says_so(tmp_path: Path) -> None:
+    model = sources.write_source(tmp_path / "Model")
+    plan = make_plan(open_checkpoint(model), parse_variants(["bf16"]), OPTIONS)
+    assert "bf16: the source is in BF16 already: this is a copy of it" in plan.notes
+    convert(plan, tmp_path / "out", RunOptions(jobs=1))
+    before, after = sources.read(model), sources.read(tmp_path / "out" / "Model-BF16")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32"])
+def test_bf16_of_other_floats_is_rounded(tmp_path: Path, dtype: str) -> None:
+    model = sources.write_source(tmp_path / "Model", dtype=dtype)
+    after = sources.read(made_of(model, tmp_path / "out", "bf16"))
+    before = sources.read(model)
+    assert all(torch.equal(after[name], value.to(torch.bfloat16)) for name, value in before.items())
+
+
+def test_the_original_of_a_validation_is_the_dequantized_model(made: Path, tmp_path: Path) -> None:
+    from streamquant.model.variants.open import open_original
+
+    model = made / "llama" / "Model"
+    for folder in (model, made_of(model, tmp_path / "out", "fp8-block")):
+        original = open_original(folder)
+        assert original.activations() is None
+        for name, value in sources.values(model).items():
+            assert torch.equal(original.read(name, torch.float32), value)
+            assert torch.equal(original.slice(name, 1, 3), value[1:3])
