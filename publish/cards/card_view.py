@@ -22,7 +22,7 @@ from streamquant.publish.cards.public_report import PublicReport
 from streamquant.publish.results import PublishedVariant, VariantFolder
 from streamquant.validate.gates import GATES, option
 from streamquant.validate.report.text import MISSING, code, estimate, number
-from streamquant.validate.report.view import View, cell, engine_name, make_view, rendered_chats, short
+from streamquant.validate.report.view import View, cell, engine_name, few, make_view, rendered_chats, short
 
 MARKS = {"pass": "✅", "warn": "⚠️", "fail": "❌", "none": "⚪"}
 
@@ -102,7 +102,7 @@ def _problems(rows: Sequence[CardRow]) -> list[tuple[str, str, str]]:
         (marks[problem.severity], row.variant.label, short(problem))
         for row in rows
         if row.measured is not None
-        for problem in row.measured.variant.problems
+        for problem in few(row.measured.variant.problems)
     ]
 
 

@@ -11,7 +11,7 @@ from streamquant.files.records import to_json
 from streamquant.quant.printable import visible
 from streamquant.validate.report.data import ChatCheck, NotRun, Report, VariantReport
 from streamquant.validate.report.text import MISSING
-from streamquant.validate.report.view import cell, grouped, make_view, rendered_chats, unchecked
+from streamquant.validate.report.view import cell, few, grouped, make_view, rendered_chats, unchecked
 from streamquant.validate.sections import SECTIONS
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red", "error": "red", "warning": "yellow", "note": ""}
@@ -47,7 +47,7 @@ def report_view(report: Report) -> RenderableType:
 def _problems(name: str, variant: VariantReport) -> list[Text]:
     return [
         Text(visible(f"{name}: {problem.severity} {problem.check}: {problem}"), COLOURS[problem.severity])
-        for problem in variant.problems
+        for problem in few(variant.problems)
     ]
 
 

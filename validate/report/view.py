@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -319,7 +320,25 @@ def short(problem: Problem) -> str:
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
 
 
+def few(problems: Sequence[Problem]) -> list[Problem]:
+    """Problems as a person reads them: the first ALIKE of a check and severity, and how many more there are.
+
+    A damaged checkpoint has one for each tensor; report.json lists them all.
+    """
+    counts = Counter((problem.check, problem.severity) for problem in problems)
+    shown, seen = [], Counter[tuple[str, str]]()
+    for problem in problems:
+        kind = (problem.check, problem.severity)
+        seen[kind] += 1
+        if seen[kind] <= ALIKE or counts[kind] == ALIKE + 1:
+            shown.append(problem)
+        elif seen[kind] == ALIKE + 1:
+            shown.append(Problem(problem.check, problem.severity, f"{counts[kind] - ALIKE:,} more of this kind"))
+    return shown
+
+
 LONGEST = 600
+ALIKE = 5
 HELPERS = {
     "estimate": estimate,
     "number": number,
@@ -329,6 +348,7 @@ HELPERS = {
     "cell": cell,
     "engine_name": engine_name,
     "short": short,
+    "few": few,
     "rendered_chats": rendered_chats,
     "MOST": MOST,
     "MISSING": MISSING,
