@@ -119,10 +119,6 @@ def tiny_variants(shelf: Shelf, tiny: Path) -> Path:
     )
 
 
-GLM_TOKENS = ("<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>")
-"""The special tokens by which llama.cpp's converter knows a tokenizer of GLM."""
-
-
 def write_small_tokenizer(folder: Path, *, special: Sequence[str] = (), **more: object) -> Path:
     """A byte-level BPE tokenizer with three merges: as small as one can be, unknown to every table.
 

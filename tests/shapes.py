@@ -11,7 +11,7 @@ pre-tokenizer and special tokens, whose texts are about as long as real ones (`s
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from tests.hub.blobs import SparseFile
-from tests.synthetic import FAMILY_KEYS, TOKENIZER_FILES, Weight, shard_header, weights_of
+from tests.synthetic import FAMILY_KEYS, GLM_TOKENS, TOKENIZER_FILES, Weight, shard_header, weights_of
 
 MAX_SHARD_SIZE = "5GB"
 """save_pretrained's limit before transformers 5, under which the Hermes models were saved."""
@@ -176,6 +176,24 @@ MIXTURES: Mapping[str, Shape] = {
         ),
     )
 }
+MIXTURES = {
+    **MIXTURES,
+    "GLM-4.7": Shape(
+        "GLM-4.7",
+        "Glm4MoeForCausalLM",
+        {
+            **{"hidden_size": 5120, "num_hidden_layers": 92, "num_attention_heads": 96, "num_key_value_heads": 8},
+            **{"head_dim": 128, "intermediate_size": 12288, "moe_intermediate_size": 1536, "n_routed_experts": 160},
+            **{"num_experts_per_tok": 8, "first_k_dense_replace": 3, "rope_theta": 1000000, "rope_scaling": None},
+            **{"rms_norm_eps": 1e-05, "max_position_embeddings": 202752, "vocab_size": 151552},
+            **{"bos_token_id": None, "eos_token_id": 151329},
+        },
+        None,
+        150,
+        "mit",
+        "zai-org/GLM-4.7",
+    ),
+}
 """Mixtures of experts by name; shards as they come out at MAX_SHARD_SIZE, which is not how they were published."""
 
 
@@ -184,7 +202,7 @@ def shards_of(shape: Shape) -> dict[str, SparseFile]:
     weights = {weight.name: weight for weight in shape.weights}
     split = split_state_dict_into_shards_factory(
         weights,
-        get_storage_size=lambda weight: 2 * weight.count,
+        get_storage_size=lambda weight: weight.nbytes("BF16"),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=MAX_SHARD_SIZE,
     )
@@ -192,7 +210,7 @@ def shards_of(shape: Shape) -> dict[str, SparseFile]:
     for name, members in split.filename_to_tensors.items():
         held = [weights[member] for member in members]
         header = shard_header(held, "BF16")
-        shards[name] = SparseFile(header, len(header) + 2 * sum(weight.count for weight in held))
+        shards[name] = SparseFile(header, len(header) + sum(weight.nbytes("BF16") for weight in held))
     return shards
 
 
@@ -206,7 +224,7 @@ def files_of(shape: Shape, data: Path) -> dict[str, bytes | Path | SparseFile]:
         if tensor != "__metadata__"
     }
     index = {
-        "metadata": {"total_size": 2 * sum(weight.count for weight in shape.weights)},
+        "metadata": {"total_size": sum(weight.nbytes("BF16") for weight in shape.weights)},
         "weight_map": dict(sorted(weight_map.items())),
     }
     return {
@@ -236,13 +254,14 @@ def write_shape(shape: Shape, folder: Path, data: Path) -> Path:
     return folder
 
 
-def seed_tokenizer(vocab_size: int) -> Tokenizer:
+def seed_tokenizer(vocab_size: int, more: Sequence[str] = ()) -> Tokenizer:
     """A byte-level BPE tokenizer of `vocab_size` tokens with Seed-OSS' pre-tokenizer and special tokens.
 
     Every token but the letters has its merge, of two shorter ones, and the texts are 9.6 bytes long on average,
     against 9.0 in Qwen3's vocabulary of 151,643: the metadata of a GGUF then has about the size that it has there.
+    `more` are further special tokens.
     """
-    special = [_SEED_TEXTS["bos"], _SEED_TEXTS["pad"], _SEED_TEXTS["eos"], *_SEED_MORE]
+    special = [_SEED_TEXTS["bos"], _SEED_TEXTS["pad"], _SEED_TEXTS["eos"], *_SEED_MORE, *more]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     texts = [*special, *letters]
     merges: list[tuple[str, str]] = []
@@ -276,9 +295,10 @@ def _tokenizer_files(shape: Shape, data: Path) -> dict[str, bytes | Path]:
         return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
     size = shape.sizes["vocab_size"]
     assert isinstance(size, int)
+    more = GLM_TOKENS if shape.architecture == "Glm4MoeForCausalLM" else ()
     settings = {f"{name}_token": text for name, text in _SEED_TEXTS.items()}
     return {
-        "tokenizer.json": seed_tokenizer(size).to_str().encode(),
+        "tokenizer.json": seed_tokenizer(size, more).to_str().encode(),
         "tokenizer_config.json": _json({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}),
         "chat_template.jinja": tokenizers / "hermes4-llama" / "chat_template.jinja",
     }

@@ -17,7 +17,7 @@ from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.files.gguf_file import pack_header, pad, read_header
 from tests import synthetic
-from tests.conftest import GLM_TOKENS, TINY_PRE, Shelf, write_small_tokenizer
+from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
 
 LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS = synthetic.ARCHITECTURES
 QWEN3_MOE, MIXTRAL, GLM = synthetic.MIXTURES[:3]
@@ -54,7 +54,7 @@ class Models:
         name = f"validate-{case}" + "".join(f"-{key}-{value}" for key, value in sorted(overrides.items()))
 
         def make(folder: Path) -> None:
-            special = GLM_TOKENS if settings["architecture"] == GLM else ()
+            special = synthetic.GLM_TOKENS if settings["architecture"] == GLM else ()
             tokenizer = write_small_tokenizer(folder / "tokenizer", special=special)
             synthetic.write_checkpoint(folder / "Model-1B", tokenizer=tokenizer, **settings)
 

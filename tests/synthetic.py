@@ -150,6 +150,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "tokenizer.model",
 )
+GLM_TOKENS = ("<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>")
+"""The special tokens by which llama.cpp's converter knows a tokenizer of GLM."""
 CHUNK_WEIGHTS = 1 << 22
 DEFAULT_VOCABULARY = 512
 
@@ -180,6 +182,10 @@ class Weight:
     is_norm: bool = False
     dtype: str | None = None
     """Where it is not that of the checkpoint."""
+
+    def nbytes(self, dtype: str) -> int:
+        """Bytes in a checkpoint of this dtype."""
+        return self.count * ITEM_BYTES[self.dtype or dtype]
 
     @property
     def count(self) -> int:
@@ -407,7 +413,7 @@ def shard_header(weights: list[Weight], dtype: str) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for weight in sorted(weights, key=lambda weight: weight.name):
-        end = offset + weight.count * ITEM_BYTES[weight.dtype or dtype]
+        end = offset + weight.nbytes(dtype)
         header[weight.name] = {
             "dtype": weight.dtype or dtype,
             "shape": list(weight.shape),

@@ -238,7 +238,8 @@ def total(terms: Terms, sizes: Dimensions, config: ConfigValues) -> int:
 
     result = sum(math.prod(map(value, factors)) for factors in terms)
     if result > LARGEST_INTEGER:
-        key = next(factor for factors in terms for factor in factors if isinstance(factor, str))
+        keys = (factor for factors in terms for factor in factors if isinstance(factor, str))
+        key = max(keys, key=value)
         raise config.refuse(key, "sizes out of range", required=f"products up to {LARGEST_INTEGER}")
     return result
 

@@ -15,7 +15,7 @@ from streamquant.publish.release.stages.imatrix import expected_imatrix
 from tests.small_models import Models
 
 
-@pytest.mark.parametrize("case", ["llama3.1", "qwen3-moe", "mixtral"])
+@pytest.mark.parametrize("case", ["llama3.1", "qwen3-moe", "mixtral", "glm"])
 def test_names_and_lengths(models: Models, case: str, tmp_path: Path) -> None:
     folder = models.checkpoint(case)
     text = tmp_path / "text.txt"

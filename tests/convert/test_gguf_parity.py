@@ -28,7 +28,7 @@ from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import gguf_peer, synthetic
-from tests.conftest import GLM_TOKENS, Shelf, write_small_tokenizer
+from tests.conftest import Shelf, write_small_tokenizer
 from tests.gguf_peer import Job, OutType, read_gguf
 from tests.oracle import ggml_encode
 from tests.tokenizer_folders import edit
@@ -148,7 +148,7 @@ class Pairs:
             tokenizer = gguf_peer.tokenizer_folder(settings.pop("tokenizer"))
         else:
             del settings["tokenizer"]
-            special = GLM_TOKENS if pre_of(case) == "glm4" else ()
+            special = synthetic.GLM_TOKENS if pre_of(case) == "glm4" else ()
             tokenizer = write_small_tokenizer(folder.parent / "tokenizer", special=special)
             # Else llama.cpp adds BOS and Hugging Face does not, where the converter's file differs from ours.
             edit(tokenizer / "tokenizer_config.json", lambda config: config.update(add_bos_token=True))
