@@ -1,7 +1,7 @@
 """Views of tensors: order of rows and columns, and values, against numpy's reshape; and what a run makes of them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from streamquant.convert.architectures.tensor_view import (
 )
 from streamquant.convert.conversion import convert
 from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.layout import Entry
+from streamquant.convert.plan.layout_gguf import GgufLayout
 from streamquant.convert.plan.planner import make_plan
-from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.recipes.recipe import Recipe, parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.model.variants.gguf import GgufVariant
 from streamquant.quant.errors import StreamquantError
@@ -242,3 +244,39 @@ def test_a_run_puts_every_row_where_the_view_says(
     for result in verify(tmp_path / "out", source):
         assert result.problems == []
         assert result.total.sqnr_db > 25
+
+
+def test_a_source_serves_several_stored_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a fused projection does: each takes its rows, and verify encodes all of them again."""
+    folder = tmp_path / "model"
+    tokenizer = write_small_tokenizer(tmp_path / "tokenizer")
+    synthetic.write_checkpoint(folder, architecture="Qwen3ForCausalLM", tokenizer=tokenizer)
+    halves = {"even": "(r {even odd}) c -> (r even) c", "odd": "(r {even odd}) c -> (r odd) c"}
+    entries = GgufLayout._entries
+
+    def cut(self: GgufLayout, recipe: Recipe) -> Iterator[Entry]:
+        for entry in entries(self, recipe):
+            if entry.name != "blk.0.ffn_up.weight":
+                yield entry
+                continue
+            for name, pattern in halves.items():
+                view = TensorView(pattern, (("even", 1), ("odd", 1)))
+                shape = view.stored_shape(entry.shape)
+                yield dataclasses.replace(entry, name=f"blk.0.{name}.weight", view=view, shape=shape)
+
+    monkeypatch.setattr(GgufLayout, "_entries", cut)
+    monkeypatch.setattr("streamquant.convert.plan.records.CHUNK_BYTES", 3000)
+    monkeypatch.setattr("streamquant.convert.run.blocks.BLOCK_WEIGHTS", 700)
+    source = open_checkpoint(folder)
+    plan = make_plan(source, parse_variants(["gguf:F32,Q8_0"]), ConversionOptions(pre=TINY_PRE))
+    convert(plan, tmp_path / "out", RunOptions(jobs=2))
+    tensor = source.tensors["model.layers.0.mlp.up_proj.weight"]
+    raw = np.frombuffer(source.read_range(tensor.file, tensor.start, tensor.stop), np.uint16)
+    values = (raw.astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+    for kind in ("F32", "Q8_0"):
+        _, tensors = read_gguf(tmp_path / "out" / "model-GGUF" / f"model-{kind}.gguf")
+        for number, name in enumerate(halves):
+            stored_as, shape, content = tensors[f"blk.0.{name}.weight"]
+            assert shape == (tensor.shape[0] // 2, tensor.shape[1])
+            assert quantize(values[number::2], stored_as).tobytes() == content
+    assert [result.problems for result in verify(tmp_path / "out", source)] == [[], []]
