@@ -280,6 +280,25 @@ def test_importance_has_the_columns_of_the_gguf(sources: Path, converted: Path) 
     assert np.array_equal(found, source.reshape(64, 2, 2, 32).swapaxes(1, 2).reshape(64, 128))
 
 
+def test_values_of_an_f16_source_are_made_in_float32(sources: Path, tmp_path: Path) -> None:
+    """The converter makes them in F16 and widens what was rounded."""
+    folder = shutil.copytree(sources / "dense", tmp_path / "Model")
+    half = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(half, folder / "model.safetensors")
+    plan = make_plan(open_checkpoint(folder), parse_variants(["gguf:F16"]), ConversionOptions(pre=TINY_PRE))
+    convert(plan, tmp_path / "out", RunOptions(jobs=1))
+    _, tensors = read_gguf(gguf_of(tmp_path / "out", "Model", "F16"))
+    source = {name: tensor.float().numpy() for name, tensor in half.items()}
+    decay = source["model.layers.0.linear_attn.A_log"].reshape(2, 2).T.reshape(4)
+    expected = {
+        "output_norm.weight": source["model.norm.weight"] + np.float32(1),
+        "blk.0.ssm_norm.weight": source["model.layers.0.linear_attn.norm.weight"],
+        "blk.0.ssm_a": (-np.exp(decay.astype(np.float64))).astype(np.float32),
+    }
+    assert {name: tensors[name][2] for name in expected} == {name: v.tobytes() for name, v in expected.items()}
+    assert tensors["output_norm.weight"][0].name == "F32"
+
+
 EXPERTS = "model.layers.0.mlp.experts"
 
 
