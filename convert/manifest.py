@@ -26,7 +26,7 @@ from streamquant.convert.run.stream import Written
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.convert.source.quantized import QuantizedSource
 from streamquant.files.json_record import JsonRecord
-from streamquant.files.strict_json import read_json_object
+from streamquant.files.strict_json import read_record
 from streamquant.files.writing import write_atomically
 from streamquant.hub.repo import COMMIT
 from streamquant.quant.errors import StreamquantError, UsageError
@@ -228,7 +228,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    match manifest := read_json_object(path, hint=_HINT):
+    match manifest := read_record(path, _HINT):
         case {"manifest": int(version), "source": {"files": list()}, "variants": dict()} if (
             version == MANIFEST_VERSION and not isinstance(version, bool)
         ):

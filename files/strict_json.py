@@ -53,13 +53,7 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES, hint: str = FETCH) -> Any:
         raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error
     if (size := max(size, len(data))) > max_bytes:
         raise StreamquantError("JSON file too large", where=str(path), found=f"{size:,} bytes", required=max_bytes)
-    value = parse_json(data, str(path), hint)
-    if b"\\u" in data:  # an escape can name half of a character, which no UTF-8 has
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise StreamquantError("broken JSON", where=str(path), found=str(error), hint=hint) from error
-    return value
+    return parse_json(data, str(path), hint)
 
 
 def read_json_object(path: Path, max_bytes: int = MAX_BYTES, hint: str = FETCH) -> dict[str, Any]:
@@ -74,6 +68,16 @@ def read_json_object(path: Path, max_bytes: int = MAX_BYTES, hint: str = FETCH) 
             hint=hint,
         )
     return value
+
+
+def read_record(path: Path, hint: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """`read_json_object` for a file that this package wrote: no text in it has half of a character, by an escape."""
+    record = read_json_object(path, max_bytes, hint)
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise StreamquantError("broken JSON", where=str(path), found=str(error), hint=hint) from error
+    return record
 
 
 def _check_depth(value: object) -> None:

@@ -118,7 +118,9 @@ def _load(path: Any, *, fallback: bool) -> Any:
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromFile(str(path))
-    except (RuntimeError, OSError) as fault:
+        for number in range(processor.vocab_size()):
+            processor.IdToPiece(number)
+    except (RuntimeError, OSError, UnicodeDecodeError) as fault:  # texts of the file, also in messages, may be no UTF-8
         if fallback:
             return None
         raise StreamquantError(

@@ -8,7 +8,7 @@ from streamquant.convert.source.checkpoint import Checkpoint, open_checkpoint
 from streamquant.convert.source.hub_checkpoint import open_hub_checkpoint
 from streamquant.files.json_record import JsonRecord
 from streamquant.files.listener import SILENT, Listener
-from streamquant.files.strict_json import read_json_object
+from streamquant.files.strict_json import read_record
 from streamquant.files.writing import write_atomically
 from streamquant.hub.reference import hub_reference
 from streamquant.hub.repo import COMMIT, HubRepo, open_repo
@@ -54,7 +54,7 @@ def pinned_commit(out: Path, name: str, revision: str) -> str | None:
         return None
     hint = f"write ORG/NAME@COMMIT with that commit and remove {PIN}, or remove the output folder and start again"
     what = "cannot read which commit an unfinished run began with"
-    record = JsonRecord(read_json_object(path, hint=hint), str(path), what, hint)
+    record = JsonRecord(read_record(path, hint), str(path), what, hint)
     commit = record.text("commit")
     if COMMIT.fullmatch(commit) is None:
         raise record.broken("commit", commit, "40 hexadecimal digits")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from streamquant.files.hashing import sha256_of
 from streamquant.files.json_record import JsonRecord
-from streamquant.files.strict_json import read_json_object
+from streamquant.files.strict_json import read_record
 from streamquant.files.writing import explain, write_atomically
 from streamquant.publish.release.release_file import STAGES, StageName
 from streamquant.quant.errors import StreamquantError
@@ -100,7 +100,7 @@ class ReleaseState:
             raise explain(error, self.path) from error
 
     def _read(self) -> None:
-        record = JsonRecord(read_json_object(self.path, hint=_HINT), str(self.path), _BROKEN, _HINT)
+        record = JsonRecord(read_record(self.path, _HINT), str(self.path), _BROKEN, _HINT)
         if (version := record.count("release")) != VERSION:
             raise record.broken("release", version, f"{VERSION}, of this version of streamquant")
         stages = record.object("stages")

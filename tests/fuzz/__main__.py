@@ -1,7 +1,7 @@
 """`python -m tests.fuzz [--seconds N] [TARGET ...]`: coverage-guided fuzzing with atheris, a process for each target.
 
-An input that breaks a target, takes more than five seconds or 2 GB is kept as NAME-crash-..., NAME-timeout-... or
-NAME-oom-... in `.fuzz/`: mend the fault and put the input into the corpus.
+An input that breaks a target is kept as NAME-fault in `.fuzz/`, one that takes more than five seconds or 2 GB as
+NAME-timeout-... or NAME-oom-...: mend the fault and put the input into the corpus.
 """
 
 import argparse
@@ -44,7 +44,11 @@ def main() -> int:
 
 
 def _run(name: str, data: bytes) -> None:
-    answer(name, data)
+    try:
+        answer(name, data)
+    except BaseException:
+        (FOUND / f"{name}-fault").write_bytes(data)
+        raise
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from streamquant.files.machine import usable_cores
 from streamquant.files.records import from_json, to_json
-from streamquant.files.strict_json import read_json_object
+from streamquant.files.strict_json import read_record
 from streamquant.files.writing import explain, write_atomically
 from streamquant.model.problem import Problem
 from streamquant.quant.errors import StreamquantError, UsageError
@@ -185,7 +185,7 @@ def read_report(path: str | Path) -> Report:
     file = path / REPORT if path.is_dir() else path
     if not file.is_file():
         raise UsageError("no report", where=str(file), required="a folder that validate wrote, or its report.json")
-    record = read_json_object(file, MAX_BYTES, OTHER_VERSION)
+    record = read_record(file, OTHER_VERSION, MAX_BYTES)
     if record.get("schema") != SCHEMA:
         raise StreamquantError(
             "a report of another version",
