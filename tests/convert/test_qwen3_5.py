@@ -33,6 +33,7 @@ from tests import llama_cpp
 from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
 from tests.convert.test_gguf_parity import differences
 from tests.gguf_peer import Job, OutType, convert_many, read_gguf, requires_newest_converter
+from tests.gpu import HAS_TRITON, caller, convert_on_device
 from tests.tokenizer_folders import edit
 
 pytestmark = [pytest.mark.xdist_group("qwen3_5"), pytest.mark.timeout(600)]
@@ -278,6 +279,20 @@ def test_importance_has_the_columns_of_the_gguf(sources: Path, converted: Path) 
     source = load_file(sources / "dense" / "model.safetensors")[f"{name}.weight"].float().numpy()
     found = np.frombuffer(stored["blk.0.ssm_out.weight"][2], np.float32).reshape(source.shape)
     assert np.array_equal(found, source.reshape(64, 2, 2, 32).swapaxes(1, 2).reshape(64, 128))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed (it has wheels for Linux alone)")
+@pytest.mark.parametrize("block", [1 << 30, 3000])
+def test_a_gpu_gives_the_same_files(sources: Path, converted: Path, tmp_path: Path, block: int) -> None:
+    """Rows and columns change places there too; what has other values is encoded by the CPU."""
+    variants = ["gguf:F32,BF16,Q8_0"]
+    with caller() as call:
+        options = ConversionOptions(pre=TINY_PRE)
+        assert call(convert_on_device, sources / "dense", tmp_path, variants, options, block, frozenset()) is None
+    for kind in ("F32", "BF16", "Q8_0"):
+        ours, on_cpu = gguf_of(tmp_path, "dense", kind), gguf_of(converted, "dense", kind)
+        assert ours.read_bytes() == on_cpu.read_bytes()
 
 
 def test_values_of_an_f16_source_are_made_in_float32(sources: Path, tmp_path: Path) -> None:
