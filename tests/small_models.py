@@ -20,7 +20,7 @@ from tests import synthetic
 from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
 
 LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS = synthetic.ARCHITECTURES
-QWEN3_MOE, MIXTRAL, GLM = synthetic.MIXTURES[:3]
+QWEN3_MOE, MIXTRAL, GLM, QWEN2_MOE, DOTS1, OLMOE = synthetic.MIXTURES
 CASES: Mapping[str, Mapping[str, Any]] = {
     "llama3.1": {"architecture": LLAMA, "rope": "llama3"},
     "llama-biased": {"architecture": LLAMA, "attention_bias": True, "mlp_bias": True, "tied": True},
@@ -37,6 +37,10 @@ CASES: Mapping[str, Mapping[str, Any]] = {
         **{"num_nextn_predict_layers": 0, "attention_bias": False, "use_qk_norm": False, "n_group": 3},
         **{"topk_group": 2, "moe_intermediate_size": 256, "n_shared_experts": 2},
     },
+    "qwen2-moe": {"architecture": QWEN2_MOE, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512},
+    "dots1": {"architecture": DOTS1, "moe_intermediate_size": 256, "num_key_value_heads": 8},
+    # Of another seed an expert gets a number of tokens at which a fused product rounds otherwise than two halves.
+    "olmoe": {"architecture": OLMOE, "num_key_value_heads": 8, "intermediate_size": 256, "seed": 1},
     "seed-oss": {"architecture": SEED_OSS, "dtype": "F32"},
 }
 VARIANTS = "gguf:F32,BF16,Q8_0,Q4_K_M"

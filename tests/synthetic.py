@@ -25,7 +25,14 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "SeedOssForCausalLM",
 )
-MIXTURES = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM")
+MIXTURES = (
+    "Qwen3MoeForCausalLM",
+    "MixtralForCausalLM",
+    "Glm4MoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Dots1ForCausalLM",
+    "OlmoeForCausalLM",
+)
 
 # What each family's config.json carries besides the sizes (transformers 4.57 and 5 agree on these keys).
 FAMILY_KEYS: Mapping[str, Mapping[str, object]] = {
@@ -83,6 +90,42 @@ FAMILY_KEYS: Mapping[str, Mapping[str, object]] = {
         "topk_group": 1,
         "use_qk_norm": True,
     },
+    "Qwen2MoeForCausalLM": {
+        "model_type": "qwen2_moe",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": False,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "qkv_bias": True,
+        "shared_expert_intermediate_size": 160,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
+    "Dots1ForCausalLM": {
+        "model_type": "dots1",
+        "attention_bias": False,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 96,
+        "n_group": 1,
+        "n_routed_experts": 5,
+        "n_shared_experts": 2,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": 2,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "sliding_window": None,
+        "topk_group": 1,
+    },
+    "OlmoeForCausalLM": {
+        "model_type": "olmoe",
+        "attention_bias": False,
+        "clip_qkv": None,
+        "norm_topk_prob": False,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+    },
     "SeedOssForCausalLM": {
         "model_type": "seed_oss",
         "attention_bias": True,
@@ -100,6 +143,9 @@ THETA = {
     "MixtralForCausalLM": 1000000.0,
     "Qwen3MoeForCausalLM": 1000000.0,
     "Glm4MoeForCausalLM": 1000000.0,
+    "Qwen2MoeForCausalLM": 1000000.0,
+    "Dots1ForCausalLM": 10000000.0,
+    "OlmoeForCausalLM": 10000.0,
     "SeedOssForCausalLM": 10000000.0,
 }
 SIZES: Mapping[str, Mapping[str, int]] = {
@@ -294,7 +340,8 @@ def weights_of(config: Mapping[str, object]) -> Iterator[Weight]:
 
 def layer_weights(config: Mapping[str, object], sizes: Mapping[str, int], layer: int) -> Iterator[Weight]:
     """The tensors of one decoder layer, named inside the layer."""
-    glm = config["model_type"] == "glm4_moe"
+    kind = config["model_type"]
+    glm = kind == "glm4_moe"
     qwen2, qwen3_moe = (config["model_type"] == name for name in ("qwen2", "qwen3_moe"))
     qwen3 = qwen3_moe or config["model_type"] == "qwen3"
     seed_oss = config["model_type"] == "seed_oss"
@@ -305,8 +352,12 @@ def layer_weights(config: Mapping[str, object], sizes: Mapping[str, int], layer:
     head_dim = sizes.get("head_dim", 128 if fixed_head_dim else hidden // heads)
     rows = {"q": heads * head_dim, "k": sizes.get("num_key_value_heads", heads) * head_dim}
     rows["v"] = rows["k"]
-    attention_bias = qwen2 or bool(config.get("attention_bias", False))
-    out_bias = bool(config.get("attention_out_bias", False)) if seed_oss else attention_bias and not (qwen2 or glm)
+    attention_bias = qwen2 or bool(config.get("attention_bias", config.get("qkv_bias", False)))
+    out_bias = (
+        bool(config.get("attention_out_bias", False))
+        if seed_oss
+        else attention_bias and not (qwen2 or glm or kind == "qwen2_moe")
+    )
     for part in "qkv":
         yield Weight(f"self_attn.{part}_proj.weight", (rows[part], hidden))
         if attention_bias:
@@ -314,13 +365,21 @@ def layer_weights(config: Mapping[str, object], sizes: Mapping[str, int], layer:
     yield Weight("self_attn.o_proj.weight", (hidden, rows["q"]))
     if out_bias:
         yield Weight("self_attn.o_proj.bias", (hidden,))
-    if qwen3 or config.get("use_qk_norm", False):
+    if kind == "olmoe":
+        yield Weight("self_attn.q_norm.weight", (rows["q"],), is_norm=True)
+        yield Weight("self_attn.k_norm.weight", (rows["k"],), is_norm=True)
+    elif qwen3 or kind == "dots1" or config.get("use_qk_norm", False):
         yield Weight("self_attn.q_norm.weight", (head_dim,), is_norm=True)
         yield Weight("self_attn.k_norm.weight", (head_dim,), is_norm=True)
-    if glm and layer >= sizes["first_k_dense_replace"]:
+    if (glm or kind == "dots1") and layer >= sizes["first_k_dense_replace"]:
         yield from glm_experts(config, sizes, layer)
-    elif qwen3_moe:
-        narrow = sizes["moe_intermediate_size"]
+    elif qwen3_moe or kind in ("qwen2_moe", "olmoe"):
+        narrow = sizes.get("moe_intermediate_size", wide)
+        if kind == "qwen2_moe":
+            shared = sizes["shared_expert_intermediate_size"]
+            yield Weight("mlp.shared_expert_gate.weight", (1, hidden))
+            for part, shape in (("gate", (shared, hidden)), ("up", (shared, hidden)), ("down", (hidden, shared))):
+                yield Weight(f"mlp.shared_expert.{part}_proj.weight", shape)
         names = {"gate_proj": (narrow, hidden), "up_proj": (narrow, hidden), "down_proj": (hidden, narrow)}
         yield from expert_weights("mlp", sizes["num_experts"], hidden, names)
     elif config["model_type"] == "mixtral":
@@ -336,7 +395,7 @@ def layer_weights(config: Mapping[str, object], sizes: Mapping[str, int], layer:
 
 
 def glm_experts(config: Mapping[str, object], sizes: Mapping[str, int], layer: int) -> Iterator[Weight]:
-    """The feed-forward of a layer of GLM-4.5 with experts, and what only its last layer has, that predicts a token."""
+    """The feed-forward of a layer of GLM-4.5 and dots.llm1 with experts, and what only GLM's last layer has."""
     hidden, narrow, vocabulary = sizes["hidden_size"], sizes["moe_intermediate_size"], sizes["vocab_size"]
     wide = sizes["n_shared_experts"] * narrow
     for name, shape in (("gate_proj", (wide, hidden)), ("up_proj", (wide, hidden)), ("down_proj", (hidden, wide))):

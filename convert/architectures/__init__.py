@@ -3,7 +3,7 @@
 All that is known of a family is in its file (family.py has the records); FAMILIES below lists them.
 
 >>> sorted(ARCHITECTURES)[:2]
-['Glm4MoeForCausalLM', 'LlamaForCausalLM']
+['Dots1ForCausalLM', 'Glm4MoeForCausalLM']
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,14 @@ from types import MappingProxyType
 
 from streamquant.convert.architectures.config_values import describe_type, shorten
 from streamquant.convert.architectures.description import ExtraTensor, ModelDescription, TensorRule
+from streamquant.convert.architectures.families.dots1 import DOTS1
 from streamquant.convert.architectures.families.glm4_moe import GLM4_MOE
 from streamquant.convert.architectures.families.llama import LLAMA
 from streamquant.convert.architectures.families.mistral import MISTRAL
 from streamquant.convert.architectures.families.mixtral import MIXTRAL
+from streamquant.convert.architectures.families.olmoe import OLMOE
 from streamquant.convert.architectures.families.qwen2 import QWEN2
+from streamquant.convert.architectures.families.qwen2_moe import QWEN2_MOE
 from streamquant.convert.architectures.families.qwen3 import QWEN3
 from streamquant.convert.architectures.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_VL, QWEN3_5_VL
 from streamquant.convert.architectures.families.qwen3_moe import QWEN3_MOE
@@ -43,7 +46,7 @@ __all__ = [
 
 FAMILIES = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE, QWEN3_5_VL, QWEN3_5_MOE_VL),
-    *(SEED_OSS, GLM4_MOE),
+    *(SEED_OSS, GLM4_MOE, QWEN2_MOE, DOTS1, OLMOE),
 )
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType({family.hf_architecture: family for family in FAMILIES})
 

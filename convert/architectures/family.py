@@ -109,6 +109,7 @@ class LlamaCpp:
     rope_freqs says whether the loader reads rope_freqs.weight, without which rope of type "llama3" would run unscaled.
     unread are the booleans of config.json whose biases the converter writes but the loader does not read.
     assumed are keys of config.json that no GGUF key carries, with the value that llama.cpp computes with.
+    all_heads: the loader wants as many key-value heads as heads; own_head: it wants an output.weight.
     pooling says whether the converter writes and the loader reads how an embedding model pools.
     """
 
@@ -119,6 +120,8 @@ class LlamaCpp:
     unread: tuple[str, ...] = ()
     assumed: Mapping[str, object] = field(default_factory=dict)
     pooling: bool = False
+    all_heads: bool = False
+    own_head: bool = False
 
     @property
     def rope_types(self) -> frozenset[str]:

@@ -139,6 +139,7 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     notes += [*window_notes(family, window, sizes), *unread_notes(family, config), *other_value_notes(family, config)]
     metadata = common_metadata(family, config, sizes, rope)
     sources = KeySources(family.gguf_arch, config, sizes.size, tags, metadata)
+    notes += refused_notes(family, sizes, tied)
     if tied:
         notes.append("tie_word_embeddings: no output.weight unless the checkpoint has lm_head.weight")
     return ModelDescription(
@@ -344,6 +345,15 @@ def unread_notes(family: Family, config: ConfigValues) -> Iterator[str]:
                 f"WARNING: {key} = true: llama.cpp does not read all of these biases in arch {family.gguf_arch!r} "
                 "and will refuse to load the GGUF (wrong number of tensors)"
             )
+
+
+def refused_notes(family: Family, sizes: Dimensions, tied: bool) -> Iterator[str]:
+    """A warning where llama.cpp's loader wants tensors that the model does not have. Seen with llama.cpp 11434."""
+    refuses = f"llama.cpp will refuse to load the GGUF: in arch {family.gguf_arch!r} it wants"
+    if family.llama_cpp.all_heads and sizes.kv_heads != sizes.heads:
+        yield f"WARNING: num_key_value_heads = {sizes.kv_heads}: {refuses} as many as attention heads (wrong shape)"
+    if family.llama_cpp.own_head and tied:
+        yield f"WARNING: tie_word_embeddings: {refuses} an output.weight (not found)"
 
 
 def other_value_notes(family: Family, config: ConfigValues) -> Iterator[str]:

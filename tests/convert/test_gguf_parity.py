@@ -44,7 +44,7 @@ DEVIATIONS = {
 OUTTYPES: tuple[OutType, ...] = ("f32", "f16", "bf16", "q8_0")
 LEGACY = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")
 LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS = synthetic.ARCHITECTURES
-QWEN3_MOE, MIXTRAL, GLM = synthetic.MIXTURES[:3]
+QWEN3_MOE, MIXTRAL, GLM, QWEN2_MOE, DOTS1, OLMOE = synthetic.MIXTURES
 Setting = dict[str, Any]
 SEVEN_EXPERTS: Setting = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 256, "head_dim": ...}
 METADATA = {"general.author": "Somebody", "general.version": "v7", "general.tags": ["a", "b"]}
@@ -69,6 +69,9 @@ DEFAULT: dict[str, Setting] = {
         **{"first_k_dense_replace": 3, "n_routed_experts": 7, "n_shared_experts": 2, "num_nextn_predict_layers": 0},
         **{"attention_bias": False, "use_qk_norm": False, "moe_intermediate_size": 256, "head_dim": ...},
     },
+    "qwen2-moe": {"architecture": QWEN2_MOE, "tokenizer": "hermes4-14b", "shards": 2},
+    "dots1": {"architecture": DOTS1, "tokenizer": "llama-bpe", "shards": 2, "n_routed_experts": 7},
+    "olmoe": {"architecture": OLMOE, "tokenizer": "llama-bpe", "tied": True},
     "llama-biases-yarn": {"tokenizer": "llama-bpe", "rope": "yarn", "attention_bias": True, "mlp_bias": True},
 }
 NEWEST = frozenset({"mixtral", "glm", "glm-plain"})

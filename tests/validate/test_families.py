@@ -28,7 +28,7 @@ def divergence(source: Path, gguf: Path) -> float:
 
 @requires_llama_cpp
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", ["glm", "glm-plain"])
+@pytest.mark.parametrize("case", ["glm", "glm-plain", "qwen2-moe", "dots1", "olmoe"])
 def test_llama_cpp_agrees(models: Models, case: str) -> None:
     assert divergence(models.checkpoint(case), models.gguf(case, "F32")) < LARGEST
 
