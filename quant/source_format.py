@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from streamquant.quant.format import Encoded, Rows
 from streamquant.quant.fp8 import TILE
-from streamquant.quant.kernels import fp8_cpu
+from streamquant.quant.kernels import floats_cpu, fp8_cpu, int4_cpu
 from streamquant.quant.widen import SOURCE_DTYPES, widen
 
 ALL = 1 << 62
 """As a height or width of blocks: all rows, all columns."""
+_WORD = 8
+"""Codes in a word of INT4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +103,38 @@ def fp8(height: int, width: int, scale_dtype: str) -> SourceFormat:
         SourcePart(scale_dtype, height, lambda n: -(-n // width) * size),
     )
     return SourceFormat(f"FP8_{kind}_{scale_dtype}", f"FP8 E4M3, {about}", "BF16", parts, widen_into, encoded_as)
+
+
+@cache
+def int4(group: int, scale_dtype: str, *, has_zero_point: bool) -> SourceFormat:
+    """Words of 8 codes, the lowest 4 bits first, [N, K / 8], and a scale for each `group` columns [N, ceil(K / group)].
+
+    The value is (code - 8) * scale, or (code - zero point) * scale; zero points are packed like codes, along the rows
+    [ceil(N / 8), ceil(K / group)]. (dequant_packed in dequant_model; pack_to_int32 of compressed-tensors)
+
+    >>> int4(32, "BF16", has_zero_point=False).name
+    'INT4_GROUP_32_BF16'
+    """
+    kind, about = ("CHANNEL", "output channel") if group == ALL else (f"GROUP_{group}", f"{group} columns of a row")
+    size = SOURCE_DTYPES[scale_dtype]
+
+    def widen_into(parts: Encoded, first: int, out: Rows) -> bool:
+        rows, n = out.shape
+        columns = -(-n // group)
+        scales: NDArray[np.float32] = np.empty((rows, columns), np.float32)
+        is_finite = widen(parts[1], scale_dtype, scales)
+        zeros = np.full((rows, columns), 8, np.float32)
+        if has_zero_point:
+            packed = parts[2].view(np.uint32).reshape(-1, columns)
+            row = first % _WORD + np.arange(rows)
+            shift = (4 * (row % _WORD)).astype(np.uint32)[:, None]
+            zeros[:] = (packed[row // _WORD] >> shift) & np.uint32(15)
+        int4_cpu.decode(parts[0].reshape(rows, n // 2), scales, zeros, min(group, n), out)
+        return is_finite and bool(floats_cpu.all_finite(out.reshape(-1)))
+
+    parts = [SourcePart("I32", 1, lambda n: n // 2), SourcePart(scale_dtype, 1, lambda n: -(-n // group) * size)]
+    if has_zero_point:
+        parts.append(SourcePart("I32", _WORD, lambda n: -(-n // group) * 4))
+    name = f"INT4_{kind}_{scale_dtype}{'_ZERO_POINT' if has_zero_point else ''}"
+    about = f"INT4, a scale{' and a zero point' if has_zero_point else ''} for each {about}"
+    return SourceFormat(name, about, "BF16", tuple(parts), widen_into)

@@ -52,11 +52,55 @@ class Scheme:
         scales = (blocks.abs().amax((2, 3)) / 448).clamp(min=1e-12).to(self.scale_dtype)
         return (weight.float() / self.spread(scales, weight.shape)).to(torch.float8_e4m3fn), scales
 
+    def stored(self, name: str, weight: torch.Tensor) -> Tensors:
+        """What stands for a matrix."""
+        codes, scales = self.encode(weight)
+        return {name: codes, name + self.suffix: scales}
+
     def spread(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """float32 scales, one for each weight."""
         rows, columns = (step or size for step, size in zip(self.block, shape, strict=True))
         wide = scales.float().reshape(-1, -(-shape[1] // columns))
         return wide.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """INT4 of compressed-tensors, packed by its own code: groups of columns, symmetric or with zero points."""
+
+    group: int = 32
+    symmetric: bool = True
+    scale_dtype: torch.dtype = torch.bfloat16
+    suffix: str = "_scale"
+
+    def stored(self, name: str, weight: torch.Tensor) -> Tensors:
+        """What stands for a matrix."""
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        groups = weight.float().reshape(weight.shape[0], -1, self.group)
+        least, most = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+        scale = (groups.abs().amax(2) / 7.5 if self.symmetric else (most - least) / 15).to(self.scale_dtype)
+        zero = torch.zeros_like(least) if self.symmetric else (-8 - least / scale.float()).round().clamp(-8, 7)
+        codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(-8, 7)
+        found = {
+            f"{name}_packed": pack_to_int32(codes.reshape(weight.shape).to(torch.int8), 4),
+            f"{name}_scale": scale,
+            f"{name}_shape": torch.tensor(weight.shape),
+        }
+        if not self.symmetric:
+            found[f"{name}_zero_point"] = pack_to_int32(zero.to(torch.int8), 4, packed_dim=0).contiguous()
+        return found
+
+    def decode(self, name: str, stored: Tensors) -> torch.Tensor:
+        """float32, by that library's own unpacking."""
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        shape, scale = torch.Size(stored[f"{name}_shape"].tolist()), stored[f"{name}_scale"].float()
+        codes = unpack_from_int32(stored[f"{name}_packed"], 4, shape).float().reshape(shape[0], -1, self.group)
+        if not self.symmetric:
+            zero = unpack_from_int32(stored[f"{name}_zero_point"], 4, scale.shape, packed_dim=0).float()
+            codes = codes - zero[..., None]
+        return (codes * scale[..., None]).reshape(shape)
 
 
 BLOCK = Scheme()
@@ -86,14 +130,14 @@ def read(folder: Path) -> Tensors:
 
 def quantize(
     folder: Path,
-    scheme: Scheme = BLOCK,
+    scheme: Scheme | Packed = BLOCK,
     config: Mapping[str, object] = BLOCK_CONFIG,
     chosen: Callable[[str], bool] = is_linear,
 ) -> Path:
     """Quantize the linear layers of a checkpoint of one file in place, and say so in its config.json."""
     tensors = read(folder)
     for name in [name for name in tensors if chosen(name)]:
-        tensors[name], tensors[name + scheme.suffix] = scheme.encode(tensors[name])
+        tensors.update(scheme.stored(name, tensors.pop(name)))
     write(folder, tensors)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": config}))
@@ -129,12 +173,17 @@ def _write_file(path: Path, tensors: Tensors) -> None:
     path.write_bytes(pack(header, data))
 
 
-def values(folder: Path, scheme: Scheme = BLOCK) -> Tensors:
+def values(folder: Path, scheme: Scheme | Packed = BLOCK) -> Tensors:
     """The float32 weights of a quantized checkpoint, by the formula."""
     stored = read(folder)
     found = {}
     for name, value in stored.items():
-        if value.dtype == torch.float8_e4m3fn:
+        if isinstance(scheme, Packed):
+            if name.endswith("_packed"):
+                found[name.removesuffix("_packed")] = scheme.decode(name.removesuffix("_packed"), stored)
+            elif not name.endswith(("_scale", "_shape", "_zero_point")):
+                found[name] = value.float()
+        elif value.dtype == torch.float8_e4m3fn:
             found[name] = value.float() * scheme.spread(stored[name + scheme.suffix], value.shape)
         elif name.removesuffix(scheme.suffix) not in stored or not name.endswith(scheme.suffix):
             found[name] = value.float()

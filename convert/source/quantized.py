@@ -5,6 +5,7 @@
 | fp8                | F8_E4M3 [N, K]   | `X_scale_inv`, for each block of weight_block_size; without it for all  |
 | modelopt           | F8_E4M3 [N, K]   | `X_scale`, one for the tensor, or for each of its rows                  |
 | compressed-tensors | F8_E4M3 [N, K]   | `X_scale`, by the strategy of the one group: tensor, channel or block   |
+| the same, packed   | `X_packed`       | `X_scale`, and `X_zero_point` where it is not symmetric                 |
 
 The value of a weight is float32(code) * float32(scale) (dequant_model of llama.cpp's conversion/base.py). What
 quantized activations and a quantized key-value cache need is left out: nothing that is made here has a place for it.
@@ -19,12 +20,13 @@ from typing import Any
 from streamquant.convert.source.config_as_stored import QUANTIZATIONS
 from streamquant.convert.source.tensor import Codes, SourceTensor, StoredPart
 from streamquant.quant.errors import StreamquantError
-from streamquant.quant.source_format import ALL, SourceFormat, fp8
+from streamquant.quant.source_format import ALL, SourceFormat, fp8, int4
 from streamquant.quant.widen import SOURCE_DTYPES
 
 COMPRESSED_TENSORS = ("compressed-tensors", "compressed_tensors")
 """Spellings of quant_method (vllm/config/model.py, _verify_quantization)."""
 CODES = "F8_E4M3"
+_PACKED = "_packed"
 _OF_ACTIVATIONS = (
     *(".input_scale", ".output_scale", ".activation_scale", "_activation_scale"),
     *(".q_scale", ".k_scale", ".v_scale"),
@@ -74,6 +76,13 @@ class _Scheme:
     """(rows, columns) that share a scale; None: the shape of the scales tells, one for all or for each row."""
     where: str
     """The scheme's place in config.json."""
+    is_packed: bool = False
+    """Whether the codes are words of INT4; `block` is then (1, columns of a group)."""
+
+    @property
+    def codes_suffix(self) -> str:
+        """Of the codes' names."""
+        return _PACKED if self.is_packed else ""
 
 
 def dequantized(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor], where: str) -> Dequantized | None:
@@ -85,13 +94,22 @@ def dequantized(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor], 
     scheme = _find_scheme(config, tensors, where)
     if scheme is None:
         return None
-    made = dict(tensors)
+    made: dict[str, SourceTensor] = {}
     formats: Counter[str] = Counter()
+    taken: set[str] = set()
     for name, codes in tensors.items():
-        if codes.dtype == CODES:
-            scale = made.pop(name + scheme.suffix, None)
-            made[name] = found = _with_scales(codes, scale, scheme, where)
-            formats[found.format.about] += 1
+        if scheme.is_packed and name.endswith(_PACKED):
+            found = _unpacked(codes, tensors, scheme, where)
+            taken.add(f"{found.name}_shape")  # what the packed codes and their groups say too
+        elif codes.dtype == CODES and not scheme.is_packed:
+            found = _with_scales(codes, tensors.get(name + scheme.suffix), scheme, where)
+        else:
+            made[name] = codes
+            continue
+        made[found.name] = found
+        taken.update(part.name for part in found.parts if part.name != found.name)
+        formats[found.format.about] += 1
+    made = {name: tensor for name, tensor in made.items() if name not in taken}
     dropped = [name for name in made if name.endswith(_OF_ACTIVATIONS)]
     for name in dropped:
         del made[name]
@@ -101,7 +119,7 @@ def dequantized(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor], 
                 "scales without their weights",
                 where=f"{where}/{made[name].file}, tensor {name!r}",
                 found=_described(tensors.get(name.removesuffix(scheme.suffix))),
-                required=f"{name.removesuffix(scheme.suffix)!r} of dtype {CODES}",
+                required=f"{name.removesuffix(scheme.suffix) + scheme.codes_suffix!r}, codes of {scheme.method}",
                 hint="download the checkpoint again, or tell its publisher",
             )
     source = QuantizedSource(scheme.method, tuple(about for about, _ in formats.most_common()), formats.total())
@@ -136,9 +154,11 @@ def _find_scheme(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor],
         return _Scheme(method, suffix, _block(settings.get("weight_block_size"), place), place)
     if method == "modelopt":
         return _Scheme(method, suffix, None, place)
-    if settings.get("format") not in _FLOAT_FORMATS:
+    is_packed = settings.get("format") == "pack-quantized"
+    if not is_packed and settings.get("format") not in _FLOAT_FORMATS:
         return None
-    return _Scheme(COMPRESSED_TENSORS[0], suffix, _block_of_group(settings, place), place)
+    block = _block_of_group(settings, place, is_packed=is_packed)
+    return _Scheme(COMPRESSED_TENSORS[0], suffix, block, place, is_packed)
 
 
 def _block(size: object, where: str) -> tuple[int, int] | None:
@@ -157,7 +177,7 @@ def _block(size: object, where: str) -> tuple[int, int] | None:
     )
 
 
-def _block_of_group(settings: Mapping[str, Any], where: str) -> tuple[int, int]:
+def _block_of_group(settings: Mapping[str, Any], where: str, *, is_packed: bool) -> tuple[int, int]:
     """What the one group of a config of compressed-tensors says of its weights."""
     groups = settings.get("config_groups")
     values: Iterable[Any] = groups.values() if isinstance(groups, Mapping) else ()
@@ -166,8 +186,16 @@ def _block_of_group(settings: Mapping[str, Any], where: str) -> tuple[int, int]:
         raise _unknown(where, f"{len(weights)} groups", "one group with weights")
     kind = {key: weights[0].get(key) for key in ("num_bits", "type", "strategy", "group_size")}
     strategy = kind.pop("strategy")
-    if kind["num_bits"] != 8 or kind["type"] != "float":
-        raise _unknown(where, f"weights {kind}", "num_bits 8, type float")
+    wanted = (4, "int") if is_packed else (8, "float")
+    if (kind["num_bits"], kind["type"]) != wanted:
+        raise _unknown(where, f"weights {kind}", f"num_bits {wanted[0]}, type {wanted[1]}")
+    if is_packed:
+        size = kind["group_size"]
+        if strategy == "group" and isinstance(size, int) and size > 0:
+            return 1, size
+        if strategy == "channel":
+            return 1, ALL
+        raise _unknown(where, f"strategy {strategy!r:.100}, group_size {size!r:.100}", "groups of columns, or channel")
     if strategy == "tensor":
         return ALL, ALL
     if strategy == "channel":
@@ -215,6 +243,41 @@ def _with_scales(codes: SourceTensor, scale: SourceTensor | None, scheme: _Schem
             hint=f"compare it with {scheme.where}; download the checkpoint again, or tell its publisher",
         )
     return _coded(codes, (scale,), fp8(*block, scale.dtype))
+
+
+def _unpacked(codes: SourceTensor, tensors: Mapping[str, SourceTensor], scheme: _Scheme, where: str) -> SourceTensor:
+    """Words of INT4 with their scales and zero points as one tensor of weights."""
+    assert scheme.block is not None, "a packed scheme has groups"
+    base, group = codes.name.removesuffix(_PACKED), scheme.block[1]
+    place = f"{where}/{codes.file}, tensor {codes.name!r}"
+    if codes.dtype != "I32" or len(codes.shape) != 2:
+        raise _unknown(place, f"{codes.dtype} {list(codes.shape)}", "a matrix of I32, 8 codes in each")
+    scale, zero = tensors.get(base + scheme.suffix), tensors.get(f"{base}_zero_point")
+    if scale is None:
+        raise StreamquantError(
+            "quantized weights without their scales",
+            where=place,
+            found=f"no {base + scheme.suffix!r}",
+            required=f"{base + scheme.suffix!r}, as {scheme.where} has it",
+            hint="download the checkpoint again, or start from the original in BF16",
+        )
+    if scale.dtype not in SOURCE_DTYPES or (zero is not None and zero.dtype != "I32"):
+        found = f"scales of {scale.dtype}" + ("" if zero is None else f", zero points of {zero.dtype}")
+        raise _unknown(place, found, f"scales of {', '.join(SOURCE_DTYPES)}, zero points of I32")
+    rows, n = codes.shape[0], 8 * codes.shape[1]
+    format_ = int4(group, scale.dtype, has_zero_point=zero is not None)
+    columns = -(-n // group)
+    for part, wanted in ((scale, (rows, columns)), (zero, (-(-rows // 8), columns))):
+        if part is not None and part.shape != wanted:
+            raise StreamquantError(
+                "scales of the wrong shape",
+                where=f"{where}/{part.file}, tensor {part.name!r}",
+                found=list(part.shape),
+                required=f"{list(wanted)}: {format_.about} of {[rows, n]}",
+                hint=f"compare it with {scheme.where}; download the checkpoint again, or tell its publisher",
+            )
+    beside = (scale,) if zero is None else (scale, zero)
+    return replace(_coded(codes, beside, format_), name=base, shape=(rows, n), stored_name=codes.name)
 
 
 def _by_shape(scale: SourceTensor) -> tuple[int, int]:

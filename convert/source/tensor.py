@@ -39,6 +39,8 @@ class SourceTensor:
     stop: int
     codes: Codes | None = None
     """None: plain floats."""
+    stored_name: str | None = None
+    """Of the codes, where it is not that of the weights: X.weight_packed."""
     published: str | None = None
     """What FP8 folders call it, where that is not `name`: they keep the names of a multimodal model."""
     fused: str | None = None
@@ -52,7 +54,7 @@ class SourceTensor:
     @property
     def parts(self) -> Iterator[StoredPart]:
         """What is stored for it, in the order of its format's parts: the weights or their codes first."""
-        yield StoredPart(self.name, self.file, self.start, self.stop)
+        yield StoredPart(self.stored_name or self.name, self.file, self.start, self.stop)
         if self.codes is not None:
             yield from self.codes.beside
 
