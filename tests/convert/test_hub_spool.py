@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import pytest
 from streamquant.convert.source.checkpoint import SourceFile
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.convert.source.spool import DEFAULT_SHARDS, GIB, Spool, spool_limit
+from streamquant.convert.source.tensor import Codes, SourceTensor, StoredPart
 from streamquant.files.listener import Listener
 from streamquant.files.safetensors_file import write_header
 from streamquant.files.worker import Stopped
@@ -22,6 +24,7 @@ from streamquant.hub import errors
 from streamquant.hub.errors import DamagedBody
 from streamquant.hub.repo import HubFile, HubRepo
 from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.quant.source_format import fp8
 from tests.attacks.harness import untouched
 from tests.hub_source import SECONDS, Later
 from tests.listeners import Hears
@@ -538,6 +541,23 @@ def test_header_of_another_file(make: Callable[..., Setup]) -> None:
 
 
 # Limits
+
+
+def test_shards_that_codes_and_scales_share_fit_together() -> None:
+    """x lies in a with scales in c, y in b with scales in c, z in d alone: a, c and then b, c are there at a time."""
+    checkpoint = checkpoint_of(FakeRepo({"a": 1000, "b": 3000, "c": 2000, "d": 4500}))
+    places = {"x": ("a", "c"), "y": ("b", "c"), "z": ("d", "d")}
+    tensors = {
+        name: SourceTensor(
+            *(name, "BF16", (1, 8), codes, 0, 8),
+            Codes(fp8(128, 128, "F32"), (StoredPart(f"{name}_scale_inv", scales, 0, 4),)),
+        )
+        for name, (codes, scales) in places.items()
+    }
+    checkpoint = replace(checkpoint, tensors=tensors)
+    assert spool_limit(checkpoint, 5000 / GIB) == 5000
+    with pytest.raises(UsageError, match=r"(?s)smaller than a shard.*for b, c; twice that"):
+        spool_limit(checkpoint, 4999 / GIB)
 
 
 def test_limits(tmp_path: Path) -> None:

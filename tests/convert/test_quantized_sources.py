@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from streamquant.convert.conversion import convert
+from streamquant.convert.conversion import convert, disk_of
 from streamquant.convert.manifest import MANIFEST
 from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
-from streamquant.quant.errors import StreamquantError
+from streamquant.convert.source.open import open_source
+from streamquant.convert.source.spool import GIB
+from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.readback.verify import verify
 from tests import gguf_peer, synthetic
 from tests import quantized_sources as sources
 from tests.conftest import TINY_PRE, Shelf
 from tests.gguf_peer import Job, read_gguf, requires_converter
+from tests.hub import Hub
+from tests.hub_source import REPO, files
 from tests.oracle import ggml_encode
 
 LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS = synthetic.ARCHITECTURES
@@ -381,3 +386,25 @@ def test_the_original_of_a_validation_is_the_dequantized_model(made: Path, tmp_p
         for name, value in sources.values(model).items():
             assert torch.equal(original.read(name, torch.float32), value)
             assert torch.equal(original.slice(name, 1, 3), value[1:3])
+
+
+def test_shards_of_codes_and_scales_on_the_hub(tmp_path: Path, hub: Hub) -> None:
+    """Scales lie in the shard after that of their codes; the spool holds no more than what it must."""
+    model = sources.quantize(sources.write_source(tmp_path / "Model"))
+    tensors = sources.read(model)
+    codes = [name for name in tensors if not name.endswith("_scale_inv")]
+    place = {name: 5 * number // len(codes) for number, name in enumerate(sorted(codes))}
+    sources.write(model, tensors, lambda name: place[name] if name in place else place[name[: -len("_scale_inv")]] + 1)
+    hub.add_repo(REPO, files(model))
+    checkpoint = open_source(REPO)
+    with pytest.raises(UsageError, match=r"at least ([0-9.]+) GiB for model-\S+, model-") as error:
+        disk_of(make_plan(checkpoint, parse_variants(["gguf:F32"]), OPTIONS), RunOptions(spool_gib=1e-9))
+    least = max(sum(file.size for file in pair) for pair in pairwise(checkpoint.files))
+    for number, gib in enumerate((least / GIB, None)):
+        plan = make_plan(checkpoint, parse_variants(["gguf:F32"]), OPTIONS)
+        convert(plan, tmp_path / f"out{number}", RunOptions(jobs=3, spool_gib=gib))
+        local = make_plan(open_checkpoint(model), parse_variants(["gguf:F32"]), OPTIONS)
+        convert(local, tmp_path / f"local{number}", RunOptions(jobs=1))
+        made_there, made_here = tmp_path / f"out{number}" / plan.files[0].path, tmp_path / f"local{number}"
+        assert read_gguf(made_there)[1] == read_gguf(made_here / local.files[0].path)[1]
+    assert "smaller than a shard" in str(error.value)
