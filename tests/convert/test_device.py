@@ -18,7 +18,9 @@ from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.run import device
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.quant.errors import UsageError
+from tests import quantized_sources
 from tests.attacks.harness import checksums, entry, poke, shards_of, unpack, write_model
+from tests.conftest import TINY_PRE
 from tests.gpu import HAS_TRITON, Call, caller, convert_on_device, convert_on_wrong_device
 
 VARIANTS = ["gguf:Q8_0,Q4_0,F16,F32,BF16", "fp8-dynamic", "fp8-block"]
@@ -95,6 +97,14 @@ def both(call: Call, tmp_path: Path) -> Both:
 def test_same_files(both: Both, model: Path, block: int) -> None:
     """Blocks of a few rows: both slots are in use, and the last is shorter."""
     assert both.convert(model, VARIANTS, block=block) is None
+
+
+@needs_triton
+def test_same_files_of_a_quantized_source(both: Both, tmp_path: Path) -> None:
+    """FP8 of another kind rounds first, of the same kind is copied; the last block of rows begins within a tile."""
+    source = quantized_sources.quantize(quantized_sources.write_source(tmp_path / "Tiny", num_hidden_layers=1))
+    variants = ["fp8-dynamic", "fp8-block", "bf16", "gguf:Q4_0"]
+    both.convert(source, variants, block=20_000, options=ConversionOptions(pre=TINY_PRE))
 
 
 @needs_triton
