@@ -55,7 +55,8 @@ def make_experts(fused: Any, experts: Experts) -> "torch.nn.Module":
 
         def answer(self, call: ExpertCall, number: int) -> None:
             """Add what one expert has to say."""
-            token, place = torch.where(call.top_k_index == number)
+            # The tokens in transformers' order: a product rounds its last rows otherwise than the others.
+            place, token = torch.where((call.top_k_index == number).T)
             expert, x = self[number], call.hidden_states[token]
             y = fused.act_fn(expert[experts.gate](x)) * expert[experts.up](x)
             y = expert[experts.down](y) * call.top_k_weights[token, place, None]
