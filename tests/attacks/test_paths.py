@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,8 @@ def check(ran: Ran, path: str) -> None:
     assert len(ran.err) < 2000
     assert "\0" not in ran.err
     name = "null byte" if "\0" in path and "Usage: " in ran.err else path.rpartition("/")[2][:20].replace("\0", r"\x00")
-    assert any(part in ran.err for part in (name, "loop", "file", "closed"))
+    said = re.sub(r"[│\s]+", "", ran.err)  # a usage error stands in a box, and lines of long paths are broken there
+    assert any(part in said for part in (name.replace(" ", ""), "loop", "file", "closed"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
