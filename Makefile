@@ -29,7 +29,8 @@ OUT ?= variants
 TO ?= fp8-dynamic gguf:BF16,Q8_0,Q4_0
 TO_FLAGS = $(foreach variant,$(TO),--to $(variant))
 SMOLLM2 := .cache/smollm2
-PYTEST := python -m pytest -n 2 --dist loadfile
+# Three for two cores: many tests wait for a process, a Hub that trickles, a limit of time.
+PYTEST := python -m pytest -n 3 --dist loadfile
 # The tests of the libraries that change most: huggingface_hub, transformers, compressed-tensors, gguf, pydantic, typer.
 NEWEST_TESTS := tests/hub tests/convert/test_hub_errors.py tests/convert/test_hub_source.py tests/convert/test_hub_spool.py \
 	tests/publish/test_push.py tests/convert/test_cli.py tests/convert/test_gguf_file.py tests/convert/test_recipe_file.py \

@@ -244,7 +244,7 @@ def test_same_keys_and_tensors_as_the_reference_converter(converted: Path, name:
 
 
 @requires_converter
-@pytest.mark.parametrize("tokenizer", TOKENIZED)
+@pytest.mark.parametrize("tokenizer", ["hermes4-llama", pytest.param("hermes4-14b", marks=pytest.mark.long)])
 def test_same_with_a_real_vocabulary(tmp_path: Path, tokenizer: str) -> None:
     pre, setting = TOKENIZED[tokenizer]
     folder = synthetic.write_checkpoint(

@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "glm": {"architecture": "Glm4MoeForCausalLM", "size": "small", "shards": 3, "moe_intermediate_size": 128},
 }
-CASES = ("smollm2", *SETTINGS)
+CASES = (pytest.param("smollm2", marks=pytest.mark.long), *SETTINGS)
 IGNORE = ["lm_head", "model.embed_tokens"]
 MTP = ["re:.*eh_proj$", "re:.*shared_head.head$", "re:.*embed_tokens$"]
 ROUTERS = {"qwen3-moe": ["re:.*mlp.gate$"], "glm": ["re:.*mlp.gate$", *MTP]}
@@ -152,9 +152,12 @@ class Pairs:
         return self.shelf.get("fp8-references", self.run_reference) / f"{case}-{variant}"
 
     def run_reference(self, folder: Path) -> None:
-        """All cases whose source is there, in one process."""
+        """All cases that this run asks for and whose source is there, in one process."""
+        items = [item for item in self.request.session.items if isinstance(item, pytest.Function)]
+        calls: list[Any] = [i.callspec.params for i in items if i.function is test_tensors_equal_llm_compressor]
+        asked: set[str] = {call["case"] for call in calls} | {"wide"}  # whose config is compared with more than its own
         jobs = []
-        for case in CASES:
+        for case in asked:
             try:
                 source = self.source(case)
             except pytest.skip.Exception:

@@ -111,7 +111,7 @@ def matrix() -> list[Any]:
     """(case, outtype): the default suite, and the rest behind the mark `long`."""
     names = ["smollm2", "stories260K", *SETTINGS]
     quick = {(name, outtype) for name in ALL_OUTTYPES for outtype in OUTTYPES}
-    quick |= {(name, outtype) for name in ("smollm2", *DEFAULT) for outtype in ("bf16", "q8_0")}
+    quick |= {(name, outtype) for name in DEFAULT for outtype in ("bf16", "q8_0")}
     return [
         pytest.param(name, outtype, id=f"{name}-{outtype}", marks=[] if (name, outtype) in quick else pytest.mark.long)
         for name in names

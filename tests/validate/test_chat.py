@@ -137,7 +137,9 @@ ALTERNATE = (
 )
 
 
-@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content ", ALTERNATE])
+@pytest.mark.parametrize(
+    "template", ["{% for m in messages %}{{ m.content ", pytest.param(ALTERNATE, marks=pytest.mark.long)]
+)
 def test_chats_that_the_original_cannot_render_are_counted_apart(
     template: str, hermes_14b: Model, tmp_path: Path
 ) -> None:
