@@ -233,6 +233,19 @@ def experts(path: str, shape: tuple[Size, Size], *, on: str | None = None) -> La
     return LayerTensor(f"{path}.weight", TensorKind.EXPERT, shape, on=on)
 
 
+def gated_experts(*, on: str | None = None) -> tuple[LayerTensor, ...]:
+    """The rows of a layer table for down, gate and up of all experts, in the order in which most converters stack them.
+
+    (Qwen2MoeModel.modify_tensors of llama.cpp's conversion/qwen.py)
+    """
+    names = {
+        "down_proj": ("hidden", "expert_intermediate"),
+        "gate_proj": ("expert_intermediate", "hidden"),
+        "up_proj": ("expert_intermediate", "hidden"),
+    }
+    return tuple(experts(f"mlp.experts.{EXPERT_NUMBER}.{name}", shape, on=on) for name, shape in names.items())
+
+
 def router(path: str, size: Size = "experts", *, on: str | None = None) -> LayerTensor:
     """The row of a layer table for the matrix that chooses the experts, or weighs the shared one (a single row)."""
     return LayerTensor(f"{path}.weight", TensorKind.ROUTER, (size, "hidden"), on=on)

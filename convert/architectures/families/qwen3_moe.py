@@ -13,7 +13,7 @@ from streamquant.convert.architectures.family import (
     Family,
     LlamaCpp,
     VocabularyRules,
-    experts,
+    gated_experts,
     norm,
     router,
 )
@@ -25,9 +25,7 @@ QWEN3_MOE = Family(
     layer=(
         *ATTENTION,
         router("mlp.gate"),
-        experts("mlp.experts.{expert}.down_proj", ("hidden", "expert_intermediate")),
-        experts("mlp.experts.{expert}.gate_proj", ("expert_intermediate", "hidden")),
-        experts("mlp.experts.{expert}.up_proj", ("expert_intermediate", "hidden")),
+        *gated_experts(),
         norm("input_layernorm"),
         norm("post_attention_layernorm"),
     ),
