@@ -57,6 +57,8 @@ def make_experts(fused: Any, experts: Experts) -> "torch.nn.Module":
             """Add what one expert has to say."""
             # The tokens in transformers' order: a product rounds its last rows otherwise than the others.
             place, token = torch.where((call.top_k_index == number).T)
+            if not token.numel():
+                return  # who is not asked is not watched either
             expert, x = self[number], call.hidden_states[token]
             y = fused.act_fn(expert[experts.gate](x)) * expert[experts.up](x)
             y = expert[experts.down](y) * call.top_k_weights[token, place, None]

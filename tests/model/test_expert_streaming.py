@@ -1,6 +1,7 @@
 """Layers whose experts are read one at a time: the same bits, each expert seen once, and memory that stays flat."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -53,20 +54,38 @@ def run(path: Path, setting: Setting) -> tuple[torch.Tensor, Seen, int]:
     return lane.hidden, seen, lane.bytes_read
 
 
+def layer_bytes(path: Path) -> int:
+    """Of the weights of layer 0 in float32."""
+    return 4 * sum(math.prod(rule.shape) for rule in open_variant(path).layer_rules(0))
+
+
 @pytest.mark.parametrize("case", ["qwen3-moe", "mixtral"])
 @pytest.mark.parametrize("form", ["checkpoint", "fp8", "gguf"])
 def test_the_same_bits_and_every_expert_once(models: Models, case: str, form: str) -> None:
-    """No share of the tokens is larger than a batch here; FP8 quantizes what goes into the experts."""
+    """Two batches, in a share each, or in one share. FP8 quantizes what goes into the experts."""
     path = models.gguf(case, "Q8_0") if form == "gguf" else getattr(models, form)(case)
     hidden, seen, nbytes = run(path, WHOLE)
-    apart, seen_apart, nbytes_apart = run(path, APART)
-    assert torch.equal(hidden, apart)
-    assert seen.weights == seen_apart.weights
-    assert seen.inputs.keys() == seen_apart.inputs.keys()
-    assert all(torch.equal(x, seen_apart.inputs[name]) for name, x in seen.inputs.items())
-    # Two shares: what a token of the second goes through is read again.
-    assert nbytes < nbytes_apart <= 2 * nbytes
-    assert run(path, dataclasses.replace(APART, layer_limit=400_000))[2] in (nbytes, nbytes_apart)
+    one_share = dataclasses.replace(APART, layer_limit=layer_bytes(path) - 1)
+    for setting in (APART, one_share):
+        apart, seen_apart, nbytes_apart = run(path, setting)
+        assert torch.equal(hidden, apart)
+        assert seen.weights == seen_apart.weights
+        assert seen.inputs.keys() == seen_apart.inputs.keys()
+        assert all(torch.equal(x, seen_apart.inputs[name]) for name, x in seen.inputs.items())
+        # What a token of the second share goes through is read again.
+        assert (nbytes == nbytes_apart) if setting is one_share else (nbytes < nbytes_apart <= 2 * nbytes)
+
+
+def test_weights_of_experts_that_no_token_reaches_are_seen(models: Models) -> None:
+    """Two tokens reach at most four of five experts."""
+    path = models.checkpoint("qwen3-moe")
+    seen, whole = Seen(), Seen()
+    for watched, setting in ((seen, APART), (whole, WHOLE)):
+        run_layers([watched.lane(path)], some_tokens(1, 2), setting)
+    experts = {name for name in open_variant(path).description.rules if ".experts." in name}
+    assert experts <= seen.weights.keys()
+    assert seen.inputs.keys() == whole.inputs.keys()
+    assert len([name for name in seen.inputs if ".experts." in name]) < len(experts)
 
 
 def test_half_precision(models: Models) -> None:
