@@ -23,7 +23,8 @@ from gguf.constants import GGUFValueType
 
 OutType = Literal["f32", "f16", "bf16", "q8_0"]
 REPOSITORY = Path(__file__).resolve().parents[1]
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 540
+"""A whole run of the long tests is one process of each converter: 100 CPU seconds, on a machine with other tests."""
 
 # Types and value of a GGUF key; element types follow the type of an array.
 KeyValue = tuple[tuple[GGUFValueType, ...], Any]

@@ -55,12 +55,12 @@ OVERRIDES = "overrides.json"
 DEFAULT: dict[str, Setting] = {
     "llama3.1": {"size": "small", "rope": "llama3", "tokenizer": "hermes4-llama", "shards": 2},
     "qwen2": {"architecture": QWEN2, "tokenizer": "hermes4-14b"},
-    "qwen3-tied-shards": {"architecture": QWEN3, "tokenizer": "hermes4-14b", "tied": True, "shards": 3},
+    "qwen3-tied-shards": {"architecture": QWEN3, "tokenizer": "qwen2", "tied": True, "shards": 3},
     "mistral": {"architecture": MISTRAL, "tokenizer": "llama-bpe", "size": "small", "pth": True},
     "seed-oss-shards": {"architecture": SEED_OSS, "tokenizer": "seed-coder", "size": "small", "shards": 3},
     "llama-f16-tied": {"dtype": "F16", "tied": True, "tokenizer": "llama-bpe", "config_style": "v4"},
     "llama-f32-shards": {"dtype": "F32", "shards": 2, "tokenizer": "llama-bpe"},
-    "qwen3-moe": {"architecture": QWEN3_MOE, "tokenizer": "hermes4-14b", "shards": 3},
+    "qwen3-moe": {"architecture": QWEN3_MOE, "tokenizer": "qwen2", "shards": 3},
     "qwen3-moe-tied": {"architecture": QWEN3_MOE, "tokenizer": "qwen2", "size": "small", "tied": True, **SEVEN_EXPERTS},
     "mixtral": {"architecture": MIXTRAL, "tokenizer": "llama-bpe", "shards": 2, "num_local_experts": 8},
     "glm": {"architecture": GLM, "tokenizer": "glm4", "shards": 3, "num_hidden_layers": 3},
@@ -69,7 +69,7 @@ DEFAULT: dict[str, Setting] = {
         **{"first_k_dense_replace": 3, "n_routed_experts": 7, "n_shared_experts": 2, "num_nextn_predict_layers": 0},
         **{"attention_bias": False, "use_qk_norm": False, "moe_intermediate_size": 256, "head_dim": ...},
     },
-    "qwen2-moe": {"architecture": QWEN2_MOE, "tokenizer": "hermes4-14b", "shards": 2},
+    "qwen2-moe": {"architecture": QWEN2_MOE, "tokenizer": "qwen2", "shards": 2},
     "dots1": {"architecture": DOTS1, "tokenizer": "llama-bpe", "shards": 2, "n_routed_experts": 7},
     "olmoe": {"architecture": OLMOE, "tokenizer": "llama-bpe", "tied": True},
     "llama-biases-yarn": {"tokenizer": "llama-bpe", "rope": "yarn", "attention_bias": True, "mlp_bias": True},
@@ -78,9 +78,10 @@ NEWEST = frozenset({"mixtral", "glm", "glm-plain"})
 """Cases whose family the PyPI converter does not know: the newest makes the reference."""
 NO_MTP = frozenset({"glm-plain"})
 """Cases that lost the layers of which config.json speaks: the reference is told so."""
+# What the tokenizer's class of transformers, or the converter's of the family, looks for and would add.
+SPECIAL = {"glm4": synthetic.GLM_TOKENS, "qwen2": ("<|endoftext|>",)}
 ALL_OUTTYPES = ("stories260K", "mistral")
-# transformers' class for Qwen2 adds <|endoftext|> to a small tokenizer that has none, so it gets the real one.
-LONG_TOKENIZERS = {SEED_OSS: "seed-coder", "Qwen2ForCausalLM": "hermes4-14b", QWEN3: "qwen2"}
+LONG_TOKENIZERS = {SEED_OSS: "seed-coder", QWEN2: "qwen2", QWEN3: "qwen2"}
 LONG: dict[str, Setting] = {
     f"{architecture}-{dtype}-{'tied' if tied else 'untied'}-{shards}": {
         "architecture": architecture,
@@ -151,7 +152,7 @@ class Pairs:
             tokenizer = gguf_peer.tokenizer_folder(settings.pop("tokenizer"))
         else:
             del settings["tokenizer"]
-            special = synthetic.GLM_TOKENS if pre_of(case) == "glm4" else ()
+            special = SPECIAL.get(SETTINGS[case]["tokenizer"], ())
             tokenizer = write_small_tokenizer(folder.parent / "tokenizer", special=special)
             # Else llama.cpp adds BOS and Hugging Face does not, where the converter's file differs from ours.
             edit(tokenizer / "tokenizer_config.json", lambda config: config.update(add_bos_token=True))
