@@ -14,14 +14,14 @@ from streamquant.convert.architectures.description import ExtraTensor, ModelDesc
 from streamquant.convert.architectures.families.dots1 import DOTS1
 from streamquant.convert.architectures.families.glm4_moe import GLM4_MOE
 from streamquant.convert.architectures.families.llama import LLAMA
-from streamquant.convert.architectures.families.mistral import MISTRAL
-from streamquant.convert.architectures.families.mixtral import MIXTRAL
+from streamquant.convert.architectures.families.mistral.mistral import MISTRAL
+from streamquant.convert.architectures.families.mistral.mixtral import MIXTRAL
 from streamquant.convert.architectures.families.olmoe import OLMOE
-from streamquant.convert.architectures.families.qwen2 import QWEN2
-from streamquant.convert.architectures.families.qwen2_moe import QWEN2_MOE
-from streamquant.convert.architectures.families.qwen3 import QWEN3
-from streamquant.convert.architectures.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_VL, QWEN3_5_VL
-from streamquant.convert.architectures.families.qwen3_moe import QWEN3_MOE
+from streamquant.convert.architectures.families.qwen.qwen2 import QWEN2
+from streamquant.convert.architectures.families.qwen.qwen2_moe import QWEN2_MOE
+from streamquant.convert.architectures.families.qwen.qwen3 import QWEN3
+from streamquant.convert.architectures.families.qwen.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_VL, QWEN3_5_VL
+from streamquant.convert.architectures.families.qwen.qwen3_moe import QWEN3_MOE
 from streamquant.convert.architectures.families.seed_oss import SEED_OSS
 from streamquant.convert.architectures.family import Experts, Family, TensorKind, VocabularyRules
 from streamquant.convert.architectures.from_config import describe_model

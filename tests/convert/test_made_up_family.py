@@ -110,9 +110,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "families" / "made_up.py").write_text(FAMILY_FILE)
     listed = (folder / "__init__.py").read_text()
     added = listed.replace("FAMILIES = (", "FAMILIES = (MADE_UP, ").replace(
-        "from streamquant.convert.architectures.families.mistral import",
+        "from streamquant.convert.architectures.families.mistral.mistral import",
         "from streamquant.convert.architectures.families.made_up import MADE_UP\n"
-        "from streamquant.convert.architectures.families.mistral import",
+        "from streamquant.convert.architectures.families.mistral.mistral import",
     )
     assert added.count("MADE_UP") == 2
     (folder / "__init__.py").write_text(added)

@@ -1,1 +1,1 @@
-"""Model families, one file each; convert/architectures/__init__.py lists them."""
+"""Model families, one file each, by publisher where there are several; convert/architectures/__init__.py lists them."""

@@ -6,7 +6,7 @@ in conversion/dots1.py of llama.cpp) stacks down, gate, up.
 
 import gguf
 
-from streamquant.convert.architectures.families.qwen3 import ATTENTION
+from streamquant.convert.architectures.families.qwen.qwen3 import ATTENTION
 from streamquant.convert.architectures.family import (
     Experts,
     Family,

@@ -6,7 +6,7 @@ which leaves head_dim open (see qwen2.py), and whose modules are called mlp wher
 """
 
 from streamquant.convert.architectures.families.llama import LLAMA_MODEL
-from streamquant.convert.architectures.families.mistral import ATTENTION
+from streamquant.convert.architectures.families.mistral.mistral import ATTENTION
 from streamquant.convert.architectures.family import Experts, Family, experts, norm, router
 
 MIXTRAL = Family(

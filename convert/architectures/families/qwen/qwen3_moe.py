@@ -7,7 +7,7 @@ normalises the weights of the chosen experts in arch "qwen3moe" whatever norm_to
 
 import gguf
 
-from streamquant.convert.architectures.families.qwen3 import ATTENTION
+from streamquant.convert.architectures.families.qwen.qwen3 import ATTENTION
 from streamquant.convert.architectures.family import (
     Experts,
     Family,
