@@ -181,11 +181,11 @@ def test_a_made_up_family_goes_all_the_way(package: Path, checkpoint: Path, tmp_
 
 def test_no_other_file_names_a_family() -> None:
     """Files of the package in which a real family's class or model type occurs are those that the page names."""
-    named = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)+\.py)`", PAGE.read_text()))
+    named = set(re.findall(r"`([a-z0-9_]+(?:/[a-z0-9_]+)+\.py)`", PAGE.read_text()))
     assert {"convert/architectures/families/seed_oss.py", "convert/architectures/__init__.py"} <= named
     assert all((ROOT / name).is_file() for name in named)
     folder = ROOT / "convert" / "architectures" / "families"
-    own = {str(path.relative_to(ROOT)) for path in folder.glob("*.py") if path.name != "__init__.py"}
+    own = {str(path.relative_to(ROOT)) for path in folder.rglob("*.py") if path.name != "__init__.py"}
     # "llama" and "mistral" are also what a program and a company are called: their classes count alone.
     words = [family.hf_architecture for family in FAMILIES]
     words += [family.model_type for family in FAMILIES if family.model_type not in ("llama", "mistral")]
