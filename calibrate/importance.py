@@ -56,15 +56,21 @@ class InputSums:
         if self._last is None or self._last[0] is not x:
             squares = x.flatten(0, -2).float().square().sum(0)
             self._last = x, squares.double().cpu().numpy()
+        for stored in rule.stored:
+            if not stored.is_by_head:
+                self._add(stored, self._last[1], x.shape[:-1].numel())
+
+    def _add(self, rule: TensorRule, squares: NDArray[np.float64], tokens: int) -> None:
+        """Add sums of squares float64[n] to those of a stored tensor, or of one expert in it."""
         weight, matrices, number = rule.gguf_name, 1, 0
         if rule.expert is not None:
             matrices, number = rule.expert.count, rule.expert.number
         if weight not in self.sums:
-            self.sums[weight] = np.zeros((matrices, x.shape[-1]))
+            self.sums[weight] = np.zeros((matrices, squares.size))
             self.counts[weight] = np.zeros(matrices, np.int64)
         columns = resolve(rule.view, rule.shape).columns if rule.view is not None else None
-        self.sums[weight][number] += self._last[1] if columns is None else self._last[1][columns]
-        self.counts[weight][number] += x.shape[:-1].numel()
+        self.sums[weight][number] += squares if columns is None else squares[columns]
+        self.counts[weight][number] += tokens
 
     def unreached(self) -> dict[str, list[int]]:
         """The experts that no token went through, by GGUF name."""
@@ -197,7 +203,7 @@ def _resume(path: Path, corpus: Corpus, sums: InputSums) -> int:
             required="no such file, or one of the same texts, tokenizer and context",
             hint="remove it, or name another --out",
         )
-    weights = {rule.gguf_name: rule for rule in sums.rules.values()}
+    weights = {stored.gguf_name: stored for rule in sums.rules.values() for stored in rule.stored}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, rule in weights.items():
         stack = (rule.expert.count,) if rule.expert is not None else ()

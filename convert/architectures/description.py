@@ -1,6 +1,6 @@
 """The records of a model that its config.json describes."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,11 +43,23 @@ class TensorRule:
     """The number of its decoder layer; -1 outside of them."""
     is_mtp: bool = False
     """Whether its layer is one for multi-token prediction, which is not computed when a text is read."""
+    parts: "tuple[TensorRule, ...]" = ()
+    """Where GGUF cuts it into several tensors, the rule of each; gguf_name and view are those of the first then."""
+
+    @property
+    def stored(self) -> "tuple[TensorRule, ...]":
+        """The rules of the GGUF tensors that are made of it: itself, or its parts."""
+        return self.parts or (self,)
+
+    @property
+    def is_by_head(self) -> bool:
+        """Whether its GGUF tensor has a matrix for each head; no linear layer of Hugging Face's has its input (MLA)."""
+        return self.expert is None and self.view is not None and len(self.gguf_shape) > 2
 
     @property
     def has_importance(self) -> bool:
         """Whether llama-imatrix has an entry for it: the matrices of the layers that inputs are multiplied with."""
-        is_read = self.layer >= 0 and not self.is_mtp
+        is_read = self.layer >= 0 and not self.is_mtp and not self.is_by_head
         return is_read and (self.kind.is_linear or self.kind in (TensorKind.ROUTER, TensorKind.STATE_INPUT))
 
     @property
@@ -130,6 +142,11 @@ class ModelDescription:
         """Whether the HF tensor is of what a multimodal model has beside its text model."""
         multimodal = self.family.multimodal
         return multimodal is not None and name.startswith(multimodal.left_out)
+
+    def stored_rules(self) -> Iterator[TensorRule]:
+        """The rules of everything that a GGUF may store, those of experts one by one."""
+        for rule in self.rules.values():
+            yield from rule.stored
 
     def match(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TensorRule, ...]:
         """The rules of the tensors that a checkpoint has, in the checkpoint's order, ignored tensors left out.

@@ -81,6 +81,8 @@ class LayerTensor:
     optional: bool = False
     """Whether a checkpoint may lack it."""
     view: ViewRow | None = None
+    parts: "tuple[tuple[str, ViewRow], ...]" = ()
+    """Where llama.cpp cuts it into several tensors: the suffix by which each is named, and what it is of this one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,15 @@ from gguf.gguf_writer import GGUFValue
 
 from streamquant.convert.architectures.config_values import LARGEST_INTEGER, ConfigValues
 from streamquant.convert.architectures.description import ExpertSlot, ExtraTensor, ModelDescription, TensorRule
-from streamquant.convert.architectures.family import EXPERT_NUMBER, Family, LayerTensor, Size, TensorKind, Terms
+from streamquant.convert.architectures.family import (
+    EXPERT_NUMBER,
+    Family,
+    LayerTensor,
+    Size,
+    TensorKind,
+    Terms,
+    ViewRow,
+)
 from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, KeySources, key_values
 from streamquant.convert.architectures.gguf_names import gguf_name
 from streamquant.convert.architectures.layers import MTP
@@ -390,12 +398,23 @@ def make_rules(
                 may_be_zero = tensor.when is not None and tensor.kind is TensorKind.BIAS
                 required = not (tensor.optional or may_be_zero)
                 name = f"model.layers.{number}.{tensor.suffix}"
-                rule = make_rule(names, name, tensor.kind, shape, required=required)
+                looked_up = f"model.layers.{number}.{tensor.parts[0][0]}" if tensor.parts else name
+                rule = replace(make_rule(names, looked_up, tensor.kind, shape, required=required), hf_name=name)
+                rule = replace(rule, layer=number, is_mtp=is_mtp)
                 view = rope_view(heads, len(shape)) if heads else read_view(family, tensor, sizes)
-                yield with_view(replace(rule, layer=number, is_mtp=is_mtp), view)
+                yield cut(rule, tensor, names, sizes) if tensor.parts else with_view(rule, view)
     yield with_view(make_rule(names, "model.norm.weight", TensorKind.NORM, (sizes.hidden,)), norm_view(family))
     tied = config.boolean("tie_word_embeddings")
     yield make_rule(names, "lm_head.weight", TensorKind.HEAD, matrix, required=not tied)
+
+
+def cut(rule: TensorRule, tensor: LayerTensor, names: gguf.TensorNameMap, sizes: Dimensions) -> TensorRule:
+    """The rule of a tensor that GGUF cuts into several."""
+    parts = []
+    for suffix, row in tensor.parts:
+        name = gguf_name(names, f"model.layers.{rule.layer}.{suffix}")
+        parts.append(with_view(replace(rule, gguf_name=name), view_of_row(row, sizes)))
+    return replace(parts[0], parts=tuple(parts))
 
 
 def norm_view(family: Family) -> TensorView | None:
@@ -408,6 +427,11 @@ def read_view(family: Family, tensor: LayerTensor, sizes: Dimensions) -> TensorV
     row = tensor.view
     if row is None:
         return norm_view(family) if tensor.kind is TensorKind.NORM else None
+    return view_of_row(row, sizes)
+
+
+def view_of_row(row: ViewRow, sizes: Dimensions) -> TensorView:
+    """The view that a row of a table describes, with the sizes of the model."""
     known = tuple((name, size if isinstance(size, int) else sizes.size(size)) for name, size in row.sizes)
     return TensorView(row.pattern, known, row.value)
 

@@ -4,8 +4,8 @@ A pattern names the axes of both, as einops does: `(a b)` is an axis that runs t
 that has a's entries and then b's; a part that the right side does not name is left out. So llama.cpp's order of q and k
 is "(head half dim) c -> (head dim half) c", and the first half of a fused projection "{gate up} c -> gate c".
 
-Rows stay whole: encoded rows can be moved. Columns may change places, before rows are encoded. A pattern that makes
-columns of rows (a transpose) is refused when it is read.
+Where rows stay whole, encoded rows can be moved. Columns may change places, before rows are encoded. A transpose makes
+columns of rows, "(head {nope v}) r -> head r nope": it is done in memory, one unit at a time, which is a head here.
 """
 
 import itertools
@@ -114,15 +114,30 @@ class ResolvedView:
     stored_rows: int
     stored_shape: tuple[int, ...]
     to: Order | None
-    """int64[rows]: the stored row of every row of the source, -1 for one that is left out; None where all stay."""
+    """int64[rows]: the stored row of every row of the source, -1 for one that is left out; None where all stay. Of a
+    transpose, the row among all that are taken."""
     columns: Order | None
-    """int64[n]: the column of the source of every stored column; None where all stay."""
+    """int64[m]: the columns of the source that are taken, in the order of the stored ones; None where all stay."""
     value: ValueMap | None
     row_step: int
     """Rows that are moved in memory: blocks of a multiple of them are closed. 1 where rows stay, or go by long runs."""
+    transposed: int | None = None
+    """Of a transpose, the rows of a unit that are taken: they become columns, and the columns of the source rows."""
+
+    @property
+    def stored_n(self) -> int:
+        """Columns of the stored tensor."""
+        if self.transposed is not None:
+            return self.transposed
+        return self.n if self.columns is None else len(self.columns)
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of the stored tensor, for each of which there is an importance of its columns."""
+        return math.prod(self.stored_shape[:-2])
 
     def order(self) -> Order:
-        """int64[stored_rows]: the row of the source of every stored row."""
+        """int64[stored_rows]: the row of the source of every stored row. Not of a transpose."""
         if self.to is None:
             return np.arange(self.rows)
         order = np.empty(self.stored_rows, np.int64)
@@ -130,13 +145,30 @@ class ResolvedView:
         order[self.to[taken]] = taken
         return order
 
-    def undo(self, rows: Rows) -> Rows:
-        """Stored rows, float32[r, n], with the columns and the values of the source. Their order stays."""
+    def arrange(self, rows: Rows) -> Rows:
+        """Rows of the source that are taken, float32[r, n] -> stored rows before `value`: other columns, transposed.
+
+        Of a transpose, they are those of whole units. A view of `rows` where nothing changes.
+        """
         if self.columns is not None:
-            put_back = np.empty_like(rows)
-            put_back[:, self.columns] = rows
-            rows = put_back
-        return rows if self.value is None else self.value.undo(rows)
+            rows = rows[:, self.columns]
+        if self.transposed is None:
+            return rows
+        units = rows.reshape(-1, self.transposed, rows.shape[1])
+        return units.transpose(0, 2, 1).reshape(-1, self.transposed)
+
+    def put_back(self, stored: Rows, moved: MovedRows, rows: Rows) -> None:
+        """Write stored rows, float32[s, stored_n], where they came from in `rows`, float32[r, n] of a block."""
+        values = stored if self.value is None else self.value.undo(stored)
+        taken = self.n if self.columns is None else len(self.columns)
+        if self.transposed is not None:
+            values = values.reshape(-1, taken, self.transposed).transpose(0, 2, 1).reshape(-1, taken)
+        if self.columns is None:
+            rows[slice(None) if moved.rows is None else moved.rows] = values
+        elif moved.rows is None:
+            rows[:, self.columns] = values
+        else:
+            rows[moved.rows[:, None], self.columns] = values
 
     def moved(self, first: int, last: int, row_step: int) -> MovedRows:
         """Where rows [first, last) go, which begin a group of `row_step` rows.
@@ -144,9 +176,25 @@ class ResolvedView:
         A run ends where the next stored row is of another block, or of an earlier group: so blocks of whole groups, one
         after another, fill every run of a larger block from its front.
         """
-        if self.to is None:
+        if self.to is None and self.transposed is None:
             return MovedRows(None, ((first, last - first),))
+        if self.transposed is not None:
+            return _moved_units(self, first, last)
         return _moved(self, first, last, row_step)
+
+
+@lru_cache(maxsize=256)
+def _moved_units(view: ResolvedView, first: int, last: int) -> MovedRows:
+    """See ResolvedView.moved, for a transpose: whole units, one after another."""
+    assert view.transposed is not None
+    units, rest = divmod(last - first, view.row_step)
+    assert rest == 0, "units are not cut"
+    of_unit = view.stored_rows * view.row_step // view.rows
+    rows = None
+    if view.to is not None:
+        inside = np.argsort(view.to[: view.row_step], kind="stable")[view.row_step - view.transposed :]
+        rows = (np.arange(units)[:, None] * view.row_step + inside).reshape(-1)
+    return MovedRows(rows, ((first // view.row_step * of_unit, units * of_unit),))
 
 
 @lru_cache(maxsize=256)  # the same in every layer
@@ -172,7 +220,8 @@ IDENTITY = TensorView()
 def resolve(view: TensorView, shape: tuple[int, ...]) -> ResolvedView:
     """The view of a source of this shape. Raises StreamquantError if the shape is not that of the pattern's left side.
 
-    Raises ValueError for a pattern that cannot be: names on the right that are not on the left, a transpose.
+    Raises ValueError for a pattern that cannot be: names on the right that are not on the left, columns that become
+    rows in another way than by transposing one unit after another.
     """
     if not view.pattern:
         rows, n = (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (1, math.prod(shape))
@@ -186,7 +235,8 @@ def resolve(view: TensorView, shape: tuple[int, ...]) -> ResolvedView:
         left = left[0].parts  # a vector that becomes a matrix
     if len(left) == len(right) == 1:
         left, right = (*left, _ONE), (*right, _ONE)
-    _check_columns(view, left[-1], right[-1])
+    if set(left[-1].names()) != set(right[-1].names()):
+        return _transpose(view, left, right, sizes)
     to, stored_rows = _moves(view, _product(left[:-1]), _product(right[:-1]), sizes)
     rows, n = len(to), right[-1].size(sizes)
     columns = _moves(view, right[-1], left[-1], sizes)[0] if left[-1] != right[-1] else np.arange(n)
@@ -303,9 +353,38 @@ def _sizes(view: TensorView, left: tuple[_Axis, ...], shape: tuple[int, ...]) ->
     return sizes
 
 
-def _check_columns(view: TensorView, left: _Axis, right: _Axis) -> None:
-    if set(left.names()) != set(right.names()):
-        raise ValueError(f"{view.pattern!r} makes columns of rows, which is not supported")
+def _transpose(
+    view: TensorView, left: tuple[_Axis, ...], right: tuple[_Axis, ...], sizes: Mapping[str, int]
+) -> ResolvedView:
+    """The view of a pattern that makes columns of rows: "unit rows c -> unit c rows".
+
+    The axes before the last two of the right side number the units, which follow each other in the source; a unit may
+    be cut into parts, as may the columns. Raises ValueError for any other order.
+    """
+    unit = _product(right[:-2])
+    units, rows, n = unit.size(sizes), math.prod(axis.size(sizes) for axis in left[:-1]), left[-1].size(sizes)
+    to, stored_n = _moves(view, _product(left[:-1]), _Axis("product", parts=(unit, right[-1])), sizes)
+    order, kept = _moves(view, left[-1], right[-2], sizes)
+    row_step, stored_n = rows // units, stored_n // units
+    by_unit = to.reshape(units, row_step)
+    if (np.where(by_unit < 0, -1, by_unit - np.arange(units)[:, None] * stored_n) != by_unit[0]).any():
+        raise ValueError(f"{view.pattern!r} has units that do not follow each other")
+    columns = np.argsort(order, kind="stable")[n - kept :]
+    rows_stay = stored_n == row_step and bool((np.diff(to) == 1).all())
+    same = kept == n and bool((np.diff(columns) == 1).all())
+    for array in (to, columns):
+        array.setflags(write=False)
+    return ResolvedView(
+        rows,
+        n,
+        units * kept,
+        tuple(axis.size(sizes) for axis in right),
+        None if rows_stay else to,
+        None if same else columns,
+        view.value,
+        row_step,
+        stored_n,
+    )
 
 
 def _moves(view: TensorView, left: _Axis, right: _Axis, sizes: Mapping[str, int]) -> tuple[Order, int]:

@@ -20,7 +20,7 @@ class PlannedImportance:
 
     def __init__(self, matrix: ImportanceMatrix | None, model: ModelDescription) -> None:
         self.matrix = matrix
-        self._names = {rule.gguf_name for rule in model.rules.values()}
+        self._names = {rule.gguf_name for rule in model.stored_rules()}
         self._missing: set[str] = set()
 
     def entry(self, rule: TensorRule, sources: Sequence[SourceTensor], format_name: str) -> str | None:

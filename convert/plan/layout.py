@@ -39,7 +39,8 @@ class Draft:
         return self.options.name or self.checkpoint.name
 
     def choices(self, recipe: Recipe, classifier: Classifier | None = None) -> dict[str, Choice]:
-        """The format of every tensor of the model, by source name, and of the classifier of a reranker."""
+        """The format of every tensor that a variant stores of the model (Recipe.choose), and of the classifier of a
+        reranker."""
         rules = self.model.rules
         known = [(tensor, rules[name]) for name, tensor in self.checkpoint.tensors.items() if name in rules]
         if classifier is not None:
@@ -83,7 +84,7 @@ class Entry:
             rows, n = math.prod(self.shape[:-1]), self.shape[-1]
             return tuple(part.nbytes(rows, n) for part in FORMATS[self.choice.format].parts)
         stored = resolve(self.view, self.sources[0].shape) if self.view is not None else None
-        rows, n = (stored.stored_rows, stored.n) if stored is not None else as_matrix(self.sources[0], None)
+        rows, n = (stored.stored_rows, stored.stored_n) if stored is not None else as_matrix(self.sources[0], None)
         return tuple(len(self.sources) * part.nbytes(rows, n) for part in FORMATS[self.choice.format].parts)
 
     def placed(self, regions: tuple[Region, ...]) -> OutputTensor:

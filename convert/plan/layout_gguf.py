@@ -66,8 +66,10 @@ class GgufLayout(Layout):
         made_of_rows = choices.pop(CLASSIFIER, None)
         place = {name: number for number, name in enumerate(draft.checkpoint.tensors)}
         fused = {name: tensor.fused for name, tensor in draft.checkpoint.tensors.items() if tensor.fused is not None}
-        for rules in stored_order(draft.model, choices, fused):
-            first, choice = rules[0], choices[rules[0].hf_name]
+        left = classifier.head.name if classifier is not None and classifier.replaces_head else None
+        names = [name for name in draft.checkpoint.tensors if name in draft.model.rules and name != left]
+        for rules in stored_order(draft.model, names, fused):
+            first, choice = rules[0], choices[rules[0].gguf_name]
             if (
                 classifier is not None
                 and made_of_rows is not None
@@ -151,11 +153,12 @@ def stored_order(
     for name in listed:
         rule = model.rules[name]
         if rule.expert is None:
-            yield (rule,)
+            yield from ((stored,) for stored in rule.stored)
             continue
         found = waiting.setdefault(together[name], [])
         found.append(rule)
         if len(found) == wanted[together[name]]:
             found.sort(key=lambda rule: order[rule.hf_name])
-            for _, stacked in groupby(found, key=lambda rule: rule.gguf_name):
-                yield tuple(stacked)
+            stacks = [list(of) for _, of in groupby(found, key=lambda rule: rule.gguf_name)]
+            stored = [[of.stored[part] for of in stack] for stack in stacks for part in range(len(stack[0].stored))]
+            yield from map(tuple, stored)

@@ -65,7 +65,7 @@ def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: Conver
 
 def _overrides_notes(recipes: Sequence[Recipe], overrides: Overrides, model: ModelDescription) -> list[str]:
     """Which overrides have no effect."""
-    names = [rule.gguf_name for rule in model.rules.values()]
+    names = [rule.gguf_name for rule in model.stored_rules()]
     notes = []
     if overrides:
         notes += [f"--tensor-type {pattern}: in the name of no tensor" for pattern in overrides.unmatched(names)]
@@ -93,4 +93,5 @@ def _matrices(checkpoint: Checkpoint, variants: Sequence[VariantPlan]) -> Iterat
             matrix = Matrix(tensor, rows, n, 1, outputs)
             steps = {FORMATS[output.format].rows_per_group for output in outputs}
             steps |= {matrix.resolved(output).row_step for output in outputs}
+            steps |= {rows // matrix.resolved(o).matrices for o in outputs if matrix.encodes_by_matrix(o)}
             yield replace(matrix, row_step=math.lcm(*steps))

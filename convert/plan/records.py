@@ -157,6 +157,15 @@ class Matrix:
             return ResolvedView(self.rows, self.n, self.rows, self.source.shape, None, None, None, 1)
         return resolve(output.view, self.source.shape)
 
+    def encodes_by_matrix(self, output: Placement) -> bool:
+        """Whether the matrices of an output (of heads) have an importance each: they are encoded one by one."""
+        return output.importance is not None and self.resolved(output).matrices > 1
+
+    @property
+    def is_encoded_by_matrix(self) -> bool:
+        """Whether one of its outputs is; row_step is that of a matrix then."""
+        return any(map(self.encodes_by_matrix, self.outputs))
+
     def moved(self, output: Placement, first: int, last: int) -> MovedRows:
         """Where an output has rows [first, last), which are those of a block or of a chunk."""
         return self.resolved(output).moved(first, last, self.row_step)
@@ -229,12 +238,15 @@ class Plan:
         imatrix = self.options.imatrix.nbytes if self.options.imatrix is not None else 0
         return LIBRARY_MEMORY + vocabulary + imatrix + 2 * headers + jobs * worker
 
-    def importance(self, output: Placement) -> Importance | None:
-        """What an encoder is given beside the rows of a tensor: float32[n], or None."""
+    def importance(self, output: Placement, matrix: int = 0) -> Importance | None:
+        """What an encoder is given beside the rows of a tensor: float32[n], or None; `matrix` is one of its view's."""
         if output.importance is None or self.options.imatrix is None:
             return None
         entry, number, count = output.importance
         values = self.options.imatrix.entries[entry]
+        if output.view is not None and count == 1:
+            source = self.checkpoint.tensors[output.source]
+            number, count = matrix, resolve(output.view, source.shape).matrices
         n = values.size // count
         return values[number * n : (number + 1) * n]
 
@@ -287,7 +299,7 @@ def extents(plan: Plan, chunk: Chunk) -> Iterator[tuple[int, int, Region]]:
         for part_number, part in enumerate(FORMATS[output.format].parts):
             region = output.regions[part_number]
             for first, count in runs:
-                start, nbytes = place_rows(part, matrix.n, first, first + count)
+                start, nbytes = place_rows(part, matrix.resolved(output).stored_n, first, first + count)
                 yield number, part_number, Region(region.file, region.offset + start, nbytes)
 
 
@@ -326,12 +338,22 @@ def _chunks(matrices: tuple[Matrix, ...]) -> Iterator[Chunk]:
 def _worker_bytes(matrix: Matrix) -> int:
     """Bytes that a worker holds for one block: the source, float32, and the encoded rows of one output at a time."""
     rows = min(matrix.rows, matrix.rows_within(BLOCK_WEIGHTS))
-    encoded = max(FORMATS[output.format].nbytes(rows, matrix.n) for output in matrix.outputs)
-    prepared = 4 if any(_prepares_rows(matrix, output) for output in matrix.outputs) else 0
+    encoded = max(_encoded_bytes(matrix, output, rows) for output in matrix.outputs)
+    prepared = 4 * max(_copies(matrix, output) for output in matrix.outputs)
     return rows * matrix.n * (4 + 4 + prepared) + 2 * encoded
 
 
-def _prepares_rows(matrix: Matrix, output: Placement) -> bool:
-    """Whether an encoder is given other rows than those of the source: a copy."""
+def _encoded_bytes(matrix: Matrix, output: Placement, rows: int) -> int:
+    """Bytes of the encoded rows of a block of so many rows of the source."""
+    resolved, format_ = matrix.resolved(output), FORMATS[output.format]
+    if resolved.transposed is None:
+        return format_.nbytes(rows, resolved.stored_n)
+    return format_.nbytes(resolved.stored_rows * rows // resolved.rows, resolved.stored_n)
+
+
+def _copies(matrix: Matrix, output: Placement) -> int:
+    """How often the rows of a block are copied before an encoder is given them, in another order or as other values."""
     resolved = matrix.resolved(output)
-    return resolved.columns is not None or resolved.value is not None or resolved.stored_rows != resolved.rows
+    if resolved.transposed is not None:
+        return 3  # those that are taken, their columns, the transposed ones
+    return int(resolved.columns is not None or resolved.value is not None or resolved.stored_rows != resolved.rows)

@@ -91,7 +91,9 @@ def variants() -> tuple[CatalogueVariant, ...]:
 
 def _variant(recipe: Recipe, model: ModelDescription, tensors: Tensors) -> CatalogueVariant:
     choices = recipe.choose(tensors, model, ChoiceOptions())
-    stored = [(tensor, rule, FORMATS[choices[tensor.name].format]) for tensor, rule in tensors]
+    is_checkpoint = recipe.container.is_checkpoint
+    chosen = [choices[rule.hf_name if is_checkpoint else rule.gguf_name] for _, rule in tensors]
+    stored = [(tensor, rule, FORMATS[choice.format]) for (tensor, rule), choice in zip(tensors, chosen, strict=True)]
     bits = 8 * sum(format_.nbytes(tensor.rows, tensor.row_length) for tensor, _, format_ in stored)
     weighed = any(format_.uses_importance for _, rule, format_ in stored if rule.gguf_name not in ENDS)
     return CatalogueVariant(

@@ -60,7 +60,8 @@ class Recipe:
     description: str
     """What it is, with its size, as in manifests and on cards."""
     choose: Choose
-    """All tensors of the model with their rules, and options -> the choice for each, by source name."""
+    """All tensors of the model with their rules, and options -> the choice for each stored tensor, by its name in the
+    container: experts that GGUF stacks have one, a tensor that GGUF cuts has several."""
     scheme: str | None = None
     """The preset of compressed-tensors, for safetensors that are quantized."""
     base: str | None = None
@@ -93,7 +94,7 @@ class Recipe:
 
 
 def _gguf_fixed(tensor: SourceTensor, rule: TensorRule) -> Choice | None:
-    """The tensors that every GGUF stores as F32."""
+    """The tensors that every GGUF stores as F32; the rule is that of the stored one."""
     if len(tensor.shape) <= 1:
         return Choice("F32", "one-dimensional tensors are F32")
     if rule.gguf_name.endswith("_norm.weight"):
@@ -112,17 +113,18 @@ def _gguf_choice(file_type: str, own: Overrides, reason_of_ends: str | None = No
 
     def choose(tensors: Tensors, model: ModelDescription, options: ChoiceOptions) -> dict[str, Choice]:
         overrides = _joined(own, options.overrides)
-        stored = {rule.gguf_name: rule.gguf_shape for _, rule in tensors}
+        pairs = [(tensor, stored) for tensor, rule in tensors for stored in rule.stored]
+        stored = {rule.gguf_name: rule.gguf_shape for _, rule in pairs}
         every = [MixTensor(name, shape) for name, shape in stored.items()]
         mixed = choose_mix(file_type, every, _mix_model(model), imatrix=options.imatrix, overrides=overrides)
         choices = {}
-        for tensor, rule in tensors:
+        for tensor, rule in pairs:
             choice = _gguf_fixed(tensor, rule) or mixed.get(rule.gguf_name)
             if choice is None:
                 choice = Choice(copy_of(tensor.dtype).name, "--leave-output-tensor: as in the source")
             elif reason_of_ends is not None and choice.by_option_of_ends and choice.format == own.output_tensor_type:
                 choice = replace(choice, reason=reason_of_ends)
-            choices[tensor.name] = choice
+            choices[rule.gguf_name] = choice
         return choices
 
     return choose

@@ -125,21 +125,51 @@ def encode_block(
     """Encode the rows from `first` whose source bytes are `raw`; as `encode_chunk`."""
     rows = widen_rows(matrix, first, raw, scratch)
     for output, numbers in shared_encodings(matrix, wanted):
+        if matrix.encodes_by_matrix(output):
+            yield from _by_matrix(plan, matrix, first, rows, numbers, scratch)
+            continue
         moved = matrix.moved(output, first, first + rows.shape[0])
         if not moved.runs:
             continue  # a part of the tensor that this output leaves out
         if is_copied(matrix, output):
             parts = copied(matrix, rows.shape[0], raw)
             encoded: Encoded = tuple(_in_order(part, moved, scratch) for part in parts)
-        elif moved.rows is not None and moved.rows.size < rows.shape[0]:
-            picked = scratch.take("picked", moved.rows.size * matrix.n * 4).view(np.float32).reshape(-1, matrix.n)
-            np.take(rows, moved.rows, axis=0, out=picked, mode="clip")
-            encoded = _encode(plan, matrix, output, _Rows(picked, first + moved.rows), scratch)
+        elif _is_picked(matrix, output, moved, rows):
+            encoded = _encode(plan, matrix, output, _picked(rows, first, moved, scratch), scratch)
         else:
             # Formats look at one row at a time, so that encoded rows may change places: they are the shorter ones.
             encoded = _encode(plan, matrix, output, _Rows(rows, range(first, first + rows.shape[0])), scratch)
             if moved.rows is not None:
                 encoded = tuple(_in_order(part, moved, scratch) for part in encoded)
+        yield pieces(matrix, numbers, moved, encoded)
+
+
+def _is_picked(matrix: Matrix, output: Placement, moved: MovedRows, rows: NDArray[np.float32]) -> bool:
+    """Whether rows take their places before they are encoded: where some are left out, and in a transpose."""
+    is_transposed = matrix.resolved(output).transposed is not None
+    return is_transposed or (moved.rows is not None and moved.rows.size < rows.shape[0])
+
+
+def _picked(rows: NDArray[np.float32], first: int, moved: MovedRows, scratch: Scratch) -> "_Rows":
+    """The rows that an output takes of those from `first`, in its order."""
+    if moved.rows is None:
+        return _Rows(rows, range(first, first + rows.shape[0]))
+    n = rows.shape[1]
+    picked = scratch.take("picked", moved.rows.size * n * 4).view(np.float32).reshape(-1, n)
+    np.take(rows, moved.rows, axis=0, out=picked, mode="clip")
+    return _Rows(picked, first + moved.rows)
+
+
+def _by_matrix(
+    plan: Plan, matrix: Matrix, first: int, rows: NDArray[np.float32], numbers: list[int], scratch: Scratch
+) -> Iterator[list[Piece]]:
+    """As encode_block, for one output of a tensor whose matrices (those of heads) have an importance each."""
+    output = matrix.outputs[numbers[0]]
+    step = matrix.rows // matrix.resolved(output).matrices
+    for at in range(0, rows.shape[0], step):
+        moved = matrix.moved(output, first + at, first + at + step)
+        taken = _picked(rows[at : at + step], first + at, moved, scratch)
+        encoded = _encode(plan, matrix, output, taken, scratch, (first + at) // step)
         yield pieces(matrix, numbers, moved, encoded)
 
 
@@ -149,7 +179,8 @@ def is_copied(matrix: Matrix, output: Placement) -> bool:
         return False
     resolved = matrix.resolved(output)
     moves = resolved.to is None or FORMATS[output.format].rows_per_group == 1
-    return moves and resolved.columns is None and resolved.value is None
+    stays = resolved.transposed is None and resolved.columns is None and resolved.value is None
+    return moves and stays
 
 
 def copied(matrix: Matrix, rows: int, raw: Raw) -> Encoded:
@@ -183,25 +214,29 @@ class _Rows:
     numbers: Sequence[int] | NDArray[np.int64]
 
 
-def _encode(plan: Plan, matrix: Matrix, output: Placement, rows: _Rows, scratch: Scratch) -> Encoded:
+def _encode(
+    plan: Plan, matrix: Matrix, output: Placement, rows: _Rows, scratch: Scratch, number_of_matrix: int = 0
+) -> Encoded:
     """Encode into scratch. Raises StreamquantError if a weight or scale does not fit the format."""
     format_ = FORMATS[output.format]
     values = _prepared(matrix, output, rows, scratch)
     encoded = []
     for number, part in enumerate(format_.parts):
-        entries, size = part.entries(values.shape[0]), part.bytes_per_entry(matrix.n)
+        entries, size = part.entries(values.shape[0]), part.bytes_per_entry(values.shape[1])
         encoded.append(scratch.take(f"encoded {number}", entries * size).reshape(entries, size))
-    overflow = format_.encode_into(values, tuple(encoded), plan.importance(output))
+    overflow = format_.encode_into(values, tuple(encoded), plan.importance(output, number_of_matrix))
     if overflow >= 0:
         column = int(abs(values[overflow]).argmax())
-        raise _too_large(matrix, output, rows.numbers[overflow], column, values[overflow, column])
+        raise _too_large(matrix, output, rows, (overflow, column), values[overflow, column])
     return tuple(encoded)
 
 
 def _prepared(matrix: Matrix, output: Placement, rows: _Rows, scratch: Scratch) -> NDArray[np.float32]:
     """The rows as an output has them before they are encoded: other columns, other values."""
     values, resolved = rows.values, matrix.resolved(output)
-    if resolved.columns is not None:
+    if resolved.transposed is not None:
+        values = resolved.arrange(values)
+    elif resolved.columns is not None:
         values = scratch.take("columns", values.nbytes).view(np.float32).reshape(values.shape)
         np.take(rows.values, resolved.columns, axis=1, out=values, mode="clip")
     if resolved.value is not None:
@@ -210,14 +245,21 @@ def _prepared(matrix: Matrix, output: Placement, rows: _Rows, scratch: Scratch) 
         values = _rounded(values, scratch)
     if values is not rows.values and not floats_cpu.all_finite(values.reshape(-1)):
         row, column = np.argwhere(~np.isfinite(values))[0]
-        raise _too_large(matrix, output, rows.numbers[row], int(column), values[row, column])
+        raise _too_large(matrix, output, rows, (int(row), int(column)), values[row, column])
     return values
 
 
-def _too_large(matrix: Matrix, output: Placement, row: int, column: int, value: np.float32) -> StreamquantError:
-    """The error for a value that its format cannot hold, at a place of the output's rows."""
-    columns = matrix.resolved(output).columns
-    column = column if columns is None else int(columns[column])
+def _too_large(
+    matrix: Matrix, output: Placement, rows: _Rows, at: tuple[int, int], value: np.float32
+) -> StreamquantError:
+    """The error for a value that its format cannot hold, at a place (row, column) of the output's rows."""
+    row, column = at
+    resolved = matrix.resolved(output)
+    if resolved.transposed is not None:
+        taken = matrix.n if resolved.columns is None else len(resolved.columns)
+        unit, stored_row = divmod(row, taken)
+        row, column = unit * resolved.transposed + column, stored_row
+    row, column = rows.numbers[row], column if resolved.columns is None else int(resolved.columns[column])
     return StreamquantError(
         f"weight too large for {output.format}",
         where=f"{matrix.source.file}, tensor {matrix.source.name!r}, row {row}, column {column}",
@@ -247,7 +289,7 @@ def _pieces(number: int, matrix: Matrix, moved: MovedRows, encoded: Encoded) -> 
         region, at = output.regions[part_number], 0
         data = encoded[part_number].reshape(-1)
         for first, count in moved.runs:
-            start, nbytes = place_rows(part, matrix.n, first, first + count)
+            start, nbytes = place_rows(part, matrix.resolved(output).stored_n, first, first + count)
             yield Piece(number, part_number, region.file, region.offset + start, data[at : at + nbytes])
             at += nbytes
 

@@ -202,6 +202,8 @@ class _Slot:
             return tuple(map(torch.from_numpy, blocks.copied(self._matrix, rows.shape[0], self._raw)))
         if is_copied or resolved.value is not None or output.format not in gpu.ENCODED:
             return None
+        if resolved.transposed is not None or self._matrix.encodes_by_matrix(output):
+            return None
         rows = self._in_order(output, rows)
         if not rows.shape[0]:
             return None

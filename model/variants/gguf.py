@@ -3,8 +3,9 @@
 Hyperparameters and rotary frequencies are those that llama.cpp would take from the file (model/variants/gguf_model.py).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,10 +74,24 @@ class GgufVariant(Variant):
         return match["stem"] if match else self.path.stem
 
     def _add(self, rule: TensorRule) -> None:
+        parts = [self._part(stored) for stored in rule.stored]
+        found = [part for part in parts if part is not None]
+        if not found:
+            return
+        if len(found) < len(parts):
+            raise missing_tensor(rule, self.path, rule.stored[parts.index(None)].gguf_name)
+        coarsest = min(found, key=lambda part: (part.stop - part.start) / math.prod(part.shape))
+        nbytes = sum(part.stop - part.start for part in found)
+        self.tensors[rule.hf_name] = VariantTensor(  # type: ignore[index] # filled here, read-only outside
+            rule.hf_name, coarsest.stored_as, rule.shape, nbytes
+        )
+
+    def _part(self, rule: TensorRule) -> GgufTensor | None:
+        """What the file has of a stored tensor, checked; None where it may lack it."""
         if rule.gguf_name not in self._stored:
             if rule.required and not rule.hf_name.endswith(".bias"):
                 raise missing_tensor(rule, self.path, rule.gguf_name)
-            return
+            return None
         file, tensor = self._stored[rule.gguf_name]
         if tensor.shape not in (rule.gguf_shape, rule.quantized_shape):
             raise wrong_shape(rule, file, rule.gguf_name, tensor.shape)
@@ -87,19 +102,15 @@ class GgufVariant(Variant):
                 found=tensor.stored_as,
                 required="a float type, or a quantized type with a decoder in gguf.quants",
             )
-        part = part_of(rule, tensor)
-        self.tensors[rule.hf_name] = VariantTensor(  # type: ignore[index] # filled here, read-only outside
-            rule.hf_name, part.stored_as, rule.shape, part.stop - part.start
-        )
+        return part_of(rule, tensor)
 
-    def _find(self, name: str) -> tuple[TensorRule, Path, GgufTensor]:
-        """The rule of an HF name, and where its values are: a whole tensor, or one expert's part of it."""
-        rule = self.description.rules[name]
+    def _find(self, rule: TensorRule) -> "_Stored":
+        """Where the values of a stored tensor's rule are: a whole tensor, or one expert's part of it."""
         file, tensor = self._stored[rule.gguf_name]
-        return rule, file, part_of(rule, tensor)
+        return _Stored(view_of(rule), file, part_of(rule, tensor))
 
     def _note_unread(self) -> None:
-        known = {rule.gguf_name for rule in self.description.rules.values()}
+        known = {rule.gguf_name for rule in self.description.stored_rules()}
         known |= {ROPE_FREQS} if self.description.family.llama_cpp.rope_freqs else set()
         if self.description.family.llama_cpp.pooling and CLASSIFIER in self._stored:
             known.add(CLASSIFIER)
@@ -124,34 +135,36 @@ class GgufVariant(Variant):
         """See Variant.blocks."""
         import torch
 
-        rule, file, tensor = self._find(name)
-        view = view_of(rule)
-        is_vector = 1 in (len(rule.shape), len(tensor.shape))
+        rule = self.description.rules[name]
+        parts = [self._find(stored) for stored in rule.stored]
+        rows, is_vector = parts[0].view.rows, any(1 in (len(rule.shape), len(part.tensor.shape)) for part in parts)
         # Rows that change places among each other are read together.
-        step = view.rows if is_vector else rows_per_block((tensor.stop - tensor.start) // view.rows, view.row_step)
-        for first in range(0, view.rows, step):
-            last = min(first + step, view.rows)
-            block = torch.from_numpy(self._source_rows(file, tensor, view, range(first, last)))
+        nbytes = sum(part.tensor.stop - part.tensor.start for part in parts) // rows
+        row_step = math.lcm(*(part.view.row_step for part in parts))
+        step = rows if is_vector else rows_per_block(nbytes, row_step)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            block = torch.from_numpy(self._source_rows(parts, range(first, last), row_step))
             block = block.reshape(rule.shape) if is_vector else block.reshape(last - first, *rule.shape[1:])
-            check_finite(block, name, file, first)
+            check_finite(block, name, parts[0].file, first)
             yield first, block
 
-    def _source_rows(self, file: Path, tensor: GgufTensor, view: ResolvedView, rows: range) -> NDArray[np.float32]:
+    def _source_rows(self, parts: "Sequence[_Stored]", rows: range, row_step: int) -> NDArray[np.float32]:
         """float32[rows, n]: rows of the source's tensor, decoded and put back."""
-        moved = view.moved(rows.start, rows.stop, view.row_step)
-        runs = [self._decode(file, tensor, view, range(at, at + count)) for at, count in moved.runs]
-        stored = view.undo(runs[0] if len(runs) == 1 else np.concatenate(runs))
-        if moved.rows is None:
-            return stored
-        found = np.empty_like(stored)
-        found[moved.rows] = stored
+        found = np.empty((len(rows), parts[0].view.n), np.float32)
+        for part in parts:
+            moved = part.view.moved(rows.start, rows.stop, row_step)
+            if not moved.runs:
+                continue
+            runs = [self._decode(part.file, part.tensor, part.view, range(at, at + count)) for at, count in moved.runs]
+            part.view.put_back(runs[0] if len(runs) == 1 else np.concatenate(runs), moved, found)
         return found
 
     def _decode(self, file: Path, tensor: GgufTensor, view: ResolvedView, rows: range) -> NDArray[np.float32]:
         """float32[rows, n]: rows as they lie in the file."""
         if len(tensor.shape) == 1:
             whole = decode_rows(read_bytes(file, tensor.start, tensor.stop).reshape(1, -1), tensor.stored_as)
-            return whole.reshape(view.stored_rows, view.n)[rows.start : rows.stop]
+            return whole.reshape(view.stored_rows, view.stored_n)[rows.start : rows.stop]
         row_bytes = (tensor.stop - tensor.start) // view.stored_rows
         raw = read_bytes(file, tensor.start + rows.start * row_bytes, tensor.start + rows.stop * row_bytes)
         return decode_rows(raw.reshape(len(rows), row_bytes), tensor.stored_as)
@@ -160,8 +173,10 @@ class GgufVariant(Variant):
         """See Variant.rows."""
         import torch
 
-        rule, file, tensor = self._find(name)
+        rule = self.description.rules[name]
         assert rule.view is None, "only rows that stay are read one by one"
+        stored = self._find(rule)
+        file, tensor = stored.file, stored.tensor
         row_bytes = (tensor.stop - tensor.start) // tensor.shape[0]
         raw = np.empty((len(ids), row_bytes), np.uint8)
         for at, number in enumerate(ids):
@@ -181,18 +196,36 @@ class GgufVariant(Variant):
 
     def input_quantizer(self, module: str) -> "Callable[[torch.Tensor], torch.Tensor] | None":
         """See Variant.input_quantizer: what llama.cpp's CPU backend does (model/activations.py)."""
-        tensor = self.tensors.get(f"{module}.weight")
-        dot_type = None if tensor is None else stored_type(tensor.stored_as).dot_type
-        if dot_type is None:
+        if f"{module}.weight" not in self.tensors:
             return None
-        columns, quantize = view_of(self.description.rules[f"{module}.weight"]).columns, QUANTIZERS[dot_type]
+        rules = self.description.rules[f"{module}.weight"].stored
+        types = {stored_type(self._stored[rule.gguf_name][1].stored_as).dot_type for rule in rules}
+        dot_type = types.pop()
+        if dot_type is None or types or any(rule.is_by_head for rule in rules):
+            return None  # by head: llama.cpp multiplies other inputs with it
+        columns, quantize = view_of(rules[0]).columns, QUANTIZERS[dot_type]
         return quantize if columns is None else _in_order_of(columns, quantize)
 
     def activations(self) -> str | None:
         """See Variant.activations."""
-        kinds = {stored_type(tensor.stored_as).dot_type for tensor in self.tensors.values() if len(tensor.shape) > 1}
+        types = {
+            self._stored[stored.gguf_name][1].stored_as
+            for name in self.tensors
+            if len((rule := self.description.rules[name]).shape) > 1
+            for stored in rule.stored
+        }
+        kinds = {stored_type(kind).dot_type for kind in types}
         names = sorted(kind for kind in kinds if kind is not None)
         return f"{', '.join(names)}, as llama.cpp's CPU backend" if names else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where a stored tensor is, or one expert's part of it, and its view."""
+
+    view: ResolvedView
+    file: Path
+    tensor: GgufTensor
 
 
 def _in_order_of(

@@ -16,6 +16,7 @@ from streamquant.convert.architectures import ModelDescription, describe
 from streamquant.convert.architectures.tensor_view import (
     MINUS_EXP,
     PLUS_ONE,
+    MovedRows,
     TensorView,
     ValueMap,
     resolve,
@@ -93,6 +94,60 @@ CASES: dict[str, tuple[TensorView, tuple[int, ...], Callable[[Any], Any]]] = {
     "odd rows": (TensorView("(f {a b}) c -> (f b) c", (("a", 1), ("b", 1))), (8, 3), lambda values: values[1::2]),
     "qkv of qkvz": (TensorView("(g {q k v z}) c -> {(g q) (g k) (g v)} c", QKVZ), (36, 5), of_qkvz),
 }
+NOPE = (("h", 3), ("nope", 4), ("v", 5))
+TRANSPOSES: dict[str, tuple[TensorView, tuple[int, ...], Callable[[Any], Any]]] = {
+    "k_b of kv_b": (
+        TensorView("(h {nope v}) r -> h r nope", NOPE),
+        (27, 6),
+        lambda values: values.reshape(3, 9, 6)[:, :4].swapaxes(1, 2),
+    ),
+    "last rows of each": (
+        TensorView("(h {nope v}) r -> h r v", NOPE),
+        (27, 6),
+        lambda values: values.reshape(3, 9, 6)[:, 4:].swapaxes(1, 2),
+    ),
+    "whole": (TensorView("a b -> b a"), (5, 3), lambda values: values.T),
+    "odd columns": (
+        TensorView("c (f {a b}) -> (f b) c", (("a", 1), ("b", 1))),
+        (5, 8),
+        lambda values: values[:, 1::2].T,
+    ),
+    "half of the columns of each": (
+        TensorView("e c {gate up} -> e up c", (("gate", 4), ("up", 4))),
+        (3, 5, 8),
+        lambda values: values[:, :, 4:].swapaxes(1, 2),
+    ),
+    "rows in another order": (
+        TensorView("u (a b) c -> u c (b a)", (("a", 2), ("b", 3))),
+        (4, 6, 5),
+        lambda values: values.reshape(4, 2, 3, 5).transpose(0, 3, 2, 1).reshape(4, 5, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRANSPOSES)
+def test_transposes_go_by_whole_units_and_back(case: str) -> None:
+    view, shape, expected = TRANSPOSES[case]
+    values = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    resolved = resolve(view, shape)
+    rows = values.reshape(resolved.rows, resolved.n)
+    wanted = expected(values)
+    assert resolved.stored_shape == wanted.shape
+    stored = np.full((resolved.stored_rows, resolved.stored_n), np.nan, np.float32)
+    back = np.full_like(rows, np.nan)
+    for first in range(0, resolved.rows, resolved.row_step):
+        moved = resolved.moved(first, first + resolved.row_step, resolved.row_step)
+        block = rows[first : first + resolved.row_step]
+        ((at, count),) = moved.runs
+        stored[at : at + count] = resolved.arrange(block if moved.rows is None else block[moved.rows])
+        resolved.put_back(stored[at : at + count], moved, back[first : first + resolved.row_step])
+    np.testing.assert_array_equal(stored.reshape(wanted.shape), wanted)
+    taken = ~np.isnan(back)
+    assert taken.sum() == wanted.size
+    np.testing.assert_array_equal(back[taken], rows[taken])
+    whole = resolved.moved(0, resolved.rows, resolved.row_step)
+    assert whole.runs == ((0, resolved.stored_rows),)
+    np.testing.assert_array_equal(resolved.arrange(rows if whole.rows is None else rows[whole.rows]), stored)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -105,7 +160,10 @@ def test_patterns_are_what_numpy_makes(case: str) -> None:
         rows = rows[:, resolved.columns]
     np.testing.assert_array_equal(rows.reshape(resolved.stored_shape), expected(values))
     assert view.stored_shape(shape) == expected(values).shape
-    np.testing.assert_array_equal(resolved.undo(rows), values.reshape(resolved.rows, -1)[resolved.order()])
+    back = np.zeros_like(values.reshape(resolved.rows, -1))
+    order = resolved.order()
+    resolved.put_back(rows, MovedRows(order, ()), back)
+    np.testing.assert_array_equal(back[order], values.reshape(resolved.rows, -1)[order])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -160,7 +218,9 @@ def test_another_shape_is_refused(view: TensorView, shape: tuple[int, ...]) -> N
         resolve(view, shape)
 
 
-@pytest.mark.parametrize("pattern", ["a b -> b a", "(a b) c -> a (b c)", "a b -> a d", "(a b -> a b", "a-b c -> a c"])
+@pytest.mark.parametrize(
+    "pattern", ["(a b) c -> b a", "(a b) c -> a (b c)", "a b -> a d", "(a b -> a b", "a-b c -> a c"]
+)
 def test_a_pattern_that_cannot_be_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match=r"which is not supported|not a pattern|are not known|on its right"):
         resolve(TensorView(pattern, (("a", 2),)), (2, 3))

@@ -252,7 +252,7 @@ class _Comparison:
         """Encode a chunk again, compare it with the file, and add up the error of what the file holds."""
         matrix = self.plan.matrices[chunk.matrix]
         shards = self.sources.__getitem__
-        step = matrix.rows_within(BLOCK_WEIGHTS)
+        step = matrix.row_step if matrix.is_encoded_by_matrix else matrix.rows_within(BLOCK_WEIGHTS)
         noise = self.result.noise.setdefault(matrix.source.name, Noise())
         wanted = frozenset(range(len(matrix.outputs)))
         for first in range(chunk.first, chunk.last, step):
@@ -267,7 +267,8 @@ class _Comparison:
                 moved = matrix.moved(matrix.outputs[pieces[0].output], first, last)
                 rows = widen_rows(matrix, first, raw, self.encoding)
                 taken = rows if moved.rows is None else rows[moved.rows]
-                noise.add(taken, _decode(matrix, pieces, stored))
+                resolved = matrix.resolved(matrix.outputs[pieces[0].output])
+                noise.add(resolved.arrange(taken), _decode(matrix, pieces, stored))
 
     def _differs(self, matrix: Matrix, piece: Piece, first: int) -> None:
         file, name = self.plan.files[piece.file].path, matrix.outputs[piece.output].name
@@ -284,11 +285,12 @@ class _Comparison:
 def _decode(
     matrix: Matrix, pieces: list[Piece], stored: list[np.ndarray[Any, np.dtype[np.uint8]]]
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The rows of the source that the stored bytes stand for, in the order of the output."""
+    """The weights of the source that the stored bytes stand for, in the order of the output."""
     output = matrix.outputs[pieces[0].output]
-    format_ = FORMATS[output.format]
+    format_, resolved = FORMATS[output.format], matrix.resolved(output)
     parts = []
     for number, part in enumerate(format_.parts):
         runs = [found for piece, found in zip(pieces, stored, strict=True) if piece.part == number]
-        parts.append(np.concatenate(runs).reshape(-1, part.bytes_per_entry(matrix.n)))
-    return matrix.resolved(output).undo(format_.decode(tuple(parts), matrix.n))
+        parts.append(np.concatenate(runs).reshape(-1, part.bytes_per_entry(resolved.stored_n)))
+    values = format_.decode(tuple(parts), resolved.stored_n)
+    return values if resolved.value is None else resolved.value.undo(values)

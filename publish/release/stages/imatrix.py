@@ -101,11 +101,13 @@ def imatrix_for_planning(run: ReleaseRun) -> ImportanceMatrix | None:
 def expected_imatrix(checkpoint: Checkpoint, name: str, options: ReleaseImatrix) -> ImportanceMatrix:
     """What an importance matrix over the texts will be, but for its values: an entry for each linear layer."""
     entries = {
-        rule.gguf_name: np.broadcast_to(
+        stored.gguf_name: np.broadcast_to(
             np.float32(1), (checkpoint.tensors[hf].row_length * (rule.expert.count if rule.expert else 1),)
         )
         for hf, rule in describe(checkpoint.config).rules.items()
-        if hf in checkpoint.tensors and rule.has_importance
+        if hf in checkpoint.tensors
+        for stored in rule.stored
+        if stored.has_importance
     }
     found = ImportanceMatrix(name, "not computed yet", tuple(path.name for path in options.text), 1, entries)
     return found.select(options.include_weights, options.exclude_weights)
