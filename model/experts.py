@@ -37,11 +37,19 @@ def make_experts(fused: Any, experts: Experts) -> "torch.nn.Module":
     """A module that computes what transformers' experts compute: act(gate(x)) * up(x), through down, weighted.
 
     `fused` has the parameters gate_up_proj [experts, 2 * intermediate, hidden] and down_proj [experts, hidden,
-    intermediate], and act_fn. (the class of experts in transformers/models/*/modeling_*.py)
+    intermediate], and act_fn; GPT-OSS' are transposed, gate and up by turns, with biases, and it has _apply_gate.
+    (the class of experts in transformers/models/*/modeling_*.py)
     """
     import torch
 
     count, hidden, intermediate = fused.down_proj.shape
+    if experts.by_turns:
+        hidden, intermediate = intermediate, hidden
+
+    def activate(gate: "torch.Tensor", up: "torch.Tensor") -> "torch.Tensor":
+        if not experts.by_turns:
+            return fused.act_fn(gate) * up
+        return fused._apply_gate(torch.stack((gate, up), -1).flatten(-2))
 
     class Separate(torch.nn.ModuleList):  # type: ignore[misc] # torch is imported lazily
         def forward(
@@ -60,7 +68,7 @@ def make_experts(fused: Any, experts: Experts) -> "torch.nn.Module":
             if not token.numel():
                 return  # who is not asked is not watched either
             expert, x = self[number], call.hidden_states[token]
-            y = fused.act_fn(expert[experts.gate](x)) * expert[experts.up](x)
+            y = activate(expert[experts.gate](x), expert[experts.up](x))
             y = expert[experts.down](y) * call.top_k_weights[token, place, None]
             call.out.index_add_(0, token, y.to(call.out.dtype))
 
@@ -68,9 +76,9 @@ def make_experts(fused: Any, experts: Experts) -> "torch.nn.Module":
         with torch.device("meta"):
             return torch.nn.ModuleDict(
                 {
-                    experts.gate: torch.nn.Linear(hidden, intermediate, bias=False),
-                    experts.up: torch.nn.Linear(hidden, intermediate, bias=False),
-                    experts.down: torch.nn.Linear(intermediate, hidden, bias=False),
+                    experts.gate: torch.nn.Linear(hidden, intermediate, bias=experts.by_turns),
+                    experts.up: torch.nn.Linear(hidden, intermediate, bias=experts.by_turns),
+                    experts.down: torch.nn.Linear(intermediate, hidden, bias=experts.by_turns),
                 }
             )
 

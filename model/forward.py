@@ -229,14 +229,14 @@ class _Model:
         """The weights of a layer by their names in it, on the device; not the experts of one that is too large."""
         rules = self.lane.variant.layer_rules(layer)
         if self.has_experts_apart(layer):
-            rules = [rule for rule in rules if rule.kind is not TensorKind.EXPERT]
+            rules = [rule for rule in rules if rule.expert is None]
         return self._read(rules, layer, observed=True)
 
     def has_experts_apart(self, layer: int) -> bool:
         """Whether the experts of a layer are read one at a time."""
         rules = self.lane.variant.layer_rules(layer)
         nbytes = sum(prod(rule.shape) for rule in rules) * self.dtype.itemsize
-        return nbytes > self.layer_limit and any(rule.kind is TensorKind.EXPERT for rule in rules)
+        return nbytes > self.layer_limit and any(rule.expert is not None for rule in rules)
 
     def _read(self, rules: Iterable[TensorRule], layer: int, *, observed: bool) -> "dict[str, torch.Tensor]":
         import torch
@@ -292,6 +292,8 @@ class _Model:
     ) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
         """(rows of hidden states, what the layer makes of them), batch by batch."""
         mask = causal_mask(self.skeleton.config, layer, self.positions)
+        if self.skeleton.config._attn_implementation == "eager":
+            mask = added_mask(mask, self.positions, self.dtype)
         for first in range(0, len(hidden), self.batch):
             rows = hidden[first : first + self.batch]
             output = module(
@@ -312,7 +314,7 @@ class _Model:
         whole = block.experts
         stored: dict[int, list[TensorRule]] = {}
         for rule in self.lane.variant.layer_rules(layer):
-            if rule.kind is TensorKind.EXPERT and rule.expert is not None:
+            if rule.expert is not None:
                 stored.setdefault(rule.expert.number, []).append(rule)
         chunk_bytes = 2 * prod(hidden.shape[1:]) * self.dtype.itemsize  # what the experts are asked, and their answer
         share = max(1, self.layer_limit // chunk_bytes // self.batch) * self.batch
@@ -385,14 +387,18 @@ class _Model:
 
 
 def build_skeleton(variant: Variant) -> Any:
-    """transformers' model of the variant's class on the meta device: no weights, no memory. Attention: sdpa."""
+    """transformers' model of the variant's class on the meta device: no weights, no memory.
+
+    Attention: sdpa; eager for a class that does not have it, because of its attention sinks.
+    """
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     settings = {key: value for key, value in variant.config.items() if key not in ("dtype", "torch_dtype")}
     config = CONFIG_MAPPING[variant.config["model_type"]].from_dict(settings)
+    attention = "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     experts = variant.description.family.experts
     if experts is not None:
         separate_experts(skeleton, experts)
@@ -439,8 +445,20 @@ def causal_mask(config: Any, layer: int, positions: "torch.Tensor") -> "torch.Te
         window = None
     if window is None or window >= positions.shape[1]:
         return None
+    return _seen(positions, window)
+
+
+def _seen(positions: "torch.Tensor", window: int) -> "torch.Tensor":
     distance = positions[0][:, None] - positions[0][None, :]
     return ((distance >= 0) & (distance < window))[None, None]
+
+
+def added_mask(mask: "torch.Tensor | None", positions: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+    """A mask of `causal_mask` as eager attention wants it: what is added to the scores."""
+    import torch
+
+    seen = _seen(positions, positions.shape[1]) if mask is None else mask
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 # Hidden states

@@ -54,6 +54,12 @@ class SourceFormat:
     """(uint8[k] of each part, their first row, float32[r, n] to fill) -> whether all values are finite."""
     encoded_as: str | None = None
     """The format of `quant.formats.FORMATS` whose parts have these bytes, so that they can be copied."""
+    repack: Callable[[Encoded, int, int], Encoded] | None = None
+    """(uint8[k] of each part, rows, n) -> encoded rows of `encoded_as`, where its bits stand in other places."""
+    is_coded: bool = True
+    """Whether weights had lost something before: not of floats."""
+    shared_by: int = 1
+    """Tensors whose rows lie in the same bytes, by turns."""
 
 
 @cache
@@ -68,7 +74,8 @@ def plain(dtype: str) -> SourceFormat:
     def widen_into(parts: Encoded, _first: int, out: Rows) -> bool:
         return widen(parts[0], dtype, out)
 
-    return SourceFormat(dtype, dtype, dtype, (SourcePart(dtype, 1, lambda n: n * size),), widen_into, dtype)
+    part = SourcePart(dtype, 1, lambda n: n * size)
+    return SourceFormat(dtype, dtype, dtype, (part,), widen_into, dtype, is_coded=False)
 
 
 @cache

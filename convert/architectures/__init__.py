@@ -13,6 +13,7 @@ from streamquant.convert.architectures.config_values import describe_type, short
 from streamquant.convert.architectures.description import ExtraTensor, ModelDescription, TensorRule
 from streamquant.convert.architectures.families.dots1 import DOTS1
 from streamquant.convert.architectures.families.glm4_moe import GLM4_MOE
+from streamquant.convert.architectures.families.gpt_oss import GPT_OSS
 from streamquant.convert.architectures.families.llama import LLAMA
 from streamquant.convert.architectures.families.mistral.mistral import MISTRAL
 from streamquant.convert.architectures.families.mistral.mixtral import MIXTRAL
@@ -46,7 +47,7 @@ __all__ = [
 
 FAMILIES = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE, QWEN3_5_VL, QWEN3_5_MOE_VL),
-    *(SEED_OSS, GLM4_MOE, QWEN2_MOE, DOTS1, OLMOE),
+    *(SEED_OSS, GPT_OSS, GLM4_MOE, QWEN2_MOE, DOTS1, OLMOE),
 )
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType({family.hf_architecture: family for family in FAMILIES})
 

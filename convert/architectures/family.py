@@ -36,6 +36,8 @@ class TensorKind(enum.Enum):
     """Numbers for each head of a linear attention: its decay, the bias of its step."""
     STATE_INPUT = "input of a state"
     """The small matrices of a linear attention that make decay and step; runtimes want them unquantized."""
+    SINK = "attention sink"
+    """A number for each head that stands for what a token attends to beside the others."""
     MTP = "multi-token prediction"
     """A matrix that only a layer for multi-token prediction has; runtimes want it unquantized in safetensors."""
 
@@ -112,6 +114,7 @@ class LlamaCpp:
     unread are the booleans of config.json whose biases the converter writes but the loader does not read.
     assumed are keys of config.json that no GGUF key carries, with the value that llama.cpp computes with.
     all_heads: the loader wants as many key-value heads as heads; own_head: it wants an output.weight.
+    window_step: all layers but every so many-th have a window, whatever config.json says; None: no such rule.
     pooling says whether the converter writes and the loader reads how an embedding model pools.
     """
 
@@ -124,6 +127,7 @@ class LlamaCpp:
     pooling: bool = False
     all_heads: bool = False
     own_head: bool = False
+    window_step: int | None = None
 
     @property
     def rope_types(self) -> frozenset[str]:
@@ -150,6 +154,8 @@ class Experts:
     down: str = "down_proj"
     is_fused: bool = False
     """Whether checkpoints may store those of a layer in one tensor (convert/source/fused_experts.py)."""
+    by_turns: bool = False
+    """Whether that has gate and up by turns, by columns, with biases, or in MXFP4; else gate before up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +185,8 @@ class Family:
     partial_rotary: the share of a head that is rotated, where config.json does not say; None: heads are rotated whole.
     multimodal is set for a class around a text model, whose model_type and tables the others are.
     norm_value: what the converter makes of norms, but for those whose row has a view of its own.
+    default_rope: the rope_parameters of the configuration class where config.json has none; `truncate: false` in it
+    means that the class does not round yarn's bounds, which llama.cpp always does.
     """
 
     hf_architecture: str
@@ -197,6 +205,7 @@ class Family:
     partial_rotary: float | None = None
     multimodal: Multimodal | None = None
     norm_value: ValueMap | None = None
+    default_rope: Mapping[str, object] | None = None
 
     @property
     def gguf_arch(self) -> str:

@@ -26,13 +26,14 @@ from streamquant.convert.architectures.family import (
 )
 from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, KeySources, key_values
 from streamquant.convert.architectures.gguf_names import gguf_name
-from streamquant.convert.architectures.layers import MTP
+from streamquant.convert.architectures.layers import MTP, SLIDING
 from streamquant.convert.architectures.rope import (
     ROPE_FREQS,
     RopeSettings,
     llama3_rope_freqs,
     read_rope,
     rope_scaling_metadata,
+    with_default_rope,
 )
 from streamquant.convert.architectures.tensor_view import TensorView, rope_view
 from streamquant.quant.errors import StreamquantError
@@ -133,6 +134,7 @@ REFUSED_KEYS: Mapping[str, tuple[tuple[object, ...], str]] = {
 
 def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescription:
     """Describe the model of a config.json by its family's tables. Raises StreamquantError on anything unsupported."""
+    values, rope_notes = with_default_rope(values, family.default_rope)
     config = ConfigValues(values, defaults=family.defaults, nullable=family.nullable)
     refuse_other_models(family, config)
     sizes = read_dimensions(family, config)
@@ -142,12 +144,12 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     check_rope_type(family, config, rope)
     sizes = replace(sizes, rotary=read_rotary(config, sizes.head_dim, rope))
     tags = read_tags(family, config, sizes)
-    notes = [*assumed_notes(config), *rope.notes]
+    notes = [*assumed_notes(config), *rope_notes, *rope.notes]
     window = read_window(family, config)
     notes += [*window_notes(family, window, sizes), *unread_notes(family, config), *other_value_notes(family, config)]
     metadata = common_metadata(family, config, sizes, rope)
     sources = KeySources(family.gguf_arch, config, sizes.size, tags, metadata)
-    notes += refused_notes(family, sizes, tied)
+    notes += [*refused_notes(family, sizes, tied), *window_step_notes(family, tags)]
     if tied:
         notes.append("tie_word_embeddings: no output.weight unless the checkpoint has lm_head.weight")
     return ModelDescription(
@@ -335,10 +337,25 @@ def read_window(family: Family, config: ConfigValues) -> int | None:
 
 def window_notes(family: Family, window: int | None, sizes: Dimensions) -> Iterator[str]:
     """A note where Hugging Face attends to a window only: GGUF of these families has no key for it."""
-    if window is not None and window < sizes.context:
+    has_key = any(key.name == gguf.Keys.Attention.SLIDING_WINDOW for key in family.llama_cpp.keys)
+    if window is not None and window < sizes.context and not has_key:
         yield (
             f"sliding_window = {window} is not carried over: llama.cpp has no key for it in arch "
             f"{family.gguf_arch!r} and attends to the whole context"
+        )
+
+
+def window_step_notes(family: Family, tags: Sequence[frozenset[str]]) -> Iterator[str]:
+    """A warning where llama.cpp gives a window to other layers than config.json: GGUF has no list of them."""
+    step = family.llama_cpp.window_step
+    if step is None:
+        return
+    other = [number for number, own in enumerate(tags) if (SLIDING in own) is ((number + 1) % step == 0)]
+    if other:
+        yield (
+            f"WARNING: layer_types: llama.cpp attends to the whole context in every {step}. layer in arch"
+            f" {family.gguf_arch!r}, and to a window in the others, which is not so in layer {other[0]} here; the GGUF"
+            " will answer differently"
         )
 
 
@@ -391,7 +408,7 @@ def make_rules(
             heads = {"query": sizes.heads, "key": sizes.kv_heads, None: None}[tensor.rope]
             shape = tuple(sizes.size(name) for name in tensor.shape)
             is_mtp = MTP in own
-            if tensor.kind is TensorKind.EXPERT:
+            if EXPERT_NUMBER in tensor.suffix:
                 rules = expert_rules(names, number, tensor, shape, sizes.experts)
                 yield from (replace(rule, is_mtp=is_mtp) for rule in rules)
             else:

@@ -57,19 +57,19 @@ class ListedTypes:
     """A list with the type of each layer; without it, every n-th layer is of another type than the rest.
 
     types has the spellings of config.json -> the tag. The n-th, 2n-th, ... layer is `nth`, the others are `rest`, n by
-    the key `interval` or its default; without an interval the list is required.
+    the key `interval` or its default, or `interval` itself; without an interval the list is required.
     """
 
     types: Mapping[str, str]
     key: str = "layer_types"
-    interval: str | None = None
+    interval: str | int | None = None
     nth: str = FULL
     rest: str = LINEAR
 
     def tags(self, config: ConfigValues, count: int) -> list[str]:
         """See LayerKinds.tags."""
         if self.interval is not None and not config.has_value(self.key):
-            n = config.integer(self.interval)
+            n = self.interval if isinstance(self.interval, int) else config.integer(self.interval)
             return [self.rest if (layer + 1) % n else self.nth for layer in range(count)]
         listed = config.raw(self.key)
         if not isinstance(listed, list):

@@ -109,6 +109,37 @@ def read_rope(config: ConfigValues, max_position_embeddings: int, partial: float
     return RopeSettings(rope_type, theta, numbers, context, tuple(notes), read_sections(settings, notes), share)
 
 
+def with_default_rope(
+    values: Mapping[str, object], default: Mapping[str, object] | None
+) -> tuple[Mapping[str, object], tuple[str, ...]]:
+    """config.json of a class that has a rope of its own (Family.default_rope), with that where it says nothing.
+
+    Its "truncate": false is left out, as no GGUF has it; a note says what that means.
+    """
+    if default is None:
+        return values, ()
+    notes = []
+    key = next((key for key in ("rope_scaling", "rope_parameters") if values.get(key)), None)
+    settings = dict(default)
+    if key is None:
+        key, settings = "rope_parameters", {**default}
+        if values.get("rope_theta") is not None:
+            settings["rope_theta"] = values["rope_theta"]
+        notes.append(f"config.json has no rope settings; transformers' default is used: {shorten(settings)}")
+    elif isinstance(given := values[key], Mapping):
+        theta = {} if values.get("rope_theta") is not None else {"rope_theta": default["rope_theta"]}
+        settings = {**theta, **given}
+    else:
+        return values, ()
+    if settings.get("truncate") is False and default.get("truncate") is False:
+        del settings["truncate"]
+        notes.append(
+            "yarn without truncation: llama.cpp rounds the bounds between slow and fast rotations to whole dimensions,"
+            " transformers does not; a few dimensions of each head turn a little differently in GGUF"
+        )
+    return {**values, key: settings}, tuple(notes)
+
+
 def find_settings(config: ConfigValues) -> ConfigValues:
     """The one rope object of config.json; both spellings at once are fine only if they say the same."""
     old, new = config.section("rope_scaling"), config.section("rope_parameters")

@@ -31,6 +31,8 @@ class Group:
     definitions    the steps of tokenizer.json (see definition_of) that llama.cpp's rules were made from
     ignore_merges  whether a piece that is a token as a whole is taken without merging (BPE option `ignore_merges`)
     adds_bos       whether llama.cpp adds BOS when the file has no tokenizer.ggml.add_bos_token
+    merges_either  whether tokenizers of the family have the option `ignore_merges` either way: their vocabularies are
+                   ranks of tiktoken, whose tokens the merges reach (TikTokenConverter of transformers sets it)
     """
 
     canonical: str
@@ -38,6 +40,11 @@ class Group:
     definitions: tuple[Definition, ...]
     ignore_merges: bool = False
     adds_bos: bool = False
+    merges_either: bool = False
+
+    def takes(self, definition: Definition, *, ignore_merges: bool) -> bool:
+        """Whether a tokenizer.json of these steps is one of the group."""
+        return definition in self.definitions and (self.merges_either or self.ignore_merges == ignore_merges)
 
 
 def _split(regex: str) -> Definition:
@@ -83,7 +90,7 @@ GROUPS = (
     Group("qwen35", ("qwen35",), (_split(_QWEN35),)),
     Group("seed-coder", ("seed-coder",), (_split(_SEED),)),
     Group("tekken", ("tekken",), (_split(_TEKKEN),), ignore_merges=True, adds_bos=True),
-    Group("gpt-4o", ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), (_split(_GPT4O),)),
+    Group("gpt-4o", ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), (_split(_GPT4O),), merges_either=True),
     Group(
         "smollm",
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
@@ -216,7 +223,7 @@ def choose_pre(
     """
     definition = definition_of(tokenizer_json)
     ignore_merges = bool(tokenizer_json["model"].get("ignore_merges"))
-    group = next((g for g in GROUPS if definition in g.definitions and g.ignore_merges == ignore_merges), None)
+    group = next((g for g in GROUPS if g.takes(definition, ignore_merges=ignore_merges)), None)
     hashes = check_hashes(tokenizer, bos_id)
     hashed = next((HASHES[digest] for digest in hashes if digest in HASHES), None)
     told = f"{' -> '.join(definition) or 'no pre_tokenizer'}, ignore_merges={str(ignore_merges).lower()}"

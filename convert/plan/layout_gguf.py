@@ -30,16 +30,22 @@ class GgufLayout(Layout):
     def lay_out(self, recipe: Recipe) -> VariantPlan:
         """See Layout.lay_out."""
         draft, importance = self.draft, self.draft.importance
-        entries = list(self._entries(recipe))
+        entries = repacked_first(list(self._entries(recipe)))
         importance.check(recipe, ((entry.name, entry.choice.format) for entry in entries if entry.importance is None))
         stored = {source.name for entry in entries for source in entry.sources}
         dropped = tuple(name for name in draft.checkpoint.tensors if name not in stored)
-        metadata = self._shared_metadata(entries).for_file_type(recipe.file_type)
+        file_type = recipe.file_type_of({entry.choice.format for entry in entries})
+        metadata = self._shared_metadata(entries).for_file_type(file_type)
         imatrix = importance.uses(recipe, (entry.importance for entry in entries))
         if imatrix is not None:
             metadata |= imatrix.keys()
         folder, stem = f"{draft.name}-GGUF", f"{draft.name}-{recipe.label}"
         draft.notes += too_large(recipe, entries, draft.options.split_max_size)
+        if file_type != recipe.file_type:
+            draft.notes.append(
+                f"{recipe.spec}: the experts stay in MXFP4, as the source has them: floats would take four times the"
+                " bytes and hold no more. llama.cpp's converter does the same, and calls the file MXFP4_MOE"
+            )
         groups = split(entries, draft.options.split_max_size, draft.options.split_max_tensors)
         first = len(draft.files)
         tensors: list[OutputTensor] = []
@@ -122,13 +128,18 @@ class GgufLayout(Layout):
         return placed
 
 
+def repacked_first(entries: list[Entry]) -> list[Entry]:
+    """Experts of a source in MXFP4 before all others, where the converter has them (its generate_extra_tensors)."""
+    return sorted(entries, key=lambda entry: not entry.sources or entry.sources[0].format.repack is None)
+
+
 def count_parameters(entries: Iterable[Entry]) -> ParameterCounts:
-    """The weights of a file, those of stacked experts apart."""
+    """The weights of a file, those of stacked experts apart, without their biases (gguf: get_total_parameter_count)."""
     total = shared = expert = experts = 0
     for entry in entries:
         size = math.prod(entry.shape)
         total += size
-        if len(entry.sources) > 1:
+        if len(entry.sources) > 1 and len(entry.shape) > 2:
             experts = len(entry.sources)
             expert += size // experts
         else:

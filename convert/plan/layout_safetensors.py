@@ -6,6 +6,7 @@ from streamquant.convert.recipes.block_runtimes import BlockRuntimes, block_runt
 from streamquant.convert.recipes.mix import Choice
 from streamquant.convert.recipes.recipe import Recipe
 from streamquant.files import safetensors_file
+from streamquant.quant.errors import UsageError
 from streamquant.quant.formats import FORMATS, copy_of
 
 
@@ -14,6 +15,14 @@ class SafetensorsLayout(Layout):
 
     def lay_out(self, recipe: Recipe) -> VariantPlan:
         """See Layout.lay_out."""
+        experts = self.draft.model.family.experts
+        if experts is not None and experts.by_turns:
+            raise UsageError(
+                f"{recipe.spec} cannot be made of this family yet",
+                where=self.draft.checkpoint.source,
+                found=f"{self.draft.model.hf_architecture}, whose experts lie in one tensor by columns",
+                required="a GGUF variant",
+            )
         folder = f"{self.draft.name}-{recipe.label}"
         first = len(self.draft.files)
         tensors: list[OutputTensor] = []

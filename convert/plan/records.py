@@ -329,8 +329,8 @@ def place_rows(part: Part, n: int, first: int, last: int) -> tuple[int, int]:
 
 def _chunks(matrices: tuple[Matrix, ...]) -> Iterator[Chunk]:
     for index, matrix in enumerate(matrices):
-        row_bytes = matrix.source.format.parts[0].bytes_per_entry(matrix.n)
-        step = matrix.rows_within(CHUNK_BYTES * matrix.n // row_bytes)
+        part = matrix.source.format.parts[0]
+        step = matrix.rows_within(CHUNK_BYTES * matrix.n * part.rows_per_entry // part.bytes_per_entry(matrix.n))
         for first in range(0, matrix.rows, step):
             yield Chunk(index, first, min(first + step, matrix.rows))
 
@@ -340,7 +340,8 @@ def _worker_bytes(matrix: Matrix) -> int:
     rows = min(matrix.rows, matrix.rows_within(BLOCK_WEIGHTS))
     encoded = max(_encoded_bytes(matrix, output, rows) for output in matrix.outputs)
     prepared = 4 * max(_copies(matrix, output) for output in matrix.outputs)
-    return rows * matrix.n * (4 + 4 + prepared) + 2 * encoded
+    raw = sum(span.stop - span.start for span in matrix.source.spans(0, rows, matrix.n))
+    return max(rows * matrix.n * 4, raw) + rows * matrix.n * (4 + prepared) + 2 * encoded
 
 
 def _encoded_bytes(matrix: Matrix, output: Placement, rows: int) -> int:

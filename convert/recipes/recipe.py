@@ -6,7 +6,7 @@ F32, F16, BF16 and Q8_0, those of llama-quantize (mix.py) for the rest. The rule
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import gguf
@@ -45,6 +45,7 @@ GGUF_RUNTIMES = ("llama.cpp", "LM Studio", "Ollama")
 CHECKPOINT_RUNTIMES = ("vLLM", "SGLang", "transformers")
 
 Tensors = Sequence[tuple[SourceTensor, TensorRule]]
+MXFP4 = "MXFP4"
 Choose = Callable[[Tensors, ModelDescription, ChoiceOptions], dict[str, Choice]]
 
 
@@ -92,6 +93,12 @@ class Recipe:
         """general.file_type, for GGUF."""
         return None if self.base is None else int(_file_type(self.base))
 
+    def file_type_of(self, formats: Collection[str]) -> int | None:
+        """general.file_type of a file with tensors of these formats: the converter calls one that keeps the MXFP4 of
+        its source MXFP4_MOE (ModelBase.prepare_metadata of conversion/base.py)."""
+        keeps_mxfp4 = self.base in UNQUANTIZED and MXFP4 in formats
+        return int(_file_type("MXFP4_MOE")) if keeps_mxfp4 else self.file_type
+
 
 def _gguf_fixed(tensor: SourceTensor, rule: TensorRule) -> Choice | None:
     """The tensors that every GGUF stores as F32; the rule is that of the stored one."""
@@ -120,6 +127,8 @@ def _gguf_choice(file_type: str, own: Overrides, reason_of_ends: str | None = No
         choices = {}
         for tensor, rule in pairs:
             choice = _gguf_fixed(tensor, rule) or mixed.get(rule.gguf_name)
+            if choice is not None and _stays_mxfp4(tensor, file_type, choice):
+                choice = Choice(MXFP4, "the codes and scales of the source")
             if choice is None:
                 choice = Choice(copy_of(tensor.dtype).name, "--leave-output-tensor: as in the source")
             elif reason_of_ends is not None and choice.by_option_of_ends and choice.format == own.output_tensor_type:
@@ -128,6 +137,16 @@ def _gguf_choice(file_type: str, own: Overrides, reason_of_ends: str | None = No
         return choices
 
     return choose
+
+
+def _stays_mxfp4(tensor: SourceTensor, file_type: str, choice: Choice) -> bool:
+    """Whether a tensor of a source in MXFP4 is taken over: where the converter does it, and where it would be MXFP4.
+
+    The converter never decodes them (GptOssModel.generate_extra_tensors); llama-quantize does,
+    for other file types than its own MXFP4_MOE. What was chosen by a name or pattern counts before.
+    """
+    is_converters = file_type in (*UNQUANTIZED, "Q8_0") and choice == Choice(file_type, "the file's type")
+    return tensor.format.encoded_as == MXFP4 and (is_converters or choice.format == MXFP4)
 
 
 def _joined(own: Overrides, given: Overrides) -> Overrides:
@@ -194,7 +213,7 @@ def _bf16_choice(tensors: Tensors, _model: ModelDescription, _options: ChoiceOpt
 
 def _kept(tensor: SourceTensor) -> str:
     """How a tensor that is not quantized comes into a checkpoint."""
-    return "kept as in the source" if tensor.codes is None else f"{tensor.dtype}, of the codes of the source"
+    return f"{tensor.dtype}, of the codes of the source" if tensor.format.is_coded else "kept as in the source"
 
 
 def _file_type(base: str) -> LlamaFileType:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from streamquant.convert.architectures.tensor_view import MovedRows, TensorView
 from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, Placement, Plan, place_rows
+from streamquant.convert.source.tensor import StoredPart
 from streamquant.files.reading import read_into
 from streamquant.quant.errors import StreamquantError
 from streamquant.quant.format import Encoded
@@ -49,6 +50,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Bytes] = {}
+        self._held: dict[str, StoredPart] = {}
 
     def take(self, purpose: str, nbytes: int) -> Bytes:
         """uint8[nbytes], uninitialised; valid until the next `take` for the same purpose."""
@@ -57,6 +59,11 @@ class Scratch:
             buffer = np.empty(nbytes, np.uint8)
             self._buffers[purpose] = buffer
         return buffer[:nbytes]
+
+    def changes(self, purpose: str, span: StoredPart) -> bool:
+        """Whether these bytes of the source, that are about to be read for a purpose, are others than before."""
+        before, self._held[purpose] = self._held.get(purpose), span
+        return before != span
 
 
 Encode = Callable[[Plan, Chunk, Descriptors, frozenset[int], Scratch], Iterator[list[Piece]]]
@@ -74,16 +81,19 @@ def encode_chunk(
     matrix = plan.matrices[chunk.matrix]
     step = matrix.rows_within(BLOCK_WEIGHTS)
     for first in range(chunk.first, chunk.last, step):
-        last = min(first + step, chunk.last)
-        raw = read_rows(matrix, first, last, shards, scratch)
-        yield from encode_block(plan, matrix, first, raw, wanted, scratch)
+        rows = range(first, min(first + step, chunk.last))
+        raw = read_rows(matrix, rows, shards, scratch)
+        yield from encode_block(plan, matrix, rows, raw, wanted, scratch)
 
 
-def read_rows(matrix: Matrix, first: int, last: int, shards: Descriptors, scratch: Scratch) -> Raw:
-    """The source bytes of rows [first, last). Raises ShortShardError, StreamquantError."""
+def read_rows(matrix: Matrix, rows: range, shards: Descriptors, scratch: Scratch) -> Raw:
+    """The source bytes of some rows. Raises ShortShardError, StreamquantError."""
     raw = []
-    for number, span in enumerate(matrix.source.spans(first, last, matrix.n)):
-        raw.append(scratch.take(f"raw {number}", span.stop - span.start))
+    for number, span in enumerate(matrix.source.spans(rows.start, rows.stop, matrix.n)):
+        purpose = f"raw {number}"
+        raw.append(scratch.take(purpose, span.stop - span.start))
+        if not scratch.changes(purpose, span):
+            continue  # what all rows of a matrix need is read once
         try:
             read_into(shards(span.file), raw[-1], span.start)
         except EOFError as error:
@@ -95,18 +105,12 @@ def read_rows(matrix: Matrix, first: int, last: int, shards: Descriptors, scratc
     return tuple(raw)
 
 
-def count_rows(matrix: Matrix, raw: Raw) -> int:
-    """How many rows some source bytes are."""
-    return raw[0].size // matrix.source.format.parts[0].bytes_per_entry(matrix.n)
-
-
-def widen_rows(matrix: Matrix, first: int, raw: Raw, scratch: Scratch) -> NDArray[np.float32]:
-    """Source bytes of rows from `first` -> float32[r, n]. Raises StreamquantError for a NaN or an infinity."""
-    count = count_rows(matrix, raw)
-    rows = scratch.take("rows", count * matrix.n * 4).view(np.float32).reshape(count, matrix.n)
-    if not matrix.source.format.widen_into(raw, first, rows):
-        raise _not_finite(matrix, first, rows)
-    return rows
+def widen_rows(matrix: Matrix, rows: range, raw: Raw, scratch: Scratch) -> NDArray[np.float32]:
+    """Source bytes of some rows -> float32[r, n]. Raises StreamquantError for a NaN or an infinity."""
+    values = scratch.take("rows", len(rows) * matrix.n * 4).view(np.float32).reshape(len(rows), matrix.n)
+    if not matrix.source.format.widen_into(raw, rows.start, values):
+        raise _not_finite(matrix, rows.start, values)
+    return values
 
 
 def shared_encodings(matrix: Matrix, wanted: frozenset[int]) -> Iterator[tuple[Placement, list[int]]]:
@@ -120,25 +124,25 @@ def shared_encodings(matrix: Matrix, wanted: frozenset[int]) -> Iterator[tuple[P
 
 
 def encode_block(
-    plan: Plan, matrix: Matrix, first: int, raw: Raw, wanted: frozenset[int], scratch: Scratch
+    plan: Plan, matrix: Matrix, rows: range, raw: Raw, wanted: frozenset[int], scratch: Scratch
 ) -> Iterator[list[Piece]]:
-    """Encode the rows from `first` whose source bytes are `raw`; as `encode_chunk`."""
-    rows = widen_rows(matrix, first, raw, scratch)
+    """Encode the rows whose source bytes are `raw`; as `encode_chunk`."""
+    values = widen_rows(matrix, rows, raw, scratch)
     for output, numbers in shared_encodings(matrix, wanted):
         if matrix.encodes_by_matrix(output):
-            yield from _by_matrix(plan, matrix, first, rows, numbers, scratch)
+            yield from _by_matrix(plan, matrix, rows.start, values, numbers, scratch)
             continue
-        moved = matrix.moved(output, first, first + rows.shape[0])
+        moved = matrix.moved(output, rows.start, rows.stop)
         if not moved.runs:
             continue  # a part of the tensor that this output leaves out
         if is_copied(matrix, output):
-            parts = copied(matrix, rows.shape[0], raw)
+            parts = copied(matrix, len(rows), raw)
             encoded: Encoded = tuple(_in_order(part, moved, scratch) for part in parts)
-        elif _is_picked(matrix, output, moved, rows):
-            encoded = _encode(plan, matrix, output, _picked(rows, first, moved, scratch), scratch)
+        elif _is_picked(matrix, output, moved, values):
+            encoded = _encode(plan, matrix, output, _picked(values, rows.start, moved, scratch), scratch)
         else:
             # Formats look at one row at a time, so that encoded rows may change places: they are the shorter ones.
-            encoded = _encode(plan, matrix, output, _Rows(rows, range(first, first + rows.shape[0])), scratch)
+            encoded = _encode(plan, matrix, output, _Rows(values, rows), scratch)
             if moved.rows is not None:
                 encoded = tuple(_in_order(part, moved, scratch) for part in encoded)
         yield pieces(matrix, numbers, moved, encoded)
@@ -185,7 +189,10 @@ def is_copied(matrix: Matrix, output: Placement) -> bool:
 
 def copied(matrix: Matrix, rows: int, raw: Raw) -> Encoded:
     """The source bytes of whole entries as encoded rows."""
-    parts = matrix.source.format.parts
+    format_ = matrix.source.format
+    if format_.repack is not None:
+        return format_.repack(raw, rows, matrix.n)
+    parts = format_.parts
     return tuple(some.reshape(-(-rows // part.rows_per_entry), -1) for part, some in zip(parts, raw, strict=True))
 
 
@@ -194,7 +201,7 @@ def rounds_first(matrix: Matrix, name: str) -> bool:
 
     llm-compressor does it in this order: FP8BlockDequantizer makes BF16, which is quantized then.
     """
-    return matrix.source.codes is not None and FORMATS[name].source_dtype == "BF16"
+    return matrix.source.format.is_coded and FORMATS[name].source_dtype == "BF16"
 
 
 def _rounded(values: NDArray[np.float32], scratch: Scratch) -> NDArray[np.float32]:

@@ -158,7 +158,7 @@ class _Slot:
         self._stream = torch.cuda.Stream() if device == "cuda" else None
         self._plan: Plan
         self._matrix: Matrix
-        self._first = 0
+        self._rows = range(0)
         self._raw: Raw
         self._flags: torch.Tensor
         self._encodings: list[_Encoding] = []
@@ -168,8 +168,8 @@ class _Slot:
         import torch
 
         self._wait()
-        self._plan, self._matrix, self._first = plan, matrix, rows.start
-        self._raw = blocks.read_rows(matrix, rows.start, rows.stop, shards, self._host)
+        self._plan, self._matrix, self._rows = plan, matrix, rows
+        self._raw = blocks.read_rows(matrix, rows, shards, self._host)
         groups = list(blocks.shared_encodings(matrix, wanted))
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
             widened = self._widened(matrix)
@@ -186,7 +186,7 @@ class _Slot:
         import torch
 
         if matrix.source.codes is not None:
-            rows = blocks.widen_rows(matrix, self._first, self._raw, self._host)
+            rows = blocks.widen_rows(matrix, self._rows, self._raw, self._host)
             return torch.from_numpy(rows).to(self._device, non_blocking=True)
         raw = torch.from_numpy(self._raw[0]).to(self._device, non_blocking=True)
         return _widen(raw, matrix.source.dtype).view(-1, matrix.n)
@@ -223,7 +223,7 @@ class _Slot:
 
         resolved = self._matrix.resolved(output)
         if resolved.to is not None:
-            moved = self._matrix.moved(output, self._first, self._first + rows.shape[0])
+            moved = self._matrix.moved(output, self._rows.start, self._rows.stop)
             rows = rows if moved.rows is None else rows[torch.from_numpy(moved.rows).to(rows.device)]
         return rows if resolved.columns is None else rows[:, torch.tensor(resolved.columns).to(rows.device)]
 
@@ -253,11 +253,10 @@ class _Slot:
 
     def _moved(self, output: int) -> MovedRows:
         """Where the rows of the block go in an output, an index into Matrix.outputs."""
-        rows = blocks.count_rows(self._matrix, self._raw)
-        return self._matrix.moved(self._matrix.outputs[output], self._first, self._first + rows)
+        return self._matrix.moved(self._matrix.outputs[output], self._rows.start, self._rows.stop)
 
     def _on_cpu(self, outputs: Iterable[int], scratch: Scratch) -> Iterator[list[Piece]]:
-        return blocks.encode_block(self._plan, self._matrix, self._first, self._raw, frozenset(outputs), scratch)
+        return blocks.encode_block(self._plan, self._matrix, self._rows, self._raw, frozenset(outputs), scratch)
 
     def _compare(self, outputs: list[int], pieces: list[Piece], scratch: Scratch) -> None:
         """Raise StreamquantError if the first bytes of a format are not the CPU's."""
@@ -269,7 +268,7 @@ class _Slot:
         if any(not np.array_equal(a.data, b.data) for a, b in zip(pieces, expected, strict=True)):
             raise StreamquantError(
                 f"the GPU's bytes of {output.format} are not the CPU's",
-                where=f"{self._matrix.source.file}, tensor {output.source!r}, rows from {self._first}",
+                where=f"{self._matrix.source.file}, tensor {output.source!r}, rows from {self._rows.start}",
                 found="another rounding on this GPU, or a fault of it",
                 hint="please report it, and use --device cpu",
             )
@@ -283,7 +282,7 @@ class _Slot:
         source = self._matrix.source
         raise StreamquantError(
             "the GPU refused a weight that the CPU takes",
-            where=f"{source.file}, tensor {source.name!r}, rows from {self._first}",
+            where=f"{source.file}, tensor {source.name!r}, rows from {self._rows.start}",
             hint="this is a fault of the GPU or of streamquant: please report it, and use --device cpu",
         )
 

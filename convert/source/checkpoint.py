@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from streamquant.convert.architectures import Experts, family_of, text_config
+from streamquant.convert.architectures import family_of, text_config
 from streamquant.convert.architectures.names import model_name, published_name, renaming_note
 from streamquant.convert.source.config_as_stored import config_of_weights
-from streamquant.convert.source.fused_experts import is_fused, shape_of_single, single_experts
+from streamquant.convert.source.fused_experts import separate_experts
 from streamquant.convert.source.model_folder import name_of
 from streamquant.convert.source.passed_over import passed_over_note
 from streamquant.convert.source.quantized import QuantizedSource, dequantized
@@ -227,46 +227,8 @@ def collect_tensors(
     if not tensors:
         raise StreamquantError("checkpoint without tensors", where=where)
     refuse_adapters(tensors, where)
-    return separate_experts(_by_model_name(tensors, where, config), config, where)
-
-
-def separate_experts(
-    tensors: Mapping[str, SourceTensor], config: Mapping[str, Any], where: str
-) -> dict[str, SourceTensor]:
-    """The tensors of a checkpoint, those that hold all experts of a layer as one tensor for each expert.
-
-    Raises StreamquantError for a fused tensor that does not divide, and where single experts are there as well.
-    """
     family = family_of(config)
-    experts = family.experts if family is not None else None
-    if experts is None or not experts.is_fused:
-        return dict(tensors)
-    found: dict[str, SourceTensor] = {}
-    for name, tensor in tensors.items():
-        for single in _single_experts(tensor, experts, where) if is_fused(name) else (tensor,):
-            if single.name in found or (single is not tensor and single.name in tensors):
-                raise StreamquantError(
-                    "two tensors are the same tensor of the model",
-                    where=f"{where}/{tensor.file}, tensor {name!r}",
-                    found=f"it holds {single.name!r}, which is there by itself too",
-                    hint="keep one of them: a tool has written both",
-                )
-            found[single.name] = single
-    return found
-
-
-def _single_experts(tensor: SourceTensor, experts: Experts, where: str) -> Iterator[SourceTensor]:
-    """The parts of a tensor that holds all experts of a layer: equal runs of its bytes, one after another."""
-    shape = shape_of_single(tensor.name, tensor.shape, f"{where}/{tensor.file}, tensor {tensor.name!r}")
-    names = single_experts(tensor.name, tensor.shape[0], experts)
-    published_names = single_experts(tensor.published or tensor.name, tensor.shape[0], experts)
-    nbytes = (tensor.stop - tensor.start) // len(names)
-    for number, name in enumerate(names):
-        start = tensor.start + number * nbytes
-        published = None if tensor.published is None else published_names[number]
-        yield replace(
-            tensor, name=name, shape=shape, start=start, stop=start + nbytes, published=published, fused=tensor.name
-        )
+    return separate_experts(_by_model_name(tensors, where, config), family.experts if family else None, where)
 
 
 def reading_notes(

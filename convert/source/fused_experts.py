@@ -3,22 +3,58 @@
     gate_up_proj  [experts, 2 * intermediate, hidden]  -> experts.N.gate_proj.weight, experts.N.up_proj.weight
     down_proj     [experts, hidden, intermediate]      -> experts.N.down_proj.weight
 
-Each of them is a run of bytes of the stored tensor. Stacking, importance, FP8 and validation see single experts, and
-FP8 folders have the names under which runtimes load them. (Qwen2MoeModel.modify_tensors of llama.cpp's
-conversion/qwen.py cuts in the same places.)
+Each of them is a run of bytes of the stored tensor. (Qwen2MoeModel.modify_tensors of llama.cpp's conversion/qwen.py
+cuts in the same places.) GPT-OSS has gate and up by turns, and biases (GptOssModel there):
+
+    gate_up_proj         [experts, hidden, 2 * intermediate]           floats, by columns
+    gate_up_proj_bias    [experts, 2 * intermediate]
+    gate_up_proj_blocks  [experts, 2 * intermediate, hidden / 32, 16]  or MXFP4, by rows
+    gate_up_proj_scales  [experts, 2 * intermediate, hidden / 32]
+
+Stacking, importance, FP8 and validation see single experts, and FP8 folders have the names under which runtimes load
+them.
 """
 
+import math
 import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from streamquant.convert.architectures.family import Experts
+from streamquant.convert.source.tensor import Codes, SourceTensor, StoredPart
 from streamquant.quant.errors import StreamquantError
+from streamquant.quant.fused_format import MXFP4_BLOCK, by_columns, by_turns, mxfp4
+from streamquant.quant.widen import SOURCE_DTYPES
 
-_FUSED = re.compile(r"(?P<path>(?:.*\.)?experts)\.(?P<name>gate_up_proj|down_proj)(?:\.weight)?")
+_BLOCKS, _SCALES, _BIAS = "_blocks", "_scales", "_bias"
+_BLOCK_BYTES = MXFP4_BLOCK // 2
+_FUSED = re.compile(
+    rf"(?P<path>(?:.*\.)?experts)\.(?P<name>gate_up_proj|down_proj)(?:\.weight|(?P<kind>{_BLOCKS}|{_SCALES}|{_BIAS}))?"
+)
 
 
-def is_fused(name: str) -> bool:
-    """Whether a tensor of this name holds all experts of a layer."""
-    return _FUSED.fullmatch(name) is not None
+@dataclass(frozen=True, slots=True)
+class _Fused:
+    """A tensor of all experts of a layer, by its name."""
+
+    path: str
+    is_down: bool
+    kind: str
+    """What it holds beside plain weights: _BLOCKS, _SCALES, _BIAS, or nothing."""
+
+    @property
+    def parts(self) -> int:
+        """Projections in it."""
+        return 1 if self.is_down else 2
+
+
+def _fused(name: str, experts: Experts) -> _Fused | None:
+    """None for the name of any other tensor."""
+    match = _FUSED.fullmatch(name)
+    kind = "" if match is None else match["kind"] or ""
+    if match is None or (kind and not experts.by_turns):
+        return None
+    return _Fused(match["path"], match["name"] == "down_proj", kind)
 
 
 def single_experts(name: str, count: int, experts: Experts) -> list[str]:
@@ -28,20 +64,154 @@ def single_experts(name: str, count: int, experts: Experts) -> list[str]:
     >>> single_experts("model.layers.0.mlp.experts.gate_up_proj", 1, experts)
     ['model.layers.0.mlp.experts.0.gate_proj.weight', 'model.layers.0.mlp.experts.0.up_proj.weight']
     """
-    match = _FUSED.fullmatch(name)
-    assert match is not None, "see is_fused"
-    parts = [experts.down] if match["name"] == "down_proj" else [experts.gate, experts.up]
-    return [f"{match['path']}.{expert}.{part}.weight" for expert in range(count) for part in parts]
+    fused = _fused(name, experts)
+    assert fused is not None, "the name of no fused tensor"
+    parts = [experts.down] if fused.is_down else [experts.gate, experts.up]
+    suffix = "bias" if fused.kind == _BIAS else "weight"
+    return [f"{fused.path}.{expert}.{part}.{suffix}" for expert in range(count) for part in parts]
 
 
-def shape_of_single(name: str, shape: tuple[int, ...], where: str) -> tuple[int, int]:
-    """The shape of the tensors in a fused one. Raises StreamquantError if it does not divide."""
-    parts = 1 if ".down_proj" in name else 2
-    if len(shape) != 3 or shape[1] % parts != 0:
-        raise StreamquantError(
-            "experts that are stored together have a shape that does not divide",
-            where=where,
-            found=list(shape),
-            required="[experts, hidden, intermediate]" if parts == 1 else "[experts, 2 * intermediate, hidden]",
+def separate_experts(
+    tensors: Mapping[str, SourceTensor], experts: Experts | None, where: str
+) -> dict[str, SourceTensor]:
+    """The tensors of a checkpoint, those that hold all experts of a layer as one tensor for each expert.
+
+    Raises StreamquantError for a fused tensor that does not divide, for blocks of MXFP4 without their scales and scales
+    without blocks, and where single experts are there as well.
+    """
+    if experts is None or not experts.is_fused:
+        return dict(tensors)
+    found: dict[str, SourceTensor] = {}
+    for name, tensor in tensors.items():
+        for single in _singles(tensor, tensors, experts, where):
+            if single.name in found or (single is not tensor and single.name in tensors):
+                raise StreamquantError(
+                    "two tensors are the same tensor of the model",
+                    where=f"{where}/{tensor.file}, tensor {name!r}",
+                    found=f"it holds {single.name!r}, which is there by itself too",
+                    hint="keep one of them: a tool has written both",
+                )
+            found[single.name] = single
+    return found
+
+
+def _singles(
+    tensor: SourceTensor, tensors: Mapping[str, SourceTensor], experts: Experts, where: str
+) -> Iterator[SourceTensor]:
+    """A tensor itself, or the parts that it holds; nothing for scales, which go with their blocks."""
+    fused = _fused(tensor.name, experts)
+    place = f"{where}/{tensor.file}, tensor {tensor.name!r}"
+    if fused is None:
+        yield tensor
+    elif fused.kind == _SCALES:
+        blocks = tensor.name.removesuffix(_SCALES) + _BLOCKS
+        if blocks not in tensors:
+            raise _lonely("scales without their weights", place, f"{blocks!r}, codes of MXFP4")
+    elif fused.kind == _BLOCKS:
+        yield from _of_mxfp4(tensor, tensors.get(tensor.name.removesuffix(_BLOCKS) + _SCALES), fused, (experts, place))
+    elif experts.by_turns:
+        yield from _of_turns(tensor, fused, experts, place)
+    else:
+        yield from _of_halves(tensor, fused, experts, place)
+
+
+def _lonely(what: str, place: str, required: str) -> StreamquantError:
+    return StreamquantError(
+        what,
+        where=place,
+        found="no such tensor",
+        required=required,
+        hint="download the checkpoint again, or start from the original in BF16",
+    )
+
+
+def _of_halves(tensor: SourceTensor, fused: _Fused, experts: Experts, place: str) -> Iterator[SourceTensor]:
+    """Equal runs of its bytes, one after another."""
+    if len(tensor.shape) != 3 or tensor.shape[1] % fused.parts != 0:
+        required = "[experts, hidden, intermediate]" if fused.is_down else "[experts, 2 * intermediate, hidden]"
+        raise _does_not_divide(tensor, place, required)
+    names = single_experts(tensor.name, tensor.shape[0], experts)
+    published = single_experts(tensor.published or tensor.name, tensor.shape[0], experts)
+    shape = (tensor.shape[1] // fused.parts, tensor.shape[2])
+    nbytes = (tensor.stop - tensor.start) // len(names)
+    for number, name in enumerate(names):
+        start = tensor.start + number * nbytes
+        known_as = None if tensor.published is None else published[number]
+        yield replace(
+            tensor, name=name, shape=shape, start=start, stop=start + nbytes, published=known_as, fused=tensor.name
         )
-    return shape[1] // parts, shape[2]
+
+
+def _does_not_divide(tensor: SourceTensor, place: str, required: str) -> StreamquantError:
+    return StreamquantError(
+        "experts that are stored together have a shape that does not divide",
+        where=place,
+        found=f"{tensor.dtype} {list(tensor.shape)}",
+        required=required,
+    )
+
+
+def _of_turns(tensor: SourceTensor, fused: _Fused, experts: Experts, place: str) -> Iterator[SourceTensor]:
+    """Floats of GPT-OSS: matrices by columns, and vectors; values of gate and up by turns."""
+    rank, step = (2 if fused.kind == _BIAS else 3), fused.parts
+    if len(tensor.shape) != rank or tensor.shape[-1] % step != 0 or tensor.dtype not in SOURCE_DTYPES:
+        between = "" if fused.kind == _BIAS else ("intermediate, " if fused.is_down else "hidden, ")
+        last = "hidden" if fused.is_down else "2 * intermediate"
+        raise _does_not_divide(tensor, place, f"floats [experts, {between}{last}]")
+    rows, columns = tensor.shape[-1] // step, tensor.shape[1]
+    shape = (rows,) if fused.kind == _BIAS else (rows, columns)
+    names = single_experts(tensor.name, tensor.shape[0], experts)
+    nbytes = (tensor.stop - tensor.start) // tensor.shape[0]
+    for number, name in enumerate(names):
+        expert, offset = divmod(number, step)
+        start, dtype = tensor.start + expert * nbytes, tensor.dtype
+        format_ = by_turns(dtype, step, offset) if fused.kind == _BIAS else by_columns(dtype, rows, step, offset)
+        yield _part_of(tensor, name, shape, (start, start + nbytes), Codes(format_, ()))
+
+
+def _of_mxfp4(
+    blocks: SourceTensor, scales: SourceTensor | None, fused: _Fused, of: tuple[Experts, str]
+) -> Iterator[SourceTensor]:
+    """Codes and scales of GPT-OSS, rows of gate and up by turns; `of` are the family's experts, and the place."""
+    experts, place = of
+    if scales is None:
+        name = blocks.name.removesuffix(_BLOCKS) + _SCALES
+        raise _lonely("quantized weights without their scales", place, f"{name!r}, a scale for each block")
+    step = fused.parts
+    fits = len(blocks.shape) == 4 and blocks.shape[3] == _BLOCK_BYTES and blocks.shape[1] % step == 0
+    if not fits or blocks.dtype != "U8":
+        rows, columns = ("hidden", "intermediate") if fused.is_down else ("2 * intermediate", "hidden")
+        raise _does_not_divide(blocks, place, f"U8 [experts, {rows}, {columns} / {MXFP4_BLOCK}, {_BLOCK_BYTES}]")
+    if scales.shape != blocks.shape[:3] or scales.dtype != "U8":
+        raise StreamquantError(
+            "scales of the wrong shape",
+            where=f"{place}, with {scales.name!r}",
+            found=f"{scales.dtype} {list(scales.shape)}",
+            required=f"U8 {list(blocks.shape[:3])}: a scale for each block of {list(blocks.shape)}",
+            hint="download the checkpoint again, or tell its publisher",
+        )
+    count, stored_rows, groups, _ = blocks.shape
+    shape, nbytes = (stored_rows // step, groups * MXFP4_BLOCK), math.prod(scales.shape[1:])
+    for number, name in enumerate(single_experts(blocks.name, count, experts)):
+        expert, offset = divmod(number, step)
+        start, first = (of.start + expert * nbytes * size for of, size in ((blocks, _BLOCK_BYTES), (scales, 1)))
+        beside = StoredPart(scales.name, scales.file, first, first + nbytes)
+        codes = Codes(mxfp4(step, offset), (beside,))
+        made = _part_of(blocks, name, shape, (start, start + nbytes * _BLOCK_BYTES), codes)
+        yield replace(made, dtype=codes.format.floats)
+
+
+def _part_of(
+    tensor: SourceTensor, name: str, shape: tuple[int, ...], span: tuple[int, int], codes: Codes
+) -> SourceTensor:
+    start, stop = span
+    return replace(
+        tensor,
+        name=name,
+        shape=shape,
+        start=start,
+        stop=stop,
+        codes=codes,
+        stored_name=tensor.stored_name or tensor.name,
+        fused=tensor.name,
+    )

@@ -6,6 +6,7 @@
 | modelopt           | F8_E4M3 [N, K]   | `X_scale`, one for the tensor, or for each of its rows                  |
 | compressed-tensors | F8_E4M3 [N, K]   | `X_scale`, by the strategy of the one group: tensor, channel or block   |
 | the same, packed   | `X_packed`       | `X_scale`, and `X_zero_point` where it is not symmetric                 |
+| mxfp4              | U8, `X_blocks`   | U8, `X_scales`, of all experts of a layer (fused_experts.py)            |
 
 The value of a weight is float32(code) * float32(scale) (dequant_model of llama.cpp's conversion/base.py). What
 quantized activations and a quantized key-value cache need is left out: nothing that is made here has a place for it.
@@ -25,6 +26,8 @@ from streamquant.quant.widen import SOURCE_DTYPES
 
 COMPRESSED_TENSORS = ("compressed-tensors", "compressed_tensors")
 """Spellings of quant_method (vllm/config/model.py, _verify_quantization)."""
+MXFP4 = "mxfp4"
+"""The quant_method of GPT-OSS."""
 CODES = "F8_E4M3"
 _PACKED = "_packed"
 _OF_ACTIVATIONS = (
@@ -91,6 +94,9 @@ def dequantized(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor], 
     `where` is the source as messages name it. Raises StreamquantError for codes without scales, scales without codes
     or of the wrong shape or dtype, and for a scheme that is not known.
     """
+    coded = [t.codes.format for t in tensors.values() if t.codes is not None and t.codes.format.is_coded]
+    if coded:
+        return _put_together(config, tensors, coded)
     scheme = _find_scheme(config, tensors, where)
     if scheme is None:
         return None
@@ -123,8 +129,20 @@ def dequantized(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor], 
                 hint="download the checkpoint again, or tell its publisher",
             )
     source = QuantizedSource(scheme.method, tuple(about for about, _ in formats.most_common()), formats.total())
-    plain = {key: value for key, value in config.items() if key not in QUANTIZATIONS}
-    return Dequantized(made, plain, source, tuple(_notes(source, dropped)))
+    return Dequantized(made, _plain(config), source, tuple(_notes(source, dropped)))
+
+
+def _put_together(
+    config: Mapping[str, Any], tensors: Mapping[str, SourceTensor], coded: list[SourceFormat]
+) -> Dequantized:
+    """A source whose experts came with their scales already."""
+    formats = Counter(format_.about for format_ in coded)
+    source = QuantizedSource(MXFP4, tuple(about for about, _ in formats.most_common()), formats.total())
+    return Dequantized(dict(tensors), _plain(config), source, tuple(_notes(source, [])))
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in QUANTIZATIONS}
 
 
 def _notes(source: QuantizedSource, dropped: list[str]) -> Iterator[str]:

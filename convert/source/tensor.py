@@ -19,7 +19,10 @@ class StoredPart:
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """What makes weights of the codes of a tensor: a format, and the stored tensors beside the codes, in its order."""
+    """What makes weights of the codes of a tensor: a format, and the stored tensors beside the codes, in its order.
+
+    Floats that do not lie row by row are codes too.
+    """
 
     format: SourceFormat
     beside: tuple[StoredPart, ...]
@@ -86,5 +89,6 @@ class SourceTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is stored for it."""
-        return sum(part.stop - part.start for part in self.parts)
+        """Bytes of everything that is stored for it; of what it shares with others, its share."""
+        sharing = 1 if self.codes is None else self.codes.format.shared_by
+        return sum(part.stop - part.start for part in self.parts) // sharing

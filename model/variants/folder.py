@@ -73,10 +73,16 @@ class FolderVariant(Variant):
 
     def _float_rows(self, tensor: SourceTensor, first: int, last: int) -> "torch.Tensor":
         """float32 rows [first, last) of a tensor of weights, codes widened (quant/source_format.py)."""
-        import torch
-
         if tensor.codes is None:
             return self._stored_rows(tensor, first, last).float()
+        if len(tensor.shape) == 1:
+            return self._widened(tensor, 0, 1)[0][first:last]
+        return self._widened(tensor, first, last)
+
+    def _widened(self, tensor: SourceTensor, first: int, last: int) -> "torch.Tensor":
+        """float32 rows of a matrix, or of a vector, which is one row, by its format."""
+        import torch
+
         spans = tensor.spans(first, last, tensor.row_length)
         raw = tuple(read_bytes(self.checkpoint.folder / span.file, span.start, span.stop) for span in spans)
         rows = np.empty((last - first, tensor.row_length), np.float32)
@@ -89,7 +95,8 @@ class FolderVariant(Variant):
     def _float_blocks(self, tensor: SourceTensor) -> "Iterator[tuple[int, torch.Tensor]]":
         """A tensor that is stored in some float dtype, its values as they are."""
         rows = tensor.shape[0]
-        step = rows_per_block((tensor.stop - tensor.start) // rows) if len(tensor.shape) > 1 else rows
+        by_rows = len(tensor.shape) > 1 and tensor.format.parts[0].rows_per_entry == 1
+        step = rows_per_block((tensor.stop - tensor.start) // rows) if by_rows else rows
         for first in range(0, rows, step):
             block = self._float_rows(tensor, first, min(first + step, rows))
             check_finite(block, tensor.name, self.path / tensor.file, first)

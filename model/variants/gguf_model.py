@@ -360,11 +360,18 @@ def claims(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def _may_keep_mxfp4(metadata: Mapping[str, Any]) -> bool:
+    """Whether a file is of a family whose experts are published in MXFP4."""
+    arch = metadata.get("general.architecture")
+    return any(f.gguf_arch == arch and f.experts is not None and f.experts.by_turns for f in ARCHITECTURES.values())
+
+
 def check_file_type(path: Path, metadata: Mapping[str, Any], tensors: Iterable[GgufTensor]) -> list[Problem]:
     """A problem for each claim that the tensors contradict.
 
     One of the matrices in the layers must be of the claimed type; where rows do not fit it and llama-quantize has to
-    fall back, it is enough that none is unquantized. An unquantized or 8-bit claim must be the type of most weights.
+    fall back, it is enough that none is unquantized. An unquantized or 8-bit claim must be the type of most weights,
+    but for experts that were in MXFP4 before: the converter keeps them (convert/recipes/recipe.py).
     """
     counts: Counter[str] = Counter()
     lengths: dict[str, list[GgufTensor]] = {}
@@ -380,7 +387,9 @@ def check_file_type(path: Path, metadata: Mapping[str, Any], tensors: Iterable[G
         block = GGML_QUANT_SIZES[GGMLQuantizationType[bases[0]]][0]
         all_fit = all(tensor.shape[-1] % block == 0 for found in lengths.values() for tensor in found)
         if bases[0] in ("F32", "F16", "BF16", "Q8_0"):
-            fine = counts.most_common(1)[0][0] in bases
+            kept = "MXFP4" if _may_keep_mxfp4(metadata) else None
+            others = Counter({name: n for name, n in counts.items() if name != kept}) or counts
+            fine = others.most_common(1)[0][0] in bases
         else:
             fine = not counts.keys().isdisjoint(bases) or (not all_fit and counts.keys().isdisjoint(FLOATS))
         if not fine:

@@ -63,3 +63,36 @@ def encode_mxfp4(rows: Floats, out: Bytes) -> int:
         scale = _half_scale(e)
         store_bytes(to, at + 1, nibbles(_codes(a, scale), _codes(b, scale)))
     return -1
+
+
+@kernel
+def decode_mxfp4(codes: Bytes, scales: Bytes, out: Floats) -> None:
+    """uint8[r, n / 2], the low 4 bits first, and E8M0 uint8[r, n / 32] -> float32[r, n]; every value is exact.
+
+    Of the largest scales values overflow to infinity.
+    """
+    r, n = out.shape
+    for i in range(r):
+        for block in range(n // QK):
+            scale = _half_scale(scales[i, block])
+            for j in range(QK // 2):
+                byte = codes[i, block * (QK // 2) + j]
+                out[i, block * QK + 2 * j] = DOUBLED[byte & np.uint8(15)] * scale
+                out[i, block * QK + 2 * j + 1] = DOUBLED[byte >> np.uint8(4)] * scale
+
+
+@kernel
+def repack_mxfp4(codes: Bytes, scales: Bytes, out: Bytes) -> None:
+    """The same codes and scales -> uint8[r, n / 32 * 17] of GGML: a scale, then bytes of the values j and j + 16.
+
+    (GptOssModel.repack_mxfp4 of llama.cpp's converter)
+    """
+    for i in range(codes.shape[0]):
+        for block in range(scales.shape[1]):
+            at = block * 17
+            out[i, at] = scales[i, block]
+            for j in range(QK // 2):
+                shift = np.uint8(4 * (j & 1))
+                low = (codes[i, block * (QK // 2) + (j >> 1)] >> shift) & np.uint8(15)
+                high = (codes[i, block * (QK // 2) + 8 + (j >> 1)] >> shift) & np.uint8(15)
+                out[i, at + 1 + j] = np.uint8(low | (high << np.uint8(4)))

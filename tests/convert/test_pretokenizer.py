@@ -113,6 +113,13 @@ def test_ignore_merges_is_part_of_the_definition(backend: Tokenizer) -> None:
         choose(backend, tokenizer_json(split(tekken), BYTE_LEVEL))
 
 
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_ranks_of_tiktoken_have_either(backend: Tokenizer, ignore_merges: bool) -> None:
+    """transformers' TikTokenConverter, which makes the tokenizers of GPT-OSS and Llama 4, sets ignore_merges."""
+    definition = tokenizer_json(split(pretokenizer._GPT4O), BYTE_LEVEL, ignore_merges=ignore_merges)
+    assert choose(backend, definition)[0] == "gpt-4o"
+
+
 def test_equal_behaviour_has_one_spelling() -> None:
     digits, inner = {"type": "Digits", "individual_digits": True}, {**BYTE_LEVEL, "use_regex": True}
     by_name = definition_of(tokenizer_json(digits, inner))

@@ -6,7 +6,9 @@ import torch
 from numpy.typing import NDArray
 
 from streamquant.quant.fp8 import BLOCK
+from streamquant.quant.fused_format import by_columns, by_turns, mxfp4
 from streamquant.quant.source_format import ALL, SourceFormat, fp8, int4, plain
+from tests.oracle import ggml_decode
 from tests.quantized_sources import Packed
 
 RUNS = ((0, 300), (0, 1), (127, 129), (77, 233), (299, 300))
@@ -77,3 +79,36 @@ def test_our_own_blocks_are_read_back() -> None:
     assert fp8(128, 128, "F32").encoded_as == BLOCK["F32"].name
     assert fp8(128, 128, "F32").widen_into(tuple(part.reshape(-1) for part in encoded), 0, out)
     assert np.array_equal(out, BLOCK["F32"].decode(encoded, 200))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("step", "offset"), [(1, 0), (2, 0), (2, 1)])
+def test_by_columns_and_by_turns(dtype: str, step: int, offset: int) -> None:
+    values = torch.randn((24, 300 * step), generator=torch.Generator().manual_seed(4)).to(DTYPES[dtype])
+    expected = values.float().numpy()[:, offset::step].T
+    for run in RUNS:
+        assert np.array_equal(read(by_columns(dtype, 300, step, offset), [values], run, 24), expected[slice(*run)])
+    one = read(by_turns(dtype, step, offset), [values[0]], (0, 1), 300)
+    assert np.array_equal(one[0], values[0].float().numpy()[offset::step])
+
+
+@pytest.mark.parametrize(("step", "offset"), [(1, 0), (2, 0), (2, 1)])
+def test_mxfp4(step: int, offset: int) -> None:
+    """Every scale but the largest, whose values overflow; ggml reads the same of what was repacked."""
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.randint(0, 256, (300 * step, 48), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(0, 252, (300 * step, 3), dtype=torch.uint8, generator=generator)
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+    whole = table[torch.stack((codes & 15, codes >> 4), -1).flatten(1).long()].reshape(-1, 3, 32)
+    expected = (whole * 2.0 ** (scales.double()[..., None] - 127)).reshape(-1, 96)[offset::step].float().numpy()
+    format_ = mxfp4(step, offset)
+    for run in RUNS:
+        assert np.array_equal(read(format_, [codes, scales], run, 96), expected[slice(*run)])
+    assert format_.repack is not None
+    (repacked,) = format_.repack((codes.numpy().reshape(-1), scales.numpy().reshape(-1)), 300, 96)
+    assert np.array_equal(ggml_decode(repacked, "MXFP4"), expected)
+
+
+def test_scales_that_overflow_are_found() -> None:
+    codes, scales, out = np.full(16, 7, np.uint8), np.array([254], np.uint8), np.empty((1, 32), np.float32)
+    assert not mxfp4(1, 0).widen_into((codes, scales), 0, out)

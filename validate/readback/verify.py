@@ -256,17 +256,17 @@ class _Comparison:
         noise = self.result.noise.setdefault(matrix.source.name, Noise())
         wanted = frozenset(range(len(matrix.outputs)))
         for first in range(chunk.first, chunk.last, step):
-            last = min(first + step, chunk.last)
-            raw = read_rows(matrix, first, last, shards, self.encoding)
-            for pieces in encode_block(self.plan, matrix, first, raw, wanted, self.encoding):
+            rows = range(first, min(first + step, chunk.last))
+            raw = read_rows(matrix, rows, shards, self.encoding)
+            for pieces in encode_block(self.plan, matrix, rows, raw, wanted, self.encoding):
                 stored = [self._stored(piece) for piece in pieces]
                 for piece, found in zip(pieces, stored, strict=True):
                     if not np.array_equal(piece.data, found):
                         self._differs(matrix, piece, first)
                     self.listener.advanced(VERIFYING, found.size)
-                moved = matrix.moved(matrix.outputs[pieces[0].output], first, last)
-                rows = widen_rows(matrix, first, raw, self.encoding)
-                taken = rows if moved.rows is None else rows[moved.rows]
+                moved = matrix.moved(matrix.outputs[pieces[0].output], rows.start, rows.stop)
+                values = widen_rows(matrix, rows, raw, self.encoding)
+                taken = values if moved.rows is None else values[moved.rows]
                 resolved = matrix.resolved(matrix.outputs[pieces[0].output])
                 noise.add(resolved.arrange(taken), _decode(matrix, pieces, stored))
 
