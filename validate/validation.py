@@ -14,6 +14,7 @@ from streamquant.model.variants.variant import Variant
 from streamquant.validate.engines.check import check_engines
 from streamquant.validate.logits.check import check_logits
 from streamquant.validate.options import ValidationOptions
+from streamquant.validate.readback.embedding import check_embedding
 from streamquant.validate.report.data import ChatCheck, NotRun, Report
 from streamquant.validate.report.make import make_report
 from streamquant.validate.run import ValidationRun, open_candidates
@@ -42,6 +43,7 @@ def validate(
     backend = read_tokenizer(folder)
     # Tokens and chat first: they cost seconds, and a fault there is the most common one.
     check_tokenizers(run, texts)
+    check_embedding(run)
     comparison = check_logits(run, corpus)
     check_engines(run, encode_text(backend, next(iter(texts.values()))[0]))
     return make_report(run, comparison)
@@ -54,5 +56,6 @@ def chat_check(original: Variant, variants: Sequence[Path], listener: Listener =
     """
     run = ValidationRun(original, open_candidates(variants), ValidationOptions(()), listener)
     check_tokenizers(run, {})
+    check_embedding(run)
     reports = tuple(candidate.report() for candidate in run.candidates)
     return ChatCheck(reports, run.original_lints or (), tuple(run.not_run))

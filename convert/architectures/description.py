@@ -148,10 +148,11 @@ class ModelDescription:
         for rule in self.rules.values():
             yield from rule.stored
 
-    def match(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TensorRule, ...]:
+    def match(self, shapes: Mapping[str, tuple[int, ...]], where: str = "") -> tuple[TensorRule, ...]:
         """The rules of the tensors that a checkpoint has, in the checkpoint's order, ignored tensors left out.
 
         Raises StreamquantError on a tensor that this model does not have, a missing required one, or a wrong shape.
+        `where` is the checkpoint as messages name it.
         """
         found = []
         for name, shape in shapes.items():
@@ -160,26 +161,31 @@ class ModelDescription:
                 check_shape(rule, shape)
                 found.append(rule)
             elif not self.is_ignored(name):
+                count = sum(other not in self.rules and not self.is_ignored(other) for other in shapes)
                 raise StreamquantError(
                     "the checkpoint has a tensor that its config.json does not explain",
-                    where=f"tensor {name!r}",
-                    found=f"shape {list(shape)}",
+                    where=_place(where, name),
+                    found=f"shape {list(shape)}" + (f"; {count} such tensors" if count > 1 else ""),
                     required=f"a tensor of {self.hf_architecture}",
                     hint="check config.json (number of layers, *_bias, architectures)",
                 )
-        partial = self.partial_biases(shapes)
+        self.check_complete(shapes, where)
+        return tuple(found)
+
+    def check_complete(self, names: Collection[str], where: str = "") -> None:
+        """Raise StreamquantError if a required tensor is not among the names of a checkpoint's tensors."""
+        partial = self.partial_biases(names)
         missing = [
-            name for name, rule in self.rules.items() if name not in shapes and (rule.required or name in partial)
+            name for name, rule in self.rules.items() if name not in names and (rule.required or name in partial)
         ]
         if missing:
             raise StreamquantError(
                 "the checkpoint lacks tensors that its config.json demands",
-                where=f"tensor {missing[0]!r}",
+                where=_place(where, missing[0]),
                 found=f"{len(missing)} missing",
                 required=f"all tensors of {self.hf_architecture} with {self.block_count} layers",
                 hint="is a shard missing?",
             )
-        return tuple(found)
 
     def absent_biases(self, names: Collection[str]) -> list[str]:
         """The biases that config.json switches on and no layer has, as "self_attn.o_proj.bias"."""
@@ -194,6 +200,10 @@ class ModelDescription:
 
     def _switched_biases(self) -> list[str]:
         return [name for name, rule in self.rules.items() if rule.kind is TensorKind.BIAS and not rule.required]
+
+
+def _place(where: str, name: str) -> str:
+    return f"{where}, tensor {name!r}" if where else f"tensor {name!r}"
 
 
 def of_any_layer(name: str) -> str:

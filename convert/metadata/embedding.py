@@ -14,6 +14,7 @@ from gguf.gguf_writer import GGUFValue
 
 from streamquant.convert.architectures import ModelDescription
 from streamquant.convert.metadata.vocabulary_files import read_json, require
+from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.side_files import SIDE_FOLDERS
 from streamquant.files.strict_json import read_json as read_any_json
 from streamquant.quant.errors import StreamquantError
@@ -93,6 +94,18 @@ def pooling_keys(folder: Path, model: ModelDescription) -> tuple[dict[str, GGUFV
     key = Keys.LLM.POOLING_TYPE.format(arch=model.gguf_arch)
     notes.append(f"{key} = {kind.value} ({kind.name}): an embedding model, by {pooling.path}/config.json")
     return {key: GGUFValue(kind.value, GGUFValueType.UINT32)}, tuple(notes)
+
+
+def embedding_keys(checkpoint: Checkpoint, model: ModelDescription) -> tuple[dict[str, GGUFValue], tuple[str, ...]]:
+    """The keys of an embedding model or a reranker in its GGUF, in the converter's order, and notes; {} of any other.
+
+    Raises StreamquantError as `pooling_keys` does.
+    """
+    keys, notes = pooling_keys(checkpoint.folder, model)
+    if is_reranker(checkpoint.folder, checkpoint.name, checkpoint.config, model):
+        keys |= reranker_keys(model.gguf_arch)
+        notes = (*notes, f"a reranker, by its name or card: {CLASSIFIER}, labels yes and no, template 'rerank'")
+    return keys, notes
 
 
 def _pooling(config: Mapping[str, Any], place: Path) -> PoolingType:

@@ -12,7 +12,7 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFValueType, Keys
 from gguf.gguf_writer import GGUFValue
 
 from streamquant.convert.architectures import ModelDescription
-from streamquant.convert.metadata.embedding import CLASSIFIER, is_reranker, pooling_keys, reranker_keys
+from streamquant.convert.metadata.embedding import embedding_keys
 from streamquant.convert.metadata.guard_template import guard_gguf_keys
 from streamquant.convert.metadata.model_metadata import ParameterCounts, read_model_metadata
 from streamquant.convert.metadata.vocabulary import read_vocabulary
@@ -78,10 +78,7 @@ def gguf_metadata(
         **general,
         **model.metadata,
     }
-    pooling, told = pooling_keys(checkpoint.folder, model)
-    if is_reranker(checkpoint.folder, checkpoint.name, checkpoint.config, model):
-        pooling |= reranker_keys(model.gguf_arch)
-        told = (*told, f"a reranker, by its name or card: {CLASSIFIER}, labels yes and no, template 'rerank'")
+    pooling, told = embedding_keys(checkpoint, model)
     after = {
         **model.added_metadata,
         **pooling,

@@ -16,7 +16,7 @@ from streamquant.convert.architectures.names import model_name, published_name, 
 from streamquant.convert.source.config_as_stored import config_of_weights
 from streamquant.convert.source.fused_experts import separate_experts
 from streamquant.convert.source.model_folder import name_of
-from streamquant.convert.source.passed_over import passed_over_note
+from streamquant.convert.source.passed_over import Shards, passed_over_note
 from streamquant.convert.source.quantized import QuantizedSource, dequantized
 from streamquant.convert.source.side_files import SIDE_FOLDERS, is_side_file
 from streamquant.convert.source.tensor import SourceTensor
@@ -31,8 +31,9 @@ from streamquant.convert.source.weights import (
     refuse_adapters,
 )
 from streamquant.files.folders import real_path
+from streamquant.files.reading import read_bytes
 from streamquant.files.safetensors_file import SafetensorsTensor, read_header
-from streamquant.files.strict_json import read_json_object
+from streamquant.files.strict_json import MAX_BYTES, read_json_object
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.widen import SOURCE_DTYPES
 
@@ -197,17 +198,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         entries, _, header = read_header(folder / shard)
         files.append(SourceFile(shard, before.st_size, before.st_mtime_ns, hashlib.sha256(header).hexdigest()))
         stored[shard] = entries.values()
-    tensors = collect_tensors(stored, weights.weight_map, str(folder), config)
-    side, ignored = _other_files(folder, {*weights.shards, INDEX, CONFIG})
+    tensors = collect_tensors(stored, weights, str(folder), config)
+    side, ignored = _other_files(folder, {*weights.shards, weights.index, INDEX, CONFIG})
     notes = [*reading_notes(place, weights, stored, config)]
     if weights.passed_over:
-        notes.append(passed_over_note(place, folder, stored[SINGLE_FILE]))
+        notes.append(passed_over_note(place, _shards(folder), stored[SINGLE_FILE]))
     return Checkpoint(folder, config, tuple(files), tensors, side, ignored, given_name=name, notes=tuple(notes))
 
 
 def collect_tensors(
     stored: Mapping[str, Collection[SafetensorsTensor]],
-    weight_map: Mapping[str, str] | None,
+    weights: Weights,
     where: str,
     config: Mapping[str, Any],
 ) -> dict[str, SourceTensor]:
@@ -222,8 +223,8 @@ def collect_tensors(
     for name, entries in stored.items():
         for tensor in entries:
             _add(tensors, tensor, name, where)
-    if weight_map is not None:
-        _compare_with_index(weight_map, tensors, where)
+    if weights.weight_map is not None:
+        _compare_with_index(weights.weight_map, tensors, where, weights.index)
     if not tensors:
         raise StreamquantError("checkpoint without tensors", where=where)
     refuse_adapters(tensors, where)
@@ -287,12 +288,22 @@ def stat_shard(path: Path) -> os.stat_result:
         ) from error
 
 
+def _shards(folder: Path) -> Shards:
+    return Shards(
+        lambda name: (folder / name).is_file(),
+        lambda names: [read_header(folder / name)[0].values() for name in names],
+        lambda name, start, stop: read_bytes(folder / name, start, stop).tobytes(),
+    )
+
+
 def _place(folder: Path) -> Place:
     try:
         names = frozenset(path.name for path in folder.iterdir() if path.is_file() or path.is_symlink())
     except OSError as error:
         raise StreamquantError("cannot read a file", where=str(folder), found=error.strerror) from error
-    return Place(str(folder), names, lambda name: read_json_object(folder / name))
+    return Place(
+        str(folder), names, lambda name: read_json_object(folder / name, MAX_CONFIG if name == CONFIG else MAX_BYTES)
+    )
 
 
 def _add(tensors: dict[str, SourceTensor], stored: SafetensorsTensor, file: str, folder: str) -> None:
@@ -310,8 +321,10 @@ def _add(tensors: dict[str, SourceTensor], stored: SafetensorsTensor, file: str,
     tensors[stored.name] = SourceTensor(stored.name, stored.dtype, stored.shape, file, stored.start, stored.stop)
 
 
-def _compare_with_index(weight_map: Mapping[str, str], tensors: dict[str, SourceTensor], folder: str) -> None:
-    where = f"{folder}/{INDEX}"
+def _compare_with_index(
+    weight_map: Mapping[str, str], tensors: dict[str, SourceTensor], folder: str, index: str
+) -> None:
+    where = f"{folder}/{index}"
     for name, file in weight_map.items():
         if name not in tensors:
             raise StreamquantError(
@@ -329,7 +342,7 @@ def _compare_with_index(weight_map: Mapping[str, str], tensors: dict[str, Source
             raise StreamquantError(
                 "tensor of a shard is not in the index",
                 where=f"{folder}/{tensor.file}, tensor {name!r}",
-                hint=f"shards and {INDEX} are of different versions; download both again",
+                hint=f"shards and {index} are of different versions; download both again",
             )
 
 

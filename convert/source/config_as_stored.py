@@ -9,6 +9,7 @@ from typing import Any
 from streamquant.convert.architectures import family_of, text_config
 from streamquant.convert.architectures.layers import stored_mtp_layers
 from streamquant.convert.architectures.text_config import with_value
+from streamquant.convert.source.weights import WEIGHTS_KEY
 
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -37,9 +38,10 @@ def config_of_weights(config: Mapping[str, Any], tensors: Collection[str]) -> tu
 
     A quantization_config is left out where no tensor is quantized (16-bit weights merged from a quantized base). Where
     there is no lm_head.weight the embeddings are the head, as llama.cpp's converter and loader take them; transformers
-    would make up a random one. Layers for multi-token prediction are those that are there.
+    would make up a random one. transformers_weights is left out: it names files of the source. Layers for multi-token
+    prediction are those that are there.
     """
-    changed, notes = dict(config), []
+    changed, notes = {key: value for key, value in config.items() if key != WEIGHTS_KEY}, []
     if not any(name.endswith(_SCALES) or "bitsandbytes" in name for name in tensors):
         for key in QUANTIZATIONS:
             if (left := changed.get(key)) is not None:

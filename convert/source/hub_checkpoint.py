@@ -19,9 +19,9 @@ from streamquant.convert.source.checkpoint import (
     collect_tensors,
     reading_notes,
 )
-from streamquant.convert.source.passed_over import BOTH
+from streamquant.convert.source.passed_over import Shards, passed_over_note
 from streamquant.convert.source.side_files import is_side_file
-from streamquant.convert.source.weights import CONFIG, INDEX, Place, Weights, find_weights
+from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE, Place, Weights, find_weights
 from streamquant.files.folders import cache_folder
 from streamquant.files.listener import SILENT
 from streamquant.files.safetensors_file import SafetensorsTensor, header_length, parse_header
@@ -34,6 +34,9 @@ FIRST_BYTES = 8 * 1024
 """Bytes of a shard that are read at first: most headers are shorter. (191 shards of Hermes 4 405B: 1.6 MB.)"""
 REQUESTS = 16
 """Headers that are read at once."""
+COMPARED = 8
+"""Tensors, evenly spread, whose beginnings are compared where model.safetensors stands beside an index: two requests
+each."""
 PLANNED = frozenset((".json", ".jinja", ".model", ".txt", ".md"))
 """Suffixes of files that planning may read: config, tokenizer, templates, model card."""
 
@@ -78,19 +81,16 @@ def open_hub_checkpoint(repo: HubRepo) -> HubCheckpoint:
     planned = [name for name in (CONFIG, *side) if PurePosixPath(name).suffix in PLANNED]
     _fetch(repo, planned, folder)
     config = read_json_object(folder / CONFIG, MAX_CONFIG)
-    names = weights.shards
-    with ThreadPoolExecutor(REQUESTS, thread_name_prefix="headers") as pool:
-        headers = dict(zip(names, pool.map(lambda name: _read_header(repo, name), names), strict=True))
     files = []
     stored: dict[str, list[SafetensorsTensor]] = {}
-    for name, data in headers.items():
+    for name, data in zip(weights.shards, _read_headers(repo, weights.shards), strict=True):
         file = repo.file(name)
-        stored[name] = list(parse_header(data, file.size, f"{repo}/{name}")[0].values())
+        stored[name] = _tensors(repo, name, data)
         files.append(SourceFile(name, file.size, 0, hashlib.sha256(data).hexdigest(), file.etag))
-    tensors = collect_tensors(stored, weights.weight_map, str(repo), config)
+    tensors = collect_tensors(stored, weights, str(repo), config)
     notes = [*reading_notes(place, weights, stored, config)]
     if weights.passed_over:
-        notes.append(f"{BOTH}; what the index names was not looked at")
+        notes.append(passed_over_note(place, _shards(repo), stored[SINGLE_FILE]))
     checkpoint = as_source(
         HubCheckpoint(folder, config, tuple(files), tensors, side, ignored, repo, notes=tuple(notes))
     )
@@ -153,7 +153,7 @@ def _fetch_one(repo: HubRepo, name: str, folder: Path) -> None:
 def _place(repo: HubRepo, folder: Path) -> Place:
     def read(name: str) -> dict[str, Any]:
         _fetch(repo, [name], folder)
-        return read_json_object(folder / name)
+        return read_json_object(folder / name, MAX_CONFIG if name == CONFIG else MAX_BYTES)
 
     return Place(str(repo), frozenset(name for name in repo.files if "/" not in name), read)
 
@@ -171,6 +171,22 @@ def _weights(repo: HubRepo, place: Place) -> Weights:
             + (", as far as it is in the local cache" if is_offline_mode() else ""),
         )
     return weights
+
+
+def _shards(repo: HubRepo) -> Shards:
+    def headers(names: Sequence[str]) -> list[list[SafetensorsTensor]]:
+        return [_tensors(repo, name, data) for name, data in zip(names, _read_headers(repo, names), strict=True)]
+
+    return Shards(repo.files.__contains__, headers, repo.read_range, COMPARED)
+
+
+def _tensors(repo: HubRepo, name: str, header: bytes) -> list[SafetensorsTensor]:
+    return list(parse_header(header, repo.file(name).size, f"{repo}/{name}")[0].values())
+
+
+def _read_headers(repo: HubRepo, names: Sequence[str]) -> list[bytes]:
+    with ThreadPoolExecutor(REQUESTS, thread_name_prefix="headers") as pool:
+        return list(pool.map(lambda name: _read_header(repo, name), names))
 
 
 def _read_header(repo: HubRepo, name: str) -> bytes:

@@ -184,7 +184,7 @@ def _block(size: object, where: str) -> tuple[int, int] | None:
     if size is None:
         return None
     match size:
-        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+        case [int(rows), int(columns)] if rows > 0 and columns > 0 and not isinstance(rows | columns, bool):
             return rows, columns
     raise StreamquantError(
         "a size of blocks that is none",
@@ -209,7 +209,7 @@ def _block_of_group(settings: Mapping[str, Any], where: str, *, is_packed: bool)
         raise _unknown(where, f"weights {kind}", f"num_bits {wanted[0]}, type {wanted[1]}")
     if is_packed:
         size = kind["group_size"]
-        if strategy == "group" and isinstance(size, int) and size > 0:
+        if strategy == "group" and type(size) is int and size > 0:
             return 1, size
         if strategy == "channel":
             return 1, ALL

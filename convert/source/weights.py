@@ -1,7 +1,8 @@
 """Which files of a folder or repository hold the weights, and what it is if none do: an adapter, Mistral's own layout.
 
-transformers takes model.safetensors before an index (_get_resolved_checkpoint_files of modeling_utils.py); llama.cpp's
-converter takes what the index names, and model*.safetensors without one (index_tensors of conversion/base.py).
+transformers takes the file that config.json names as transformers_weights, then model.safetensors, then the index
+(_get_resolved_checkpoint_files of modeling_utils.py, 5.17); llama.cpp's converter takes what the index names, and
+model*.safetensors without one (index_tensors of conversion/base.py).
 """
 
 import re
@@ -16,6 +17,10 @@ SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
+WEIGHTS_KEY = "transformers_weights"
+"""Of config.json: the file of the weights, or their index. transformers leaves the key out of a config that it saves.
+No other key of config.json decides which files transformers 5.17 loads."""
+_SHARD, _INDEX = ".safetensors", ".safetensors.index.json"
 _NUMBERED = re.compile(r"(?P<stem>[\w.-]+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors", re.ASCII)
 _MISTRAL = re.compile(r"consolidated[\w.-]*\.safetensors|params\.json")
 _LORA = re.compile(r"\.(?:lora_[A-Za-z_]+|base_layer|modules_to_save)\.")
@@ -42,11 +47,16 @@ class Weights:
     notes: tuple[str, ...] = ()
     passed_over: bool = False
     """Whether there is an index that nobody asked, because model.safetensors goes before it."""
+    index: str = INDEX
+    """Where `weight_map` is from, if there is one."""
 
 
 def find_weights(place: Place) -> Weights:
     """Choose the files of the weights. Raises StreamquantError where there is no model, and for a broken index."""
-    if SINGLE_FILE in place.names:
+    named = place.read(CONFIG).get(WEIGHTS_KEY) if CONFIG in place.names else None
+    if named is not None:
+        weights = _named_by_config(place, named)
+    elif SINGLE_FILE in place.names:
         weights = Weights((SINGLE_FILE,), passed_over=INDEX in place.names)
     elif INDEX in place.names:
         weight_map = read_weight_map(place)
@@ -60,10 +70,10 @@ def find_weights(place: Place) -> Weights:
     return weights
 
 
-def read_weight_map(place: Place) -> dict[str, str]:
+def read_weight_map(place: Place, index: str = INDEX) -> dict[str, str]:
     """Tensor name -> file name, by the index, which is there. Raises StreamquantError if it names a file elsewhere."""
-    weight_map = place.read(INDEX).get("weight_map")
-    where = f"{place.where}/{INDEX}, weight_map"
+    weight_map = place.read(index).get("weight_map")
+    where = f"{place.where}/{index}, weight_map"
     if not isinstance(weight_map, dict) or not weight_map:
         raise StreamquantError("broken index", where=where, required="an object: tensor name -> file name")
     for tensor, file in weight_map.items():
@@ -91,6 +101,34 @@ def refuse_adapters(names: Iterable[str], where: str) -> None:
                 required="a merged model",
                 hint="in Python with peft: merged = model.merge_and_unload(); merged.save_pretrained('MERGED')",
             )
+
+
+def _named_by_config(place: Place, named: object) -> Weights:
+    """The weights that config.json names. Raises StreamquantError if it names no safetensors file at the top."""
+    where = f"{place.where}/{CONFIG}, {WEIGHTS_KEY}"
+    if not isinstance(named, str) or not named.endswith((_SHARD, _INDEX)) or Path(named).name != named:
+        raise StreamquantError(
+            "config.json names weights that cannot be read",
+            where=where,
+            found=f"{named!r:.200}",
+            required=f"the name of a {_SHARD} or {_INDEX} file in the same folder",
+            hint=f"remove the key if {SINGLE_FILE} or {INDEX} is the model; transformers loads what the key names",
+        )
+    if named not in place.names:
+        raise StreamquantError(
+            "config.json names weights that are not there",
+            where=where,
+            found=f"no {named!r:.200}",
+            required="a file in the same folder",
+            hint=f"download it, or remove the key if {SINGLE_FILE} or {INDEX} is the model",
+        )
+    others = [name for name in (SINGLE_FILE, INDEX) if name in place.names and name != named]
+    warning = f"; WARNING: llama.cpp's converter would take {others[0]}, which is there too" if others else ""
+    notes = (f"config.json names {named} as the weights: it is converted, as transformers loads it{warning}",)
+    if not named.endswith(_INDEX):
+        return Weights((named,), notes=notes if named != SINGLE_FILE else ())
+    weight_map = read_weight_map(place, named)
+    return Weights(tuple(sorted(set(weight_map.values()))), weight_map, notes if named != INDEX else (), index=named)
 
 
 def _numbered(place: Place) -> Weights:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from streamquant.convert.source.checkpoint import Checkpoint
-from streamquant.model.variants.decoding import check_finite, missing_tensor, rows_per_block, wrong_shape
+from streamquant.model.variants.decoding import check_finite, rows_per_block, wrong_shape
 from streamquant.model.variants.folder import FolderVariant
 from streamquant.model.variants.variant import VariantTensor
 from streamquant.quant.errors import StreamquantError
@@ -21,11 +21,9 @@ class CheckpointVariant(FolderVariant):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         self.tensors = {}
-        partial = self.description.partial_biases(checkpoint.tensors)
+        self.description.check_complete(checkpoint.tensors, str(self.path))
         for rule in self.description.rules.values():
             tensor = checkpoint.tensors.get(rule.hf_name)
-            if tensor is None and (rule.required or rule.hf_name in partial):
-                raise missing_tensor(rule, self.path, rule.hf_name)
             if tensor is not None:
                 if tensor.shape != rule.shape:
                     raise wrong_shape(rule, self.path / tensor.file, rule.hf_name, tensor.shape)
@@ -41,6 +39,11 @@ class CheckpointVariant(FolderVariant):
                     rule.hf_name, tensor.format.parts[0].dtype, tensor.shape, tensor.nbytes
                 )
         self._note_unexplained(set(self.tensors))
+
+    def check_explained(self) -> None:
+        """Raise StreamquantError for a tensor that config.json does not explain, as a plan of the checkpoint does."""
+        shapes = {name: tensor.shape for name, tensor in self.checkpoint.tensors.items()}
+        self.description.match(shapes, str(self.path))
 
     def blocks(self, name: str) -> "Iterator[tuple[int, torch.Tensor]]":
         """See Variant.blocks."""

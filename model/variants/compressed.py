@@ -31,6 +31,8 @@ ROW_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 FLOATS = ("BF16", "F16", "F32")
 METHODS = ("compressed-tensors", "compressed_tensors")
 """Spellings of quant_method (vllm/config/model.py, _verify_quantization)."""
+_OF_THE_LIBRARY = (ValueError, TypeError, NotImplementedError, AttributeError, LookupError, RuntimeError)
+"""What compressed-tensors raises for a config of wrong types; pydantic's ValidationError is a ValueError."""
 _CACHE_SCALE = re.compile(
     r"model\.layers\.(\d{1,6})\.self_attn\.(?:[qkv]_scale|[kv]_proj\.(?:[kv]_scale|output_scale))"
 )
@@ -66,6 +68,7 @@ class CompressedVariant(FolderVariant):
         stored = {t.name for module in self._modules.values() for t in module.stored.values()}
         self._note_unexplained(stored | set(self.tensors) | self._cache_scales())
         self._note_blocks()
+        self._check_activations()
 
     def _note_blocks(self) -> None:
         """Warn where scales for blocks keep the servers from loading the folder."""
@@ -120,15 +123,13 @@ class CompressedVariant(FolderVariant):
                 )
             )
         from compressed_tensors.quantization import QuantizationConfig
-        from pydantic import ValidationError
 
         try:
             config = QuantizationConfig.model_validate(
                 {name: value for name, value in settings.items() if name in QuantizationConfig.model_fields}
             )
-        except (ValidationError, ValueError) as error:
-            found = str(error).replace("\n", "; ")[:300]
-            raise StreamquantError("compressed-tensors refuses the config", where=where, found=found) from error
+        except _OF_THE_LIBRARY as error:
+            raise _refused(where, error) from error
         if config.kv_cache_scheme is not None:
             self.problems.append(
                 Problem("kv-cache", "note", "the quantized key-value cache is not emulated", where=where)
@@ -144,9 +145,12 @@ class CompressedVariant(FolderVariant):
         with torch.device("meta"):
             instance = blank(1, 1)
         targets = {target: scheme for scheme in self._quantization.config_groups.values() for target in scheme.targets}
-        if match_targets(module, instance, self._quantization.ignore):
-            return None
-        matched = match_targets(module, instance, targets)
+        try:
+            if match_targets(module, instance, self._quantization.ignore):
+                return None
+            matched = match_targets(module, instance, targets)
+        except re.error as error:
+            raise _refused(f"{self.path / 'config.json'}, targets or ignore", error) from error
         return targets[matched[0]] if matched else None
 
     def _published(self, module: str) -> str:
@@ -197,7 +201,10 @@ class CompressedVariant(FolderVariant):
         if named in (None, "mixed-precision"):
             named = infer_module_format(torch.nn.Linear, scheme)
         format_name = getattr(named, "value", named)
-        compressor = BaseCompressor.get_value_from_registry(format_name)
+        try:
+            compressor = BaseCompressor.get_value_from_registry(format_name)
+        except KeyError as error:
+            raise _refused(f"{self.path / 'config.json'}, format {format_name!r:.100}", error) from error
         present = self.checkpoint.tensors
         wanted = compressor.compression_param_names(scheme)
         stored = {local: present[f"{module}.{local}"] for local in wanted if f"{module}.{local}" in present}
@@ -378,6 +385,34 @@ class CompressedVariant(FolderVariant):
         self._quantizers[same] = quantized
         return quantized
 
+    def _check_activations(self) -> None:
+        """Raise StreamquantError if the inputs of a module cannot be quantized as the config says."""
+        import torch
+
+        tried: set[str] = set()
+        for name, module in self._modules.items():
+            arguments = module.scheme.input_activations
+            if arguments is None:
+                continue
+            where = f"{self.path / 'config.json'}, input_activations of {name!r}"
+            if arguments.dynamic is False and "input_scale" not in module.stored:
+                raise StreamquantError(
+                    "static activations without their scale",
+                    where=where,
+                    found=f"no {name.removesuffix('weight')}input_scale",
+                    required="a scale for each quantized module, or dynamic: true",
+                )
+            said = arguments.model_dump_json()
+            if said in tried:
+                continue
+            tried.add(said)
+            quantizer = self.input_quantizer(name.removesuffix(".weight"))
+            try:
+                if quantizer is not None:
+                    quantizer(torch.ones(1, 1, self.tensors[name].shape[1]))
+            except _OF_THE_LIBRARY as error:
+                raise _refused(where, error) from error
+
     def _note_ragged(self, n: int, size: int) -> None:
         problem = Problem(
             "activation-groups",
@@ -399,6 +434,12 @@ class CompressedVariant(FolderVariant):
                 group = f" of {given['group_size']}" if given["group_size"] else ""
                 lines.add(f"{given['type']}{given['num_bits']} per {given['strategy']}{group}, {when}")
         return "; ".join(sorted(lines)) or None
+
+
+def _refused(where: str, error: Exception) -> StreamquantError:
+    """What compressed-tensors said of a config that it cannot work with."""
+    found = f"{type(error).__name__}: {error}".replace("\n", "; ")[:300]
+    return StreamquantError("compressed-tensors refuses the config", where=where, found=found)
 
 
 def _group_of_fast(arguments: Any, n: int) -> Callable[[int], int] | None:

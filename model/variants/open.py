@@ -34,12 +34,20 @@ def open_variant(path: Path) -> Variant:
 
 def open_original(path: Path) -> Variant:
     """The original that variants are measured against: as `open_variant`, but a quantized source of `convert` is its
-    dequantized weights, and its activations are left alone. Raises as `open_variant` does."""
+    dequantized weights, and its activations are left alone. Raises as `open_variant` does, and for a checkpoint with
+    tensors that its config.json does not explain."""
     if path.is_dir() and (path / CONFIG).exists():
         source = as_source(read_checkpoint(path))
         if source.quantized is not None:
-            return CheckpointVariant(source)
-    return open_variant(path)
+            return _explained(CheckpointVariant(source))
+    variant = open_variant(path)
+    return _explained(variant) if isinstance(variant, CheckpointVariant) else variant
+
+
+def _explained(original: CheckpointVariant) -> CheckpointVariant:
+    """A checkpoint that `convert` takes too: one with other layers than config.json says is not measured in part."""
+    original.check_explained()
+    return original
 
 
 def _open_folder(folder: Path) -> Variant:

@@ -40,4 +40,6 @@ def without_weights(model: Model, listener: Listener = SILENT) -> "Variant":
 
     if isinstance(model, Path) or hub_reference(model) is None:
         return open_original(Path(model))
-    return CheckpointVariant(open_source(model, listener=listener))
+    original = CheckpointVariant(open_source(model, listener=listener))
+    original.check_explained()
+    return original

@@ -16,7 +16,12 @@ from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.files.listener import SILENT
+from streamquant.model.variants.open import open_original
 from streamquant.quant.errors import StreamquantError
+from streamquant.validate.options import ValidationOptions
+from streamquant.validate.readback.embedding import check_embedding
+from streamquant.validate.run import ValidationRun, open_candidates
 from tests import gguf_peer, synthetic
 from tests.gguf_peer import Job, read_gguf
 from tests.tokenizer_folders import byte_level, write_case
@@ -205,3 +210,39 @@ def test_a_reranker_whose_answers_are_no_tokens(tmp_path: Path) -> None:
     with pytest.raises(StreamquantError, match="a reranker whose answers are no tokens"):
         plan_of(source)
     shutil.rmtree(source)
+
+
+# What validate says of them
+
+
+def test_what_chat_check_says_of_an_embedding_model(tmp_path: Path) -> None:
+    """The note on every variant; an error where the pooling is another or was lost."""
+    source = write(tmp_path / "Tiny", LAST)
+    to = parse_variants(["gguf:Q8_0", "fp8-dynamic"])
+    convert(make_plan(open_checkpoint(source), to), tmp_path / "out", RunOptions())
+    folder, gguf = tmp_path / "out" / "Tiny-FP8-dynamic", tmp_path / "out" / "Tiny-GGUF" / "Tiny-Q8_0.gguf"
+    assert _said(source, folder, gguf) == {"note": 2, "error": 0}
+    (folder / "modules.json").unlink()
+    data = gguf.read_bytes()
+    key = b"qwen3.pooling_type" + (4).to_bytes(4, "little")
+    assert data.count(key + b"\3") == 1
+    gguf.write_bytes(data.replace(key + b"\3", key + b"\1"))
+    assert _said(source, folder, gguf) == {"note": 2, "error": 2}
+
+
+def test_what_chat_check_says_of_a_reranker(tmp_path: Path) -> None:
+    source = write(tmp_path / "Qwen3-Reranker-Tiny")
+    convert(make_plan(open_checkpoint(source), parse_variants(["gguf:Q8_0"])), tmp_path / "out", RunOptions())
+    (gguf,) = (tmp_path / "out").glob("*/*.gguf")
+    assert _said(source, gguf) == {"warning": 1, "error": 0}  # the file has its own warning of scores
+    gguf.write_bytes(gguf.read_bytes().replace(b"classifier.output_labels", b"classifier.output_labelz"))
+    assert _said(source, gguf) == {"warning": 1, "error": 1}
+
+
+def _said(source: Path, *variants: Path) -> dict[str, int]:
+    """How many problems of each severity of a check of pooling."""
+    run = ValidationRun(open_original(source), open_candidates(variants), ValidationOptions(()), SILENT)
+    check_embedding(run)
+    found = [p for c in run.candidates for p in c.problems if p.check in ("embedding", "pooling", "reranker")]
+    kinds = {problem.severity for problem in found} | {"error"}
+    return {kind: sum(problem.severity == kind for problem in found) for kind in kinds}

@@ -81,6 +81,73 @@ def test_the_hub_s_single_file_goes_before_an_index_too(both: Path, hub: Hub) ->
     hub.add_repo(REPO, files(both))
     ran = run("plan", REPO, *TO).done()
     assert f"{SINGLE_FILE} is converted, as transformers loads it" in " ".join(ran.out.split())
+    assert "hold the same tensors, as far as their beginnings tell" in " ".join(ran.out.split())
+
+
+def test_an_index_beside_a_single_file_of_the_hub_is_compared(both: Path, hub: Hub) -> None:
+    write_model(both.parent / "new" / "Tiny", seed=1)
+    shutil.copy(both.parent / "new" / "Tiny" / SINGLE_FILE, both)
+    hub.add_repo(REPO, files(both))
+    assert "ANOTHER MODEL ('lm_head.weight' has other weights in" in " ".join(run("plan", REPO, *TO).done().out.split())
+    hub.add_repo("ORG/Part", {name: data for name, data in files(both).items() if "-00002-of-" not in name})
+    assert "1 of 2 files of the index are not there" in " ".join(run("plan", "ORG/Part", *TO).done().out.split())
+
+
+# transformers_weights of config.json
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_weights_that_config_names_go_before_all_others(both: Path, tmp_path: Path, index: bool) -> None:
+    """As transformers loads them, which is asked; the FP8 folder has its own files, and its config.json no such key."""
+    from transformers import AutoModelForCausalLM
+
+    new = write_model(tmp_path / "new" / "Tiny", seed=1, shards=2 if index else 1)
+    if index:
+        renamed = {path.name: f"ema-{path.name}" for path in shards_of(new)}
+        for old, name in renamed.items():
+            shutil.copy(new / old, both / name)
+        weight_map = json.loads((new / INDEX).read_text())["weight_map"]
+        named = "ema.safetensors.index.json"
+        (both / named).write_text(
+            json.dumps({"metadata": {}, "weight_map": {key: renamed[file] for key, file in weight_map.items()}})
+        )
+    else:
+        named = "ema.safetensors"
+        shutil.copy(new / SINGLE_FILE, both / named)
+    edit_json(both / "config.json", transformers_weights=named)
+    theirs, expected = (AutoModelForCausalLM.from_pretrained(path).lm_head.weight for path in (both, new))
+    assert (theirs == expected).all()
+    run("convert", both, *TO, "--out", tmp_path / "out").done()
+    run("convert", new, *TO, "--out", tmp_path / "expected").done()
+    name = "Tiny-GGUF/Tiny-Q8_0.gguf"
+    assert checksums(tmp_path / "out")[name] == checksums(tmp_path / "expected")[name]
+    made = tmp_path / "out" / "Tiny-FP8-dynamic"
+    assert "transformers_weights" not in json.loads((made / "config.json").read_text())
+    assert set(json.loads((made / INDEX).read_text())["weight_map"].values()) == {p.name for p in shards_of(made)}
+    assert f"config.json names {named} as the weights" in notes_of(both)
+    assert f"llama.cpp's converter would take {SINGLE_FILE}" in notes_of(both)
+
+
+@pytest.mark.parametrize(
+    "named", ["pytorch_model.bin", "adapter_model.bin", "../Tiny/model.safetensors", "a/b.safetensors", "", 7, [], {}]
+)
+def test_weights_that_config_cannot_name(both: Path, named: object) -> None:
+    edit_json(both / "config.json", transformers_weights=named)
+    run("plan", both, *TO).refused(1, "config.json names weights that cannot be read", "transformers_weights")
+
+
+def test_weights_that_config_names_and_nobody_has(both: Path) -> None:
+    edit_json(both / "config.json", transformers_weights="ema.safetensors")
+    run("plan", both, *TO).refused(1, "config.json names weights that are not there", "ema.safetensors")
+    edit_json(both / "config.json", transformers_weights=None)
+    run("plan", both, *TO).done()
+
+
+def test_weights_that_config_names_on_the_hub(both: Path, hub: Hub) -> None:
+    (both / SINGLE_FILE).rename(both / "ema.safetensors")
+    edit_json(both / "config.json", transformers_weights="ema.safetensors")
+    hub.add_repo(REPO, files(both))
+    assert "config.json names ema.safetensors as the weights" in " ".join(run("plan", REPO, *TO).done().out.split())
 
 
 def test_an_index_of_one_file_makes_an_index(tmp_path: Path) -> None:
