@@ -66,6 +66,36 @@ def by_columns(dtype: str, rows: int, step: int, offset: int) -> SourceFormat:
 
 
 @cache
+def mxfp4_by_columns(rows: int, n: int) -> SourceFormat:
+    """Matrices [rows, n], one after another, whose transposes [n, rows] lie as blocks and scales: floats of GPT-OSS.
+
+    >>> mxfp4_by_columns(64, 192).parts[0].span(70, 80, 192)
+    (6144, 12288)
+    """
+
+    def widen_into(parts: Encoded, first: int, out: Rows) -> bool:
+        codes, scales = (part.reshape(-1, n, rows // size) for part, size in zip(parts, (2, MXFP4_BLOCK), strict=True))
+        at, of_first = 0, first // rows
+        while at < len(out):
+            matrix, start = divmod(first + at, rows)
+            stop = min(start + len(out) - at, rows)
+            low, high = start // MXFP4_BLOCK, -(-stop // MXFP4_BLOCK)
+            block = np.ascontiguousarray(codes[matrix - of_first, :, low * MXFP4_BLOCK // 2 : high * MXFP4_BLOCK // 2])
+            wide: NDArray[np.float32] = np.empty((n, (high - low) * MXFP4_BLOCK), np.float32)
+            mxfp4_cpu.decode_mxfp4(block, np.ascontiguousarray(scales[matrix - of_first, :, low:high]), wide)
+            out[at : at + stop - start] = wide[:, start - low * MXFP4_BLOCK : stop - low * MXFP4_BLOCK].T
+            at += stop - start
+        return bool(floats_cpu.all_finite(out.reshape(-1)))
+
+    parts = (
+        SourcePart("U8", rows, lambda columns: columns * rows // 2),
+        SourcePart("U8", rows, lambda columns: columns * rows // MXFP4_BLOCK),
+    )
+    about = f"MXFP4 by columns, a scale for each {MXFP4_BLOCK} rows"
+    return SourceFormat(f"MXFP4_COLUMNS_{rows}_{n}", about, "BF16", parts, widen_into)
+
+
+@cache
 def mxfp4(step: int, offset: int) -> SourceFormat:
     """E2M1 codes, two in a byte, the low 4 bits first, and an E8M0 scale for each 32: blocks and scales of GPT-OSS.
 

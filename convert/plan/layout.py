@@ -32,6 +32,8 @@ class Draft:
     importance: PlannedImportance
     files: list[OutputFile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    wholes: dict[str, SourceTensor] = field(default_factory=dict)
+    """Further sources by name, which lie where tensors of the checkpoint do: all experts of a layer in one."""
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, V
 from streamquant.convert.recipes.block_runtimes import BlockRuntimes, block_runtimes
 from streamquant.convert.recipes.mix import Choice
 from streamquant.convert.recipes.recipe import Recipe
+from streamquant.convert.source.fused_experts import WholeExperts, whole_experts
 from streamquant.files import safetensors_file
 from streamquant.quant.errors import UsageError
 from streamquant.quant.formats import FORMATS, copy_of
@@ -16,19 +17,19 @@ class SafetensorsLayout(Layout):
     def lay_out(self, recipe: Recipe) -> VariantPlan:
         """See Layout.lay_out."""
         experts = self.draft.model.family.experts
-        if experts is not None and experts.by_turns:
+        if recipe.scheme is not None and experts is not None and experts.by_turns:
             raise UsageError(
                 f"{recipe.spec} cannot be made of this family yet",
                 where=self.draft.checkpoint.source,
-                found=f"{self.draft.model.hf_architecture}, whose experts lie in one tensor by columns",
-                required="a GGUF variant",
+                found=f"{self.draft.model.hf_architecture}, whose experts have gate and up by turns",
+                required="bf16, or a GGUF variant",
             )
         folder = f"{self.draft.name}-{recipe.label}"
         first = len(self.draft.files)
         tensors: list[OutputTensor] = []
         for path, group in self._shards(recipe):
             tensors += self._place(f"{folder}/{path}", group)
-        source = self.draft.checkpoint.tensors
+        source = {**self.draft.checkpoint.tensors, **self.draft.wholes}
         if recipe.scheme is None and all(t.format == source[t.sources[0]].format.encoded_as for t in tensors):
             self.draft.notes.append(f"{recipe.spec}: the source is in BF16 already: this is a copy of it")
         blocks = self._block_runtimes(tensors)
@@ -48,7 +49,15 @@ class SafetensorsLayout(Layout):
         checkpoint, max_shard_size = self.draft.checkpoint, self.draft.options.max_shard_size
         choices = self.draft.choices(recipe)
         shards: dict[str, list[Entry]] = {file.name: [] for file in checkpoint.files}
+        wholes = list(whole_experts(checkpoint.tensors.values()))
+        self.draft.wholes.update((whole.tensor.name, whole.tensor) for whole in wholes)
+        starts, within = _by_single(wholes)
         for tensor in checkpoint.tensors.values():
+            if (whole := starts.get(tensor.name)) is not None:
+                choice = choices[tensor.name]
+                shards[tensor.file].append(Entry(whole.tensor.name, (whole.tensor,), choice, whole.shape))
+            if tensor.name in within:
+                continue
             kept = Choice(copy_of(tensor.dtype).name, "not a weight of the model: kept as in the source")
             name = tensor.published or tensor.name
             entry = Entry(name, (tensor,), choices.get(tensor.name, kept), tensor.shape)
@@ -83,6 +92,11 @@ class SafetensorsLayout(Layout):
             entry.placed(tuple(regions[index, number] for number in range(len(entry.part_bytes))))
             for index, entry in enumerate(group)
         ]
+
+
+def _by_single(wholes: list[WholeExperts]) -> tuple[dict[str, WholeExperts], set[str]]:
+    """(the first single expert of each -> it, the names of all)."""
+    return {whole.singles[0]: whole for whole in wholes}, {name for whole in wholes for name in whole.singles}
 
 
 def _aligned_order(stored: list[tuple[int, int]]) -> list[int]:

@@ -22,6 +22,7 @@ from streamquant.convert.recipes.overrides import Overrides
 from streamquant.convert.recipes.recipe import Recipe
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.side_files import check_own
+from streamquant.convert.source.tensor import SourceTensor
 from streamquant.convert.source.weights import CONFIG
 from streamquant.quant.errors import UsageError
 from streamquant.quant.formats import FORMATS
@@ -59,7 +60,7 @@ def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: Conver
         )
     if checkpoint.ignored_files:
         notes.append(f"not part of the checkpoint, left alone: {', '.join(checkpoint.ignored_files)}")
-    matrices = tuple(_matrices(checkpoint, variants))
+    matrices = tuple(_matrices([*checkpoint.tensors.values(), *draft.wholes.values()], variants))
     return Plan(checkpoint, model, options, tuple(draft.files), variants, matrices, tuple(notes))
 
 
@@ -79,13 +80,13 @@ def _overrides_notes(recipes: Sequence[Recipe], overrides: Overrides, model: Mod
     return notes
 
 
-def _matrices(checkpoint: Checkpoint, variants: Sequence[VariantPlan]) -> Iterator[Matrix]:
+def _matrices(tensors: Sequence[SourceTensor], variants: Sequence[VariantPlan]) -> Iterator[Matrix]:
     uses: dict[str, list[Placement]] = {}
     for variant in variants:
         for stored in variant.tensors:
             for output in stored.placements():
                 uses.setdefault(output.source, []).append(output)
-    for tensor in checkpoint.tensors.values():
+    for tensor in tensors:
         outputs = tuple(uses.get(tensor.name, ()))
         if outputs:
             view = next((output.view for output in outputs if output.view is not None), None)

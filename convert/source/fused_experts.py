@@ -17,13 +17,13 @@ them.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from streamquant.convert.architectures.family import Experts
 from streamquant.convert.source.tensor import Codes, SourceTensor, StoredPart
 from streamquant.quant.errors import StreamquantError
-from streamquant.quant.fused_format import MXFP4_BLOCK, by_columns, by_turns, mxfp4
+from streamquant.quant.fused_format import MXFP4_BLOCK, by_columns, by_turns, mxfp4, mxfp4_by_columns
 from streamquant.quant.widen import SOURCE_DTYPES
 
 _BLOCKS, _SCALES, _BIAS = "_blocks", "_scales", "_bias"
@@ -199,6 +199,41 @@ def _of_mxfp4(
         codes = Codes(mxfp4(step, offset), (beside,))
         made = _part_of(blocks, name, shape, (start, start + nbytes * _BLOCK_BYTES), codes)
         yield replace(made, dtype=codes.format.floats)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeExperts:
+    """All experts of a layer as transformers' class of GPT-OSS has them in floats, whatever they are stored as."""
+
+    tensor: SourceTensor
+    """As rows: those of all experts, one after another."""
+    shape: tuple[int, ...]
+    """[experts, hidden, 2 * intermediate], or as the class has the tensor."""
+    singles: tuple[str, ...]
+    """The tensors of single experts in it."""
+
+
+def whole_experts(tensors: Iterable[SourceTensor]) -> Iterator[WholeExperts]:
+    """Those of a checkpoint with gate and up by turns, made of the tensors of single experts; none of any other."""
+    groups: dict[str, list[SourceTensor]] = {}
+    for tensor in tensors:
+        if tensor.fused is not None and tensor.codes is not None:
+            groups.setdefault(tensor.fused, []).append(tensor)
+    for fused, singles in groups.items():
+        first, codes = singles[0], singles[0].codes
+        assert codes is not None, "else it is in no group"
+        start, stop = min(single.start for single in singles), max(single.stop for single in singles)
+        width = first.shape[0] * codes.format.shared_by
+        shape = (len({single.start for single in singles}), *reversed(first.shape[1:]), width)
+        made: Codes | None = None
+        if codes.format.is_coded:
+            scales = [part for single in singles if single.codes is not None for part in single.codes.beside]
+            beside = replace(scales[0], start=min(p.start for p in scales), stop=max(p.stop for p in scales))
+            made = Codes(mxfp4_by_columns(shape[1], width), (beside,))
+        name = fused.removesuffix(_BLOCKS)
+        rows = (math.prod(shape[:-1]), width)
+        tensor = replace(first, name=name, shape=rows, start=start, stop=stop, codes=made, fused=None)
+        yield WholeExperts(tensor, shape, tuple(single.name for single in singles))
 
 
 def _part_of(

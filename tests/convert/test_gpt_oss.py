@@ -366,8 +366,32 @@ def test_rope_that_config_json_leaves_to_the_class(sources: Path) -> None:
     assert metadata["gpt-oss.rope.scaling.original_context_length"].value == theirs["original_max_position_embeddings"]
 
 
-@pytest.mark.parametrize("kind", ["fp8-dynamic", "bf16"])
-def test_checkpoints_are_refused(sources: Path, kind: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_bf16_is_what_transformers_makes_of_it(sources: Path, tmp_path: Path, case: str) -> None:
+    """Of MXFP4 by its own decoder; of BF16 a copy. It loads, verifies, and is a source with the same GGUF but MXFP4."""
+    source = open_checkpoint(sources / case)
+    plan = make_plan(source, parse_variants(["bf16"]), OPTIONS)
+    convert(plan, tmp_path, RunOptions(jobs=2))
+    folder = tmp_path / f"{case}-BF16"
+    made, stored = load_file(folder / "model.safetensors"), load_file(sources / case / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_blocks")]:
+        base = name.removesuffix("_blocks")
+        stored[base] = convert_moe_packed_tensors(stored.pop(name), stored.pop(f"{base}_scales"))
+    assert made.keys() == stored.keys()
+    assert all(torch.equal(made[name], stored[name]) for name in stored)
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    (result,) = verify(tmp_path, source)
+    assert result.problems == []
+    assert any("this is a copy" in note for note in plan.notes) is (case in FLOATS)
+    ours = all_logits(open_variant(folder), tokens(), Setting())
+    assert torch.equal(ours, all_logits(open_variant(sources / case), tokens(), Setting()))
+
+
+@pytest.mark.parametrize("kind", ["fp8-dynamic", "fp8-block"])
+def test_fp8_is_refused(sources: Path, kind: str) -> None:
     with pytest.raises(UsageError, match="cannot be made of this family yet"):
         make_plan(open_checkpoint(sources / "mxfp4"), parse_variants([kind]), OPTIONS)
 

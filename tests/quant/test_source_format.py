@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 from streamquant.quant.fp8 import BLOCK
-from streamquant.quant.fused_format import by_columns, by_turns, mxfp4
+from streamquant.quant.fused_format import by_columns, by_turns, mxfp4, mxfp4_by_columns
 from streamquant.quant.source_format import ALL, SourceFormat, fp8, int4, plain
 from tests.oracle import ggml_decode
 from tests.quantized_sources import Packed
@@ -107,6 +107,17 @@ def test_mxfp4(step: int, offset: int) -> None:
     assert format_.repack is not None
     (repacked,) = format_.repack((codes.numpy().reshape(-1), scales.numpy().reshape(-1)), 300, 96)
     assert np.array_equal(ggml_decode(repacked, "MXFP4"), expected)
+
+
+def test_mxfp4_by_columns() -> None:
+    """Matrices of 96 rows, one after another: runs that begin and end in any of them, and within a block."""
+    generator = torch.Generator().manual_seed(6)
+    codes = torch.randint(0, 256, (4, 40, 48), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(100, 140, (4, 40, 3), dtype=torch.uint8, generator=generator)
+    stacked = [part.reshape(160, -1) for part in (codes, scales)]
+    expected = read(mxfp4(1, 0), stacked, (0, 160), 96).reshape(4, 40, 96).swapaxes(1, 2).reshape(384, 40)
+    for run in (*RUNS, (0, 384), (95, 97), (31, 33), (383, 384)):
+        assert np.array_equal(read(mxfp4_by_columns(96, 40), [codes, scales], run, 40), expected[slice(*run)])
 
 
 def test_scales_that_overflow_are_found() -> None:
