@@ -395,7 +395,8 @@ def build_skeleton(variant: Variant) -> Any:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     settings = {key: value for key, value in variant.config.items() if key not in ("dtype", "torch_dtype")}
-    config = CONFIG_MAPPING[variant.config["model_type"]].from_dict(settings)
+    # Some classes have a padding token of their own, which a small vocabulary does not have.
+    config = CONFIG_MAPPING[variant.config["model_type"]].from_dict({"pad_token_id": None, **settings})
     attention = "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()

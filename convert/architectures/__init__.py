@@ -16,7 +16,9 @@ from streamquant.convert.architectures.families.glm4_moe import GLM4_MOE
 from streamquant.convert.architectures.families.gpt_oss import GPT_OSS
 from streamquant.convert.architectures.families.llama import LLAMA
 from streamquant.convert.architectures.families.mistral.mistral import MISTRAL
+from streamquant.convert.architectures.families.mistral.mistral3 import MINISTRAL3, MINISTRAL3_VL, MISTRAL3
 from streamquant.convert.architectures.families.mistral.mixtral import MIXTRAL
+from streamquant.convert.architectures.families.olmo2 import OLMO2
 from streamquant.convert.architectures.families.olmoe import OLMOE
 from streamquant.convert.architectures.families.qwen.qwen2 import QWEN2
 from streamquant.convert.architectures.families.qwen.qwen2_moe import QWEN2_MOE
@@ -24,6 +26,7 @@ from streamquant.convert.architectures.families.qwen.qwen3 import QWEN3
 from streamquant.convert.architectures.families.qwen.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_VL, QWEN3_5_VL
 from streamquant.convert.architectures.families.qwen.qwen3_moe import QWEN3_MOE
 from streamquant.convert.architectures.families.seed_oss import SEED_OSS
+from streamquant.convert.architectures.families.smollm3 import SMOLLM3
 from streamquant.convert.architectures.family import Experts, Family, TensorKind, VocabularyRules
 from streamquant.convert.architectures.from_config import describe_model
 from streamquant.convert.architectures.rope import ROPE_FREQS
@@ -32,6 +35,7 @@ from streamquant.quant.errors import StreamquantError
 
 __all__ = [
     "ARCHITECTURES",
+    "FAMILIES",
     "ROPE_FREQS",
     "Experts",
     "ExtraTensor",
@@ -48,8 +52,12 @@ __all__ = [
 FAMILIES = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE, QWEN3_5_VL, QWEN3_5_MOE_VL),
     *(SEED_OSS, GPT_OSS, GLM4_MOE, QWEN2_MOE, DOTS1, OLMOE),
+    *(MISTRAL3, MINISTRAL3_VL, MINISTRAL3, SMOLLM3, OLMO2),
 )
-ARCHITECTURES: Mapping[str, Family] = MappingProxyType({family.hf_architecture: family for family in FAMILIES})
+ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
+    {family.hf_architecture: family for family in reversed(FAMILIES)}
+)
+"""Of families with one class, which are told by the model type of their text model, the first."""
 
 
 def family_of(config: Mapping[str, object]) -> Family | None:
@@ -57,7 +65,15 @@ def family_of(config: Mapping[str, object]) -> Family | None:
     named = config.get("architectures")
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         return None
-    return ARCHITECTURES.get(named[0])
+    return _family_called(named[0], config) if named[0] in ARCHITECTURES else None
+
+
+def _family_called(name: str, config: Mapping[str, object]) -> Family:
+    """The family of a class that is known; a class around several text models is as many families."""
+    text = config.get("text_config")
+    model_type = (text if isinstance(text, Mapping) else config).get("model_type")
+    own = (family for family in FAMILIES if family.hf_architecture == name and family.model_type == model_type)
+    return next(own, ARCHITECTURES[name])
 
 
 def describe(config: Mapping[str, object]) -> ModelDescription:
@@ -66,7 +82,7 @@ def describe(config: Mapping[str, object]) -> ModelDescription:
     Raises StreamquantError naming the key where config.json is incomplete, contradicts itself, or asks for something
     that is not supported. The reference is llama.cpp's convert_hf_to_gguf.py (conversion/base.py, llama.py, qwen.py).
     """
-    family = ARCHITECTURES[architecture_of(config)]
+    family = _family_called(architecture_of(config), config)
     return describe_model(family, text_config(family, config))
 
 

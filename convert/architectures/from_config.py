@@ -140,7 +140,7 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     sizes = read_dimensions(family, config)
     tied = config.boolean("tie_word_embeddings")
     epsilon = config.number("rms_norm_eps")
-    rope = read_rope(config, sizes.context, family.partial_rotary)
+    rope = read_rope(config, sizes.context, family.partial_rotary, family.llama_cpp.yarn_keys)
     check_rope_type(family, config, rope)
     sizes = replace(sizes, rotary=read_rotary(config, sizes.head_dim, rope))
     tags = read_tags(family, config, sizes)
@@ -148,8 +148,8 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     window = read_window(family, config)
     notes += [*window_notes(family, window, sizes), *unread_notes(family, config), *other_value_notes(family, config)]
     metadata = common_metadata(family, config, sizes, rope)
-    sources = KeySources(family.gguf_arch, config, sizes.size, tags, metadata)
-    notes += [*refused_notes(family, sizes, tied), *window_step_notes(family, tags)]
+    sources = KeySources(family.gguf_arch, config, sizes.size, tags, metadata, rope.numbers)
+    notes += [*refused_notes(family, sizes, tied), *window_step_notes(family, tags), *step_notes(family, tags)]
     if tied:
         notes.append("tie_word_embeddings: no output.weight unless the checkpoint has lm_head.weight")
     return ModelDescription(
@@ -379,6 +379,17 @@ def refused_notes(family: Family, sizes: Dimensions, tied: bool) -> Iterator[str
         yield f"WARNING: num_key_value_heads = {sizes.kv_heads}: {refuses} as many as attention heads (wrong shape)"
     if family.llama_cpp.own_head and tied:
         yield f"WARNING: tie_word_embeddings: {refuses} an output.weight (not found)"
+
+
+def step_notes(family: Family, tags: Sequence[frozenset[str]]) -> Iterator[str]:
+    """A warning where llama.cpp takes other layers for those of a kind, because GGUF has no list of them."""
+    for tag, step in family.llama_cpp.steps.items():
+        other = [number for number, own in enumerate(tags) if (tag in own) != ((number + 1) % step == 0)]
+        if other:
+            yield (
+                f"WARNING: in arch {family.gguf_arch!r} llama.cpp takes every {step}. layer for one of {tag!r}, and no"
+                f" other, which is not so in layer {other[0]}; the GGUF will answer differently"
+            )
 
 
 def other_value_notes(family: Family, config: ConfigValues) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The {arch}.* keys of a GGUF that a family's file lists: rows of a name, a type and where the value comes from."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import gguf
 from gguf.constants import GGUFValueType
@@ -17,6 +17,13 @@ class Field:
     key: str
     values: Mapping[str, int] | None = None
     """For a text that GGUF has a number for."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeNumber:
+    """A number of the rope settings, by its key there (LlamaCpp.yarn_keys)."""
+
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +68,7 @@ class GgufKey:
 
     name: str
     type: GGUFValueType
-    value: str | Field | Constant | Product | Otherwise | PerLayer
+    value: str | Field | RopeNumber | Constant | Product | Otherwise | PerLayer
 
 
 def u32(name: str, value: str | Field | Constant | Product) -> GgufKey:
@@ -69,7 +76,7 @@ def u32(name: str, value: str | Field | Constant | Product) -> GgufKey:
     return GgufKey(name, GGUFValueType.UINT32, value)
 
 
-def f32(name: str, value: Field | Constant) -> GgufKey:
+def f32(name: str, value: Field | RopeNumber | Constant) -> GgufKey:
     """A number."""
     return GgufKey(name, GGUFValueType.FLOAT32, value)
 
@@ -101,6 +108,8 @@ class KeySources:
     """The tags of each layer."""
     known: Collection[str] = ()
     """The keys that the GGUF has already."""
+    rope: Mapping[str, float] = field(default_factory=dict)
+    """The numbers of the rope settings."""
 
 
 def key_values(rows: Iterable[GgufKey], sources: KeySources) -> dict[str, GGUFValue]:
@@ -114,6 +123,8 @@ def key_values(rows: Iterable[GgufKey], sources: KeySources) -> dict[str, GGUFVa
                 picked = [next((by_tag[tag] for tag in by_tag if tag in layer), otherwise) for layer in sources.layers]
                 values = [size(value) if isinstance(value, str) else value for value in picked]
                 found[name] = GGUFValue(values, GGUFValueType.ARRAY, row.type)
+            case RopeNumber(key=key):
+                found[name] = GGUFValue(sources.rope[key], row.type)
             case Constant(value=value):
                 found[name] = GGUFValue(value, row.type)
             case Product(first=first, second=second):
@@ -121,28 +132,28 @@ def key_values(rows: Iterable[GgufKey], sources: KeySources) -> dict[str, GGUFVa
             case Otherwise(value=otherwise_list):
                 if name not in sources.known:
                     found[name] = GGUFValue(list(otherwise_list), GGUFValueType.ARRAY, row.type)
-            case Field() as field:
-                if config.has_value(field.key):
-                    found[name] = GGUFValue(_read(config, field, row.type), row.type)
+            case Field() as of_config:
+                if config.has_value(of_config.key):
+                    found[name] = GGUFValue(_read(config, of_config, row.type), row.type)
             case str(of):
                 if size(of):
                     found[name] = GGUFValue(size(of), row.type)
     return found
 
 
-def _read(config: ConfigValues, field: Field, kind: GGUFValueType) -> int | float | bool | str:
-    if field.values is not None:
-        text = config.text(field.key)
-        if text not in field.values:
+def _read(config: ConfigValues, of: Field, kind: GGUFValueType) -> int | float | bool | str:
+    if of.values is not None:
+        text = config.text(of.key)
+        if text not in of.values:
             raise config.refuse(
-                field.key, "a value that llama.cpp has no number for", required=f"one of {', '.join(field.values)}"
+                of.key, "a value that llama.cpp has no number for", required=f"one of {', '.join(of.values)}"
             )
-        return field.values[text]
+        return of.values[text]
     match kind:
         case GGUFValueType.BOOL:
-            return config.boolean(field.key)
+            return config.boolean(of.key)
         case GGUFValueType.FLOAT32:
-            return config.number(field.key, above=-LARGEST_FLOAT32)
+            return config.number(of.key, above=-LARGEST_FLOAT32)
         case GGUFValueType.STRING:
-            return config.text(field.key)
-    return config.integer(field.key, least=0)
+            return config.text(of.key)
+    return config.integer(of.key, least=0)

@@ -1,8 +1,8 @@
 """The kinds of layers of a model, as its family's file says by data how config.json tells them.
 
 A layer has tags: "dense" or "sparse" by its feed-forward, "full_attention", "linear_attention" or "sliding_attention"
-by its attention, "mtp" for a layer that predicts a further token behind the last one. A row of a family's table may be
-limited to the layers that have a tag.
+by its attention, "nope" where queries and keys are not rotated, "mtp" for a layer that predicts a further token behind
+the last one. A row of a family's table may be limited to the layers that have a tag.
 """
 
 import re
@@ -13,6 +13,7 @@ from typing import Protocol
 from streamquant.convert.architectures.config_values import ConfigValues, describe_type, shorten
 
 DENSE, SPARSE = "dense", "sparse"
+ROPE, NOPE = "rope", "nope"
 FULL, LINEAR, SLIDING = "full_attention", "linear_attention", "sliding_attention"
 MTP = "mtp"
 
@@ -50,6 +51,24 @@ class SparseStep:
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < count for n in numbers):
             raise config.refuse(self.dense, "not a list of layers", required=f"numbers from 0 to {count - 1}")
         return [DENSE if n in numbers or (n + 1) % step else SPARSE for n in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeFlags:
+    """A list with 1 for each layer that rotates queries and keys, else 0; without it every n-th layer does not."""
+
+    key: str
+    interval: str
+
+    def tags(self, config: ConfigValues, count: int) -> list[str]:
+        """See LayerKinds.tags."""
+        listed = config.raw(self.key)
+        if listed is None:
+            n = config.integer(self.interval)
+            return [ROPE if (layer + 1) % n else NOPE for layer in range(count)]
+        if not isinstance(listed, list) or len(listed) < count or not all(type(n) is int for n in listed):
+            raise config.refuse(self.key, "not a value for each layer", required=f"{count} values, 0 or 1")
+        return [ROPE if flag else NOPE for flag in listed[:count]]
 
 
 @dataclass(frozen=True, slots=True)

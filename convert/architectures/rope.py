@@ -1,8 +1,9 @@
 """Rotary position embeddings: what config.json says of them, GGUF metadata, rope_freqs.weight."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -82,16 +83,22 @@ class RopeSettings:
     """The share of each head that is rotated."""
 
 
-def read_rope(config: ConfigValues, max_position_embeddings: int, partial: float | None = None) -> RopeSettings:
+def read_rope(
+    config: ConfigValues,
+    max_position_embeddings: int,
+    partial: float | None = None,
+    yarn_keys: Mapping[str, float | None] = MappingProxyType({}),
+) -> RopeSettings:
     """The rope settings of config.json, spelled as in transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
     Follows convert_rope_params_to_dict of transformers/modeling_rope_utils.py: a theta inside the settings wins over
-    the top-level one. Raises StreamquantError on an unknown type or key, and where the two spellings contradict.
+    the top-level one. yarn_keys are further numbers of yarn, and the one value that each may have, None: any. Raises
+    StreamquantError on an unknown type or key, and where the two spellings contradict.
     """
     notes: list[str] = []
     settings = find_settings(config)
     rope_type = read_type(settings)
-    check_keys(settings, rope_type, notes)
+    check_keys(settings, rope_type, notes, yarn_keys)
     share = read_partial(config, settings, partial)
     theta = read_theta(config, settings, notes)
     numbers: dict[str, float] = {}
@@ -102,7 +109,7 @@ def read_rope(config: ConfigValues, max_position_embeddings: int, partial: float
         numbers |= read_llama3(settings)
         context = settings.integer(ORIGINAL_CONTEXT)
     elif rope_type == "yarn":
-        numbers |= read_yarn(settings)
+        numbers |= read_yarn(settings, yarn_keys)
         context = original_context(settings, max_position_embeddings, notes)
     if rope_type in ("llama3", "yarn"):
         note_context_outside(config, settings, context, notes)
@@ -185,10 +192,10 @@ def read_type(settings: ConfigValues) -> str:
     return rope_type
 
 
-def check_keys(settings: ConfigValues, rope_type: str, notes: list[str]) -> None:
+def check_keys(settings: ConfigValues, rope_type: str, notes: list[str], more: Collection[str] = frozenset()) -> None:
     """Refuse keys of unknown meaning; note those that belong to another type, which transformers ignores as well."""
     for key, value in settings.values.items():
-        if value is None or key in COMMON_KEYS or key in ROPE_TYPE_KEYS[rope_type]:
+        if value is None or key in COMMON_KEYS or key in ROPE_TYPE_KEYS[rope_type] or key in more:
             continue
         if key not in KNOWN_KEYS:
             raise settings.refuse(
@@ -249,8 +256,8 @@ def read_llama3(settings: ConfigValues) -> dict[str, float]:
     return {"low_freq_factor": low, "high_freq_factor": high}
 
 
-def read_yarn(settings: ConfigValues) -> dict[str, float]:
-    """yarn's optional numbers; "attn_factor" is an older name of "attention_factor"."""
+def read_yarn(settings: ConfigValues, more: Mapping[str, float | None]) -> dict[str, float]:
+    """yarn's optional numbers and those of `more`; "attn_factor" is an older name of "attention_factor"."""
     if "truncate" in settings and settings.raw("truncate") is not None and not settings.boolean("truncate"):
         raise settings.refuse(
             "truncate", "yarn without truncation is not supported", required="true: llama.cpp always truncates"
@@ -260,6 +267,10 @@ def read_yarn(settings: ConfigValues) -> dict[str, float]:
         key = "attn_factor" if name == "attention_factor" and name not in settings else name
         if settings.values.get(key) is not None:
             numbers[name] = settings.number(key)
+    for key, only in more.items():
+        numbers[key] = settings.number(key)
+        if only is not None and numbers[key] != only:
+            raise settings.refuse(key, "a number of yarn that llama.cpp has no key for", required=f"{only:g}")
     return numbers
 
 

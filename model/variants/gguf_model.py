@@ -18,8 +18,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
-from streamquant.convert.architectures import ARCHITECTURES, ROPE_FREQS, Family, describe
-from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, Field, PerLayer, Product
+from streamquant.convert.architectures import FAMILIES, ROPE_FREQS, Family, describe
+from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, Field, PerLayer, Product, RopeNumber
 from streamquant.convert.architectures.layers import ListedTypes
 from streamquant.convert.recipes.mix import MAIN_TYPES
 from streamquant.files.gguf_file import GgufTensor
@@ -29,7 +29,9 @@ from streamquant.quant.errors import StreamquantError
 BETA_FAST, BETA_SLOW = 32.0, 1.0
 """llama.cpp's yarn_beta_fast and yarn_beta_slow."""
 UNREAD_YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
-"""Keys that llama.cpp does not read for these architectures -> the value that it takes for them."""
+"""Keys that llama.cpp does not read for most architectures -> the value that it takes for them."""
+READ_YARN = {"yarn_beta_fast": BETA_FAST, "yarn_beta_slow": BETA_SLOW, "yarn_log_multiplier": 0.0}
+"""Those that it reads for the others, in the order of GgufRope -> the value without the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,10 @@ class GgufRope:
     factor: float
     context: int
     attn_factor: float
+    beta_fast: float = BETA_FAST
+    beta_slow: float = BETA_SLOW
+    log_multiplier: float = 0.0
+    """Of the logarithm of the factor by which yarn's own growth of cos and sin is divided; 0: it is not."""
 
     def frequencies(self, divisors: NDArray[np.float32] | None) -> tuple[NDArray[np.float32], float]:
         """(float32[head_dim / 2] in radians per position, factor of cos and sin); divisors are rope_freqs.weight."""
@@ -53,12 +59,12 @@ class GgufRope:
         scale = np.float32(1 / self.factor if self.factor != 0 and self.scaling != "none" else 1)
         if self.scaling != "yarn":
             return base * scale, self.attn_factor
-        low = max(0.0, math.floor(self._correction(BETA_FAST)))
-        high = min(self.head_dim - 1.0, math.ceil(self._correction(BETA_SLOW)))
+        low = max(0.0, math.floor(self._correction(self.beta_fast)))
+        high = min(self.head_dim - 1.0, math.ceil(self._correction(self.beta_slow)))
         ramp = (np.arange(self.head_dim // 2, dtype=np.float32) - low) / max(0.001, high - low)
         mix = (1 - np.clip(ramp, 0, 1)).astype(np.float32)
-        factor = 1 / float(scale)
-        return base * scale * (1 - mix) + base * mix, self.attn_factor * (0.1 * math.log(max(factor, 1)) + 1)
+        growth, divisor = (0.1 * times * math.log(max(1 / float(scale), 1)) + 1 for times in (1.0, self.log_multiplier))
+        return base * scale * (1 - mix) + base * mix, self.attn_factor * growth / divisor
 
     def _correction(self, rotations: float) -> float:
         """The dimension that turns so many times within the context (ggml_rope_yarn_corr_dim)."""
@@ -118,13 +124,14 @@ def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Gg
     for what is not a dense decoder.
     """
     arch = metadata.get("general.architecture")
-    known = [family for family in ARCHITECTURES.values() if family.gguf_arch == arch and family.multimodal is None]
+    known = [family for family in FAMILIES if family.gguf_arch == arch and is_said_by(family, metadata)]
+    known = [family for family in known if family.multimodal is None] or known
     if not known:
         raise StreamquantError(
             "unknown architecture",
             where=f"{path}, key 'general.architecture'",
             found=str(arch)[:100],
-            required=", ".join(sorted({family.gguf_arch for family in ARCHITECTURES.values()})),
+            required=", ".join(sorted({family.gguf_arch for family in FAMILIES})),
         )
     keys = Keys(path, metadata, str(arch))
     is_mixture = bool(metadata.get(f"{arch}.expert_count"))
@@ -143,6 +150,12 @@ def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Gg
     check_vocabulary(keys, metadata, config, problems)
     check_rope_freqs(path, tensors, rope)
     return GgufModel(config, rope, problems)
+
+
+def is_said_by(family: Family, metadata: Mapping[str, Any]) -> bool:
+    """Whether the keys of a GGUF may be those of a family."""
+    known_by = family.llama_cpp.known_by
+    return known_by is None or known_by.format(arch=family.gguf_arch) in metadata
 
 
 def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
@@ -177,7 +190,12 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
         "head_dim": head_dim,
         "vocab_size": embeddings.shape[0],
         "max_position_embeddings": keys.count("context_length"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0), **partial},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": keys.number("rope.freq_base", 10000.0),
+            **partial,
+            **read_yarn_keys(family, keys),
+        },
         "tie_word_embeddings": "output.weight" not in tensors,
         **{key: value for key, value in no_window.items() if key in family.defaults},
         **({} if family.mtp is None else {family.mtp.key: mtp_layers}),
@@ -186,6 +204,20 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         **read_layer_types(family, keys, layers),
         **read_switches(family, tensors),
+    }
+
+
+def read_yarn_keys(family: Family, keys: Keys) -> dict[str, Any]:
+    """The rope settings of a class that computes with its numbers of yarn itself."""
+    of_rope = {row.value.key: row.name for row in family.llama_cpp.keys if isinstance(row.value, RopeNumber)}
+    if not family.llama_cpp.yarn_keys:
+        return {}
+    return {
+        "rope_type": "yarn",
+        "factor": keys.number("rope.scaling.factor"),
+        "original_max_position_embeddings": keys.count("rope.scaling.original_context_length"),
+        **{key: only for key, only in family.llama_cpp.yarn_keys.items() if only is not None},
+        **{key: keys.number(name.removeprefix("{arch}.")) for key, name in of_rope.items()},
     }
 
 
@@ -265,13 +297,14 @@ def read_switches(family: Family, tensors: Iterable[str]) -> dict[str, bool]:
 
 def read_rope(keys: Keys, config: Mapping[str, Any], problems: list[Problem]) -> GgufRope:
     """The rope keys."""
+    reads_yarn = bool(config["rope_parameters"].keys() - {"rope_type", "rope_theta", "partial_rotary_factor"})
     scaling = keys.text("rope.scaling.type", "linear")
     if scaling not in ("none", "linear", "yarn"):
         raise keys.refuse("rope.scaling.type", "a rope scaling without an inverse here", "none, linear or yarn")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
     for name, taken in UNREAD_YARN.items():
         value = keys.metadata.get(f"{keys.arch}.rope.scaling.{name}")
-        if scaling == "yarn" and value is not None and value != taken:
+        if scaling == "yarn" and not reads_yarn and value is not None and value != taken:
             problems.append(
                 Problem(
                     "rope",
@@ -289,6 +322,7 @@ def read_rope(keys: Keys, config: Mapping[str, Any], problems: list[Problem]) ->
         factor,
         keys.count("rope.scaling.original_context_length", config["max_position_embeddings"]),
         keys.number("rope.scaling.attn_factor", 1.0),
+        *((keys.number(f"rope.scaling.{name}", value) for name, value in READ_YARN.items()) if reads_yarn else ()),
     )
 
 
@@ -363,7 +397,7 @@ def claims(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
 def _may_keep_mxfp4(metadata: Mapping[str, Any]) -> bool:
     """Whether a file is of a family whose experts are published in MXFP4."""
     arch = metadata.get("general.architecture")
-    return any(f.gguf_arch == arch and f.experts is not None and f.experts.by_turns for f in ARCHITECTURES.values())
+    return any(f.gguf_arch == arch and f.experts is not None and f.experts.by_turns for f in FAMILIES)
 
 
 def check_file_type(path: Path, metadata: Mapping[str, Any], tensors: Iterable[GgufTensor]) -> list[Problem]:

@@ -1,0 +1,309 @@
+"""Families of which transformers makes tiny checkpoints: whole files, logits, llama.cpp, what was made read back.
+
+Whole files are compared with llama.cpp's newest converter, logits with transformers' resident ones, the next token's
+probabilities with llama.cpp's.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from streamquant.calibrate.importance import InputSums
+from streamquant.convert.architectures import describe
+from streamquant.convert.options import ConversionOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.model.forward import Lane, Setting, all_logits, run_layers
+from streamquant.model.variants.open import open_variant
+from streamquant.quant.errors import StreamquantError
+from streamquant.validate.readback.verify import verify
+from tests import llama_cpp
+from tests.conftest import TINY_PRE, Shelf
+from tests.convert.test_gguf_parity import differences
+from tests.gguf_peer import OutType, read_gguf, requires_newest_converter
+from tests.peers import requires_llama_cpp
+from tests.transformers_models import (
+    OUTTYPES,
+    VOCABULARY,
+    Case,
+    convert_case,
+    quantize_to_static_fp8,
+    references,
+    resident_logits,
+    write_model,
+)
+from tests.validate.test_families import LARGEST, divergence
+
+pytestmark = [pytest.mark.xdist_group("transformers-models"), pytest.mark.timeout(600)]
+
+VISION = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16},
+    **{"image_size": 28, "patch_size": 14, "model_type": "pixtral"},
+}
+YARN = {
+    **{"rope_type": "yarn", "type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0},
+    **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 32},
+}
+MINISTRAL = {"model_type": "ministral3", "head_dim": 32, "rope_parameters": YARN}
+THETA = {"rope_type": "default", "rope_theta": 5e5}
+SMOLLM3 = {"model_type": "smollm3", "num_hidden_layers": 5, "rope_parameters": THETA}
+CASES: Mapping[str, Case] = {
+    "ministral3": Case({**MINISTRAL, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    "ministral3-wrapped": Case(
+        {
+            **{"model_type": "mistral3", "vision_config": VISION, "tie_word_embeddings": True},
+            "text_config": {**MINISTRAL, "tie_word_embeddings": True, "hidden_size": 96},
+        }
+    ),
+    "smollm3": Case({**SMOLLM3, "tie_word_embeddings": True}),
+    "smollm3-untied": Case(
+        {
+            **{**SMOLLM3, "tie_word_embeddings": False, "num_attention_heads": 3, "num_key_value_heads": 3},
+            **{"hidden_size": 96, "no_rope_layers": [1, 1, 1, 0, 1]},
+        }
+    ),
+    "olmo2": Case({"model_type": "olmo2", "rope_parameters": THETA}),
+    "olmo2-tied": Case(
+        {
+            **{"model_type": "olmo2", "rope_parameters": THETA, "tie_word_embeddings": True, "hidden_size": 96},
+            **{"num_attention_heads": 6, "num_key_value_heads": 6},
+        },
+        is_refused=True,
+    ),
+    "mistral3": Case(
+        {
+            **{"model_type": "mistral3", "vision_config": VISION, "tie_word_embeddings": False},
+            "text_config": {
+                **{"model_type": "mistral", "head_dim": 32, "sliding_window": None},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e9},
+            },
+        }
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(shelf: Shelf) -> dict[str, Path]:
+    def make(folder: Path) -> None:
+        for name, case in CASES.items():
+            write_model(folder / name, case)
+
+    folder = shelf.get("transformers-sources", make)
+    return {name: folder / name for name in CASES}
+
+
+PUBLISHED = ("ministral3-wrapped",)
+"""Cases that are made in FP8 too, as they are published."""
+
+
+@pytest.fixture(scope="module")
+def quantized(sources: dict[str, Path], shelf: Shelf) -> dict[str, Path]:
+    def make(folder: Path) -> None:
+        for name in PUBLISHED:
+            quantize_to_static_fp8(sources[name], folder / f"{name}-fp8")
+
+    folder = shelf.get("transformers-quantized", make)
+    return {f"{name}-fp8": folder / f"{name}-fp8" for name in PUBLISHED}
+
+
+@pytest.fixture(scope="module")
+def converted(sources: dict[str, Path], quantized: dict[str, Path], shelf: Shelf) -> Path:
+    def make(folder: Path) -> None:
+        for source in (*sources.values(), *quantized.values()):
+            convert_case(source, folder)
+
+    return shelf.get("transformers-converted", make)
+
+
+@pytest.fixture(scope="module")
+def expected(sources: dict[str, Path], quantized: dict[str, Path], shelf: Shelf) -> Path:
+    return shelf.get("transformers-references", lambda folder: references({**sources, **quantized}, folder))
+
+
+def gguf_of(converted: Path, name: str, kind: str) -> Path:
+    return converted / f"{name}-GGUF" / f"{name}-{kind}.gguf"
+
+
+def tokens() -> torch.Tensor:
+    return torch.arange(128).reshape(2, 64) * 7 % VOCABULARY
+
+
+@requires_newest_converter
+@pytest.mark.parametrize("outtype", OUTTYPES)
+@pytest.mark.parametrize("name", [*CASES, *(f"{name}-fp8" for name in PUBLISHED)])
+def test_equals_the_reference_converter(converted: Path, expected: Path, name: str, outtype: OutType) -> None:
+    assert differences(gguf_of(converted, name, outtype.upper()), expected / f"{name}-{outtype}.gguf") == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits(sources: dict[str, Path], converted: Path, name: str) -> None:
+    """Streamed they are the resident ones; a GGUF's are the source's, and an FP8 folder's are near."""
+    original = all_logits(open_variant(sources[name]), tokens().numpy(), Setting())
+    assert torch.equal(original, resident_logits(sources[name], CASES[name], tokens()))
+    variant = open_variant(gguf_of(converted, name, "F32"))
+    assert variant.problems == []
+    found = all_logits(variant, tokens().numpy(), Setting(weights_only=True))
+    assert (found - original).abs().max() < 1e-4 * original.abs().max()
+    folder = open_variant(converted / f"{name}-FP8-dynamic")
+    assert folder.problems == []
+    if folder.description.family.experts is None:  # where weights are random, a little noise chooses other experts
+        noise = all_logits(folder, tokens().numpy(), Setting()) - original
+        assert noise.square().mean() < 0.1 * original.square().mean()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_source_in_fp8(quantized: dict[str, Path], sources: dict[str, Path], converted: Path, name: str) -> None:
+    """Scales of activations are left out, and so is the tower in the GGUF; the FP8 folder keeps it as it was."""
+    source = open_checkpoint(quantized[f"{name}-fp8"])
+    assert any("made from a quantized source" in note for note in source.notes)
+    for folder in (f"{name}-fp8-GGUF", f"{name}-fp8-FP8-dynamic"):
+        assert [problem for result in verify(converted / folder, source) for problem in result.problems] == []
+    original, made = (load_file(path / "model.safetensors") for path in (sources[name], converted / folder))
+    tower = [tensor for tensor in original if "vision_tower" in tensor or "multi_modal_projector" in tensor]
+    assert tower
+    assert all(torch.equal(original[tensor], made[tensor]) for tensor in tower)
+    assert not any("activation_scale" in tensor for tensor in made)
+
+
+@requires_llama_cpp
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.is_refused])
+def test_llama_cpp_agrees(sources: dict[str, Path], converted: Path, name: str) -> None:
+    assert divergence(sources[name], gguf_of(converted, name, "F32")) < LARGEST
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_made_verifies_against_the_source(sources: dict[str, Path], converted: Path, name: str) -> None:
+    source = open_checkpoint(sources[name])
+    for folder in (f"{name}-GGUF", f"{name}-FP8-dynamic"):
+        for result in verify(converted / folder, source):
+            assert result.problems == []
+            assert result.total.sqnr_db > 25
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fp8_folders_load_in_transformers(sources: dict[str, Path], converted: Path, name: str) -> None:
+    """Every module has its weights, and what has a scale is what our reader takes for quantized."""
+    pytest.importorskip("compressed_tensors")
+    folder = converted / f"{name}-FP8-dynamic"
+    model, info = CASES[name].loader.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+    tied = {"lm_head.weight"}
+    assert {kind: set(keys) - tied for kind, keys in info.items() if set(keys) - tied} == {}
+    with torch.inference_mode():
+        found = model(tokens()).logits.float()
+    original = all_logits(open_variant(sources[name]), tokens().numpy(), Setting())
+    assert (found - original).square().mean() < 0.2 * original.square().mean()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_importance_has_an_entry_for_every_matrix_of_the_layers(
+    sources: dict[str, Path], converted: Path, name: str
+) -> None:
+    variant = open_variant(sources[name])
+    rules = {
+        name.removesuffix(".weight"): rule for name, rule in variant.description.rules.items() if rule.has_importance
+    }
+    sums = InputSums(rules)
+    run_layers([Lane(variant, on_input=sums.observe)], tokens().numpy(), Setting())
+    _, tensors = read_gguf(gguf_of(converted, name, "F32"))
+    matrices = {name for name, (_, shape, _) in tensors.items() if name.startswith("blk.") and len(shape) > 1}
+    assert set(sums.sums) == matrices - without_importance(name)
+
+
+def without_importance(name: str) -> set[str]:
+    """The matrices of a case that nothing is multiplied with."""
+    return set()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
+def test_equals_llama_quantize(tmp_path: Path, name: str) -> None:
+    """Of the file in BF16, with columns that K-quants take."""
+    if not llama_cpp.is_built():
+        pytest.skip("llama-quantize is not built (make setup)")
+    source = write_model(tmp_path / "Model", larger(CASES[name]))
+    is_mixture = open_variant(source).description.family.experts is not None
+    types = ("Q4_K_M", "Q2_K", "IQ4_XS", *(("MXFP4_MOE",) if is_mixture else ()))
+    convert_case(source, tmp_path, (f"gguf:BF16,{','.join(types)}",))
+    made = tmp_path / "Model-GGUF"
+    for kind in types:
+        theirs = llama_cpp.quantize(made / "Model-BF16.gguf", tmp_path / f"{kind}.gguf", kind)
+        assert read_gguf(made / f"Model-{kind}.gguf")[1] == read_gguf(theirs)[1]
+        assert open_variant(theirs).problems == []
+
+
+def larger(case: Case) -> Case:
+    """The same with rows of 256."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
+    config = dict(case.config)
+    if case.is_wrapped:
+        config["text_config"] = {**config["text_config"], **sizes}
+    else:
+        config |= sizes
+    return Case(config, case.stored, case.spread)
+
+
+# --- what is refused or said ----------------------------------------------------------------------------------------
+
+
+def changed(source: Path, folder: Path, **values: Any) -> Path:
+    """A copy of a checkpoint with other keys of config.json; `...` removes one, of text_config where there is one."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    own = config.get("text_config", config)
+    own |= values
+    for key in [key for key, value in own.items() if value is ...]:
+        del own[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("ministral3", {"rope_parameters": {"rope_theta": 1e6}}, "does not work for arch 'mistral3'"),
+        ("ministral3", {"rope_parameters": {**YARN, "mscale": 0.7}}, "no key for"),
+        ("ministral3", {"rope_parameters": {**YARN, "llama_4_scaling_beta": "a"}}, "a string where a number"),
+        ("mistral3", {"rope_parameters": YARN}, "rope setting 'mscale' is not supported"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "not a value for each layer"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, "0", 1]}, "not a value for each layer"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "layers of another kind"),
+        ("mistral3", {"model_type": "mistral4"}, "not the model type"),
+    ],
+)
+def test_configs_that_are_refused(
+    sources: dict[str, Path], tmp_path: Path, name: str, values: dict[str, Any], message: str
+) -> None:
+    folder = changed(sources[name], tmp_path / "Model", **values)
+    with pytest.raises(StreamquantError, match=message):
+        make_plan(open_checkpoint(folder), parse_variants(["gguf:BF16"]), ConversionOptions(pre=TINY_PRE))
+
+
+@pytest.mark.parametrize(("name", "theta"), [("smollm3", 2e6), ("olmo2", 5e5), ("ministral3", 1e6)])
+def test_classes_with_a_rope_of_their_own(sources: dict[str, Path], name: str, theta: float) -> None:
+    """What transformers' configuration class takes where config.json says nothing."""
+    config = json.loads((sources[name] / "config.json").read_text())
+    described = describe({key: value for key, value in config.items() if key != "rope_parameters"})
+    assert described.metadata[f"{described.gguf_arch}.rope.freq_base"].value == theta
+
+
+def test_layers_that_llama_cpp_would_rotate_are_a_warning(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = changed(sources["smollm3"], tmp_path / "Model", no_rope_layers=[1, 0, 1, 0, 1])
+    plan = make_plan(open_checkpoint(folder), parse_variants(["gguf:BF16"]), ConversionOptions(pre=TINY_PRE))
+    assert any("takes every 4. layer for one of 'nope'" in note and "layer 1;" in note for note in plan.notes)
+    plan = make_plan(
+        open_checkpoint(sources["smollm3"]), parse_variants(["gguf:BF16"]), ConversionOptions(pre=TINY_PRE)
+    )
+    assert not any(note.startswith("WARNING") for note in plan.notes)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.is_refused])
+def test_what_llama_cpp_refuses_is_a_warning(sources: dict[str, Path], name: str) -> None:
+    plan = make_plan(open_checkpoint(sources[name]), parse_variants(["gguf:BF16"]), ConversionOptions(pre=TINY_PRE))
+    assert any("llama.cpp will refuse to load the GGUF" in note for note in plan.notes)

@@ -1,0 +1,119 @@
+"""Tiny checkpoints of transformers' own classes, by the keys of their config.json, and their variants."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from tests.conftest import TINY_PRE, write_small_tokenizer
+from tests.gguf_peer import Job, OutType, convert_many
+from tests.quantized_sources import write
+from tests.tokenizer_folders import edit
+
+OUTTYPES: tuple[OutType, ...] = ("f32", "bf16", "q8_0")
+VOCABULARY = 320
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model: the keys of its config.json over those of COMMON, and what is done to the folder after saving."""
+
+    config: Mapping[str, Any]
+    stored: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of config.json that transformers does not write as publishers do; `...` removes one."""
+    spread: float = 0.1
+    """Of the matrices."""
+    is_refused: bool = False
+    """Whether llama.cpp does not load it, which is a warning in the plan."""
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether it also sees."""
+        return "text_config" in self.config
+
+    @property
+    def loader(self) -> Any:
+        """The class of transformers that loads it."""
+        return AutoModelForImageTextToText if self.is_wrapped else AutoModelForCausalLM
+
+
+COMMON: Mapping[str, Any] = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512},
+    **{"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None},
+}
+
+
+def write_model(folder: Path, case: Case) -> Path:
+    """The checkpoint of a case in BF16, with a small tokenizer."""
+    settings = {**({} if case.is_wrapped else COMMON), **case.config}
+    if case.is_wrapped:
+        settings["text_config"] = {**COMMON, **case.config["text_config"]}
+    model = case.loader.from_config(AutoConfig.for_model(**settings)).float()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        spread = case.spread if parameter.ndim > 1 else 0.3
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    config = {**json.loads((folder / "config.json").read_text()), **case.stored}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    tokenizer = write_small_tokenizer(folder.parent / f"{folder.name}-tokenizer")
+    edit(tokenizer / "tokenizer_config.json", lambda config: config.update(add_bos_token=True))
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    return folder
+
+
+def quantize_to_static_fp8(source: Path, folder: Path) -> Path:
+    """The checkpoint in FP8 with one scale a matrix and one for its input, as Ministral 3 is published."""
+    shutil.copytree(source, folder)
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        stored[name] = tensor
+        if name.endswith("_proj.weight") and "vision_tower" not in name:
+            scale = (tensor.float().abs().max() / 448).bfloat16()
+            stored[name] = (tensor.float() / scale.float()).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale
+            stored[name.replace(".weight", ".activation_scale")] = torch.tensor(0.25).bfloat16()
+    write(folder, stored)
+    quantization = {
+        **{"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False},
+        "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    }
+    edit(folder / "config.json", lambda config: config.update(quantization_config=quantization))
+    return folder
+
+
+def convert_case(source: Path, out: Path, specs: tuple[str, ...] = ("gguf:F32,BF16,Q8_0", "fp8-dynamic")) -> None:
+    """The variants of a checkpoint."""
+    plan = make_plan(open_checkpoint(source), parse_variants(specs), ConversionOptions(pre=TINY_PRE))
+    convert(plan, out, RunOptions(jobs=2))
+
+
+def references(sources: Mapping[str, Path], folder: Path) -> None:
+    """The newest converter's files, CASE-OUTTYPE.gguf."""
+    convert_many(
+        [
+            Job(str(source), outtype, str(folder / f"{case}-{outtype}.gguf"), TINY_PRE, newest=True)
+            for case, source in sources.items()
+            for outtype in OUTTYPES
+        ]
+    )
+
+
+def resident_logits(folder: Path, case: Case, tokens: torch.Tensor) -> torch.Tensor:
+    """What transformers computes in float32."""
+    model = case.loader.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits: torch.Tensor = model(tokens).logits
+    return logits
