@@ -46,6 +46,8 @@ UPLOADERS = 2
 COMMIT_SECONDS = 300.0
 """The longest that an uploaded file waits for the commit that names it."""
 UPLOADS = "uploads.jsonl"
+_TAIL = 65536
+"""Bytes that are looked through at once for the end of the last whole line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,11 +325,15 @@ class UploadRecord:
     def _open(self) -> None:
         make_folder(self.path.parent, self._out)
         self._file = open_own(self.path, append=True)
-        size = os.fstat(self._file).st_size
-        tail = os.pread(self._file, min(size, 65536), max(0, size - 65536))
-        whole = tail.rfind(b"\n") + 1
-        if whole != len(tail):  # a crash tore the last line
-            os.ftruncate(self._file, size - len(tail) + whole)
+        end = size = os.fstat(self._file).st_size
+        whole = 0
+        while end and not whole:  # a line may be of any length: what lies here is not believed to be ours
+            tail = os.pread(self._file, min(end, _TAIL), max(0, end - _TAIL))
+            end -= len(tail)
+            if at := tail.rfind(b"\n") + 1:
+                whole = end + at
+        if whole != size:  # a crash tore the last line
+            os.ftruncate(self._file, whole)
 
     def read(self) -> list[dict[str, object]]:
         """The lines that are whole."""

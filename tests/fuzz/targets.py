@@ -4,10 +4,16 @@ The corpus, tests/corpus/TARGET/*, holds small files that the program or the tes
 """
 
 import contextlib
+import json
+import resource
+import signal
 import tempfile
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+
+from huggingface_hub import set_client_factory
 
 from streamquant.convert.architectures import ARCHITECTURES, describe
 from streamquant.convert.manifest import MANIFEST, read_manifest
@@ -20,11 +26,16 @@ from streamquant.convert.source.weights import Place, read_weight_map
 from streamquant.files.gguf_file import read_header as read_gguf
 from streamquant.files.safetensors_file import read_header as read_safetensors
 from streamquant.files.strict_json import parse_json, read_json_object
+from streamquant.hub import client
+from streamquant.hub.http_library import httpx
+from streamquant.hub.repo import open_repo
 from streamquant.model.variants.gguf_model import read_model
 from streamquant.publish.cards.base_card import read_base_card
 from streamquant.publish.release.release_file import read_release
 from streamquant.publish.release.release_state import ReleaseState
+from streamquant.publish.upload.delivery import UPLOADS, UploadRecord
 from streamquant.quant.errors import StreamquantError
+from streamquant.validate.engines import hugging_face
 from streamquant.validate.report.data import REPORT, read_report
 
 CORPUS = Path(__file__).parents[1] / "corpus"
@@ -116,6 +127,83 @@ def manifest(data: bytes) -> None:
     read_manifest(_file(MANIFEST, data).parent)
 
 
+def hub_answer(data: bytes) -> None:
+    """What the Hub answers to the first question: the repository, its commit and its files.
+
+    An answer that is no JSON is asked for again, with waits, which the tests of the client see to.
+    """
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    _HUB.append(data)
+    _answering_client()
+    open_repo("ORG/NAME")
+
+
+_HUB: deque[bytes] = deque(maxlen=1)
+
+
+@cache
+def _answering_client() -> None:
+    """Make the Hub's client get the last of _HUB for every request, without a network."""
+
+    def body(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=_HUB[-1], headers={"Content-Type": "application/json"}, request=request)
+
+    client.set_up_client()
+    set_client_factory(lambda: client._Client(transport=httpx.MockTransport(body), timeout=None))
+
+
+def uploads(data: bytes) -> None:
+    """The record of what a conversion has pushed, which a crash may have torn: a line that is added is a whole line."""
+    folder = _folder() / "pushed"
+    (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+    path = folder / WORK_FOLDER / UPLOADS
+    path.write_bytes(data)
+    with contextlib.closing(UploadRecord(folder)) as record:
+        record.add("ORG/NAME", "c" * 40, "model.safetensors", 1, "0" * 64)
+    last = path.read_bytes().removesuffix(b"\n").rpartition(b"\n")[2]
+    assert json.loads(last)["path"] == "model.safetensors"
+
+
+def rendering(data: bytes) -> None:
+    """A chat template, rendered in Jinja's sandbox under the bounds that the engine's process has, but smaller."""
+    _render("")  # imports take longer than the bounds allow
+    with contextlib.suppress(UnicodeDecodeError, TimeoutError), _bounds():
+        result = _render(data.decode())
+        assert result["error"] is None or isinstance(result["error"], str)
+
+
+def _render(template: str) -> dict[str, object]:
+    request = {"messages": MESSAGES, "tools": [], "add_generation_prompt": True, "variables": {}}
+    (result,) = hugging_face._render(template, [request], {"bos_token": "<s>", "eos_token": "</s>"})
+    return result
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+
+
+@contextlib.contextmanager
+def _bounds() -> Iterator[None]:
+    """A third of a second of computing, and 512 MiB: a template that takes more fails, as any may."""
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise TimeoutError
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    before = signal.signal(signal.SIGVTALRM, stop)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + (512 << 20), hard))
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0.3)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        signal.signal(signal.SIGVTALRM, before)
+
+
 TARGETS: Mapping[str, Target] = {
     "gguf": gguf_header,
     "safetensors": lambda data: read_safetensors(_file("fuzz.safetensors", data)),
@@ -133,6 +221,9 @@ TARGETS: Mapping[str, Target] = {
     "manifest": manifest,
     "report": lambda data: read_report(_file(REPORT, data)),
     "release_state": lambda data: ReleaseState(_file("state.json", data)),
+    "hub_answer": hub_answer,
+    "uploads": uploads,
+    "rendering": rendering,
 }
 """Names of targets, which are folders of the corpus."""
 

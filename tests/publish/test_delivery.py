@@ -133,12 +133,13 @@ def test_the_record_names_every_file(hub: Hub, tiny: Path, tmp_path: Path) -> No
     assert {line["commit"] for line in lines} <= commits
 
 
-def test_a_torn_line_is_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ['{"repo":"ORG/A","comm', "x" * 70_000])
+def test_a_torn_line_is_dropped(tmp_path: Path, torn: str) -> None:
     record = UploadRecord(tmp_path)
     record.add("ORG/A", "c" * 40, "A/x", 1, "0" * 64)
     record.close()
     with record.path.open("a") as file:
-        file.write('{"repo":"ORG/A","comm')
+        file.write(torn)
     assert len(record.read()) == 1
     record.add("ORG/A", "d" * 40, "A/y", 2, "1" * 64)
     record.close()
