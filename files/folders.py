@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from streamquant.quant.errors import StreamquantError
+
 
 def cache_folder() -> Path:
     """Where streamquant keeps what it can make again: $XDG_CACHE_HOME/streamquant, by default in ~/.cache."""
@@ -17,3 +19,16 @@ def nearest_folder(path: Path) -> Path:
 def real_path(path: Path) -> Path:
     """An absolute path without links. A loop of links, at which `Path.resolve` raises RuntimeError, stays as it is."""
     return Path(os.path.realpath(path))
+
+
+def check_working_folder() -> None:
+    """Raise StreamquantError if the working folder is gone: a process that loads PyTorch there is ended."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise StreamquantError(
+            "the working folder is gone",
+            found=error.strerror,
+            required="a folder that exists",
+            hint="change to a folder that exists, and run the same command again",
+        ) from error

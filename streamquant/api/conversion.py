@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streamquant.api.models import Model, open_model
+from streamquant.api.paths import paths_told
 from streamquant.convert import conversion
 from streamquant.convert.conversion import Conversion, check_disk, check_output_folder
 from streamquant.convert.options import ConversionOptions, RunOptions, check_overrides
@@ -18,7 +19,6 @@ from streamquant.convert.recipes.recipe_extract import ExtractedRecipe, extract_
 from streamquant.convert.recipes.recipe_file import RecipeFile, read_recipe
 from streamquant.convert.run.device import choose_device, with_notes
 from streamquant.files.listener import SILENT, Listener
-from streamquant.files.writing import os_errors_told
 
 Variants = str | Sequence[str | Path | RecipeFile]
 """What to make: "fp8-dynamic", "gguf:Q8_0,Q4_K_M", the path of a recipe file, or the recipe that `recipe` returns."""
@@ -37,7 +37,7 @@ def formats() -> Formats:
     return Formats(catalogue.variants(), catalogue.families())
 
 
-@os_errors_told()
+@paths_told
 def plan(
     model: Model,
     to: Variants,
@@ -87,7 +87,7 @@ def disk_use(plan: Plan, run: RunOptions | None = None, *, delete_after_upload: 
     return conversion.disk_of(plan, run or RunOptions(), ROOM)
 
 
-@os_errors_told()
+@paths_told
 def convert(
     model: Model,
     to: Variants,
@@ -119,7 +119,7 @@ def convert(
     return conversion.convert(plan_of(model, to, options, out, listener), out, run, listener)
 
 
-@os_errors_told()
+@paths_told
 def recipe(path: str | Path, label: str | None = None) -> ExtractedRecipe:
     """Extract the recipe of a GGUF file of any publisher, for use as a variant. Reads the header only.
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from streamquant.api.conversion import Variants, plan_of
 from streamquant.api.models import Model
+from streamquant.api.paths import paths_told
 from streamquant.convert.conversion import Conversion
 from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.run.device import choose_device
 from streamquant.files.listener import SILENT, Listener
-from streamquant.files.writing import os_errors_told
 from streamquant.publish.cards.card import write_cards
 from streamquant.publish.cards.options import CardOptions
 from streamquant.publish.release.release import run_release
@@ -20,7 +20,7 @@ from streamquant.publish.upload.options import EarlyPush, PushOptions
 from streamquant.publish.upload.push import Pushed
 
 
-@os_errors_told()
+@paths_told
 def card(folder: str | Path, options: CardOptions | None = None, *, report: str | Path | None = None) -> list[Path]:
     """Write the model card, README.md, of every variant, from its manifest and the report of exactly its files.
 
@@ -38,7 +38,7 @@ def card(folder: str | Path, options: CardOptions | None = None, *, report: str 
     return write_cards(Path(folder), options or CardOptions(), None if report is None else Path(report))
 
 
-@os_errors_told()
+@paths_told
 def push(
     folder: str | Path, repo: str, options: PushOptions | None = None, *, listener: Listener = SILENT
 ) -> tuple[Pushed, ...]:
@@ -60,7 +60,7 @@ def push(
     return upload.push(Path(folder), repo, options or PushOptions(), listener)
 
 
-@os_errors_told()
+@paths_told
 def convert_and_push(
     model: Model,
     to: Variants,
@@ -82,7 +82,7 @@ def convert_and_push(
     return streaming.convert_and_push(plan_of(model, to, options, out, listener), out, push, run, listener)
 
 
-@os_errors_told()
+@paths_told
 def run(
     release: str | Path, options: ReleaseOptions | None = None, *, listener: Listener = SILENT
 ) -> list[StageOutcome]:

@@ -3,16 +3,16 @@
 from pathlib import Path
 
 from streamquant.api.models import Model, local_weights
+from streamquant.api.paths import paths_told
 from streamquant.convert.recipes.imatrix import ImportanceMatrix
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.files.listener import SILENT, Listener
-from streamquant.files.writing import os_errors_told
 from streamquant.validate.readback import verify as readback
 from streamquant.validate.readback.inspect import StoredFile, inspect_path
 from streamquant.validate.readback.verify import VerifiedVariant
 
 
-@os_errors_told()
+@paths_told
 def inspect(path: str | Path) -> list[StoredFile]:
     """Read the headers of a GGUF or safetensors file of any publisher, or of all files in a folder.
 
@@ -25,7 +25,7 @@ def inspect(path: str | Path) -> list[StoredFile]:
     return inspect_path(Path(path))
 
 
-@os_errors_told()
+@paths_told
 def verify(
     folder: str | Path,
     source: Model | None = None,

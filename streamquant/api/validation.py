@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamquant.api.models import Model, local_weights, without_weights
+from streamquant.api.paths import paths_told
 from streamquant.calibrate.importance import ImportanceOptions, ImportanceRun, write_importance
 from streamquant.files.listener import SILENT, Listener
-from streamquant.files.writing import check_writable, os_errors_told, partial_of
+from streamquant.files.writing import check_writable, partial_of
 from streamquant.model.corpus import read_corpus
 from streamquant.model.variants.open import open_original
 from streamquant.quant.errors import UsageError
@@ -19,7 +20,7 @@ from streamquant.validate.report.data import ChatCheck, Report, check_report_fol
 from streamquant.validate.report.render import PLOTS
 
 
-@os_errors_told()
+@paths_told
 def validate(
     original: Model,
     variants: Sequence[str | Path],
@@ -59,7 +60,7 @@ def validate(
     return report
 
 
-@os_errors_told()
+@paths_told
 def chat_check(original: Model, variants: Sequence[str | Path], *, listener: Listener = SILENT) -> ChatCheck:
     """Compare tokens and chat templates of variants with the original's, in the engines themselves. Reads no weight.
 
@@ -70,7 +71,7 @@ def chat_check(original: Model, variants: Sequence[str | Path], *, listener: Lis
     return validation.chat_check(without_weights(original, listener), _paths(variants), listener)
 
 
-@os_errors_told()
+@paths_told
 def imatrix(
     model: Model,
     texts: Sequence[str | Path],

@@ -9,6 +9,7 @@ import streamquant
 from streamquant.cli.arguments import Chunks, ComputeDType, Context, Device, Scratch, Texts, forward_setting
 from streamquant.cli.console import print_line
 from streamquant.cli.progress import console_listener
+from streamquant.files.folders import check_working_folder
 
 
 def imatrix_command(
@@ -41,6 +42,7 @@ def imatrix_command(
 
     Example: `streamquant imatrix Hermes-4-14B --text calibration.txt --out imatrix.gguf --save-every 50`
     """
+    check_working_folder()
     options = streamquant.ImportanceOptions(forward_setting(device, dtype, scratch), save_every, parse_special)
     with console_listener("run the same command again; it uses what is in the cache") as listener:
         done = streamquant.imatrix(

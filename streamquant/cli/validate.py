@@ -23,6 +23,7 @@ from streamquant.cli.arguments import (
 )
 from streamquant.cli.console import print_line, print_result, say
 from streamquant.cli.progress import console_listener
+from streamquant.files.folders import check_working_folder
 from streamquant.validate.sections import ANSWER_TOKENS, FOLDER_ENGINES, SKIPPABLE
 
 
@@ -76,6 +77,7 @@ def validate_command(
     gates = streamquant.Gates(
         max_mean_kld, max_kld_99_9, min_same_top, max_ppl_ratio, max_errors, max_token_mismatches, max_chat_mismatches
     )
+    check_working_folder()
     options = streamquant.ValidationOptions(
         texts=tuple(text),
         setting=replace(forward_setting(device, dtype, scratch), weights_only=weights_only),
@@ -108,6 +110,7 @@ def chat_check_command(original: Original, variants: Variants, as_json: AsJson =
     """
     from streamquant.validate.report.console import chat_json, chat_view
 
+    check_working_folder()
     with console_listener("run the same command again; it uses what is in the cache") as listener:
         found = streamquant.chat_check(original, variants, listener=listener)
     print_result(chat_json(found) if as_json else chat_view(found))

@@ -68,6 +68,13 @@ def test_working_folder_that_is_gone(pristine: Path, tmp_path: Path, monkeypatch
     run("plan", pristine, *TO, "--out", "out").refused(1, "cannot read or write a file")
     run("convert", pristine, *TO, "--out", "out").refused(1, "cannot read or write a file")
     run("verify", "out").refused(2, "out")
+    text = pristine / "config.json"
+    for command in (
+        ("validate", pristine, pristine, "--text", text, "--out", tmp_path / "r"),
+        ("chat-check", pristine, pristine),
+    ):
+        run(*command).refused(1, "the working folder is gone")
+    run("imatrix", pristine, "--text", text, "--out", tmp_path / "im.gguf").refused(1, "the working folder is gone")
 
 
 def test_name_too_long_is_in_the_plan(pristine: Path, tmp_path: Path) -> None:
