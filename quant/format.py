@@ -28,6 +28,8 @@ Importance = NDArray[np.float32]
 GpuEncoder = Callable[["Tensor", "tuple[Tensor, ...]", "Tensor", "Tensor | None"], None]
 """(rows float32[r, n], parts uint8[g, bytes], overflow int32[1], importance float32[n] or None): queues the encoding on
 the rows' device, and lowers overflow to the first row whose scale or value does not fit (quant/gpu.py)."""
+WHOLE = 1 << 62
+"""As the rows of an entry: all rows of the tensor."""
 NO_OVERFLOW = 0x7FFFFFFF
 """What a GPU encoder's cell for the first overflowing row holds while no row has overflowed."""
 
@@ -62,15 +64,17 @@ class Part:
     stored_as: str
     """The dtype as the container spells it: a GGML type name ("Q8_0") or a safetensors dtype ("F8_E4M3")."""
     rows_per_entry: int
-    """Rows of weights that one entry covers."""
+    """Rows of weights that one entry covers; WHOLE: all."""
     bytes_per_entry: Callable[[int], int]
     """Row length n in weights -> bytes of one entry."""
     stored_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
     """Shape of the weights (torch order) -> shape of this part as the container states it (torch order)."""
+    content: Callable[[tuple[int, ...]], bytes] | None = None
+    """Shape of the weights -> the bytes of a part that follows from it; None: they follow from the weights."""
 
     def entries(self, rows: int) -> int:
         """How many entries `rows` rows of weights take."""
-        return -(-rows // self.rows_per_entry)
+        return 1 if self.rows_per_entry == WHOLE else -(-rows // self.rows_per_entry)
 
     def nbytes(self, rows: int, n: int) -> int:
         """Bytes that this part of a tensor of `rows` rows of `n` weights takes."""

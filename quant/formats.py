@@ -1,6 +1,6 @@
 """The one table of all number formats. A new format is a line here; the shared checks of tests/quant then run on it."""
 
-from streamquant.quant import fp8
+from streamquant.quant import fp8, integers, microscaling
 from streamquant.quant.format import Format, StoredType
 from streamquant.quant.ggml import floats, iquants, kquants, legacy, small
 
@@ -13,9 +13,11 @@ FORMATS: dict[str, Format] = {
         *iquants.FORMATS,
         *small.FORMATS,
         *fp8.FORMATS,
+        *integers.FORMATS,
+        *microscaling.FORMATS,
     )
 }
-"""By name: F32, F16, BF16 and GGML's names as ggml spells them; FP8_CHANNEL_* and FP8_BLOCK_* by source dtype."""
+"""By name: F32, F16, BF16 and GGML's names as ggml spells them; those for compressed-tensors end with a dtype."""
 
 STORED_TYPES: dict[str, StoredType] = {
     entry.name: entry for entry in (*(format_.stored for format_ in FORMATS.values()), *iquants.READ_ONLY)

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 
 from streamquant.quant.format import Encoded, Format, Importance, Part, Rows, StoredType, same_shape
 from streamquant.quant.kernels import fp8_cpu
-from streamquant.quant.widen import SOURCE_DTYPES, widen
+from streamquant.quant.scales import DTYPES, load_scales, store_scales
+from streamquant.quant.widen import SOURCE_DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TILE = fp8_cpu.TILE
 STORED = StoredType("F8_E4M3", None, 24, 0.25)
-_DTYPES = {"BF16": fp8_cpu.BF16, "F16": fp8_cpu.F16, "F32": fp8_cpu.F32}
 
 
 def _e4m3_values() -> NDArray[np.float32]:
@@ -46,37 +46,20 @@ def _e4m3_values() -> NDArray[np.float32]:
 E4M3 = _e4m3_values()
 
 
-def _store_scales(scales: NDArray[np.float32], dtype: str, out: NDArray[np.uint8]) -> None:
-    """Narrow the scales, which are values of `dtype` already, into the bytes of `dtype`."""
-    flat = np.ascontiguousarray(scales).reshape(-1)
-    if dtype == "BF16":
-        narrow: NDArray[np.generic] = (flat.view(np.uint32) >> 16).astype(np.uint16)
-    else:
-        narrow = flat.astype(np.float16 if dtype == "F16" else np.float32)
-    out[:] = narrow.view(np.uint8).reshape(out.shape)
-
-
-def _load_scales(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """uint8[entries, bytes] -> float32[entries, scales per entry]."""
-    scales = np.empty((raw.shape[0], raw.shape[1] // SOURCE_DTYPES[dtype]), np.float32)
-    widen(np.ascontiguousarray(raw).reshape(-1), dtype, scales)
-    return scales
-
-
 def _channel(dtype: str) -> Format:
     def encode_into(rows: Rows, out: Encoded, _importance: Importance | None) -> int:
         scales = np.empty(rows.shape[0], np.float32)
-        fp8_cpu.encode_channel(rows, out[0], scales, _DTYPES[dtype])
-        _store_scales(scales, dtype, out[1])
+        fp8_cpu.encode_channel(rows, out[0], scales, DTYPES[dtype])
+        store_scales(scales, dtype, out[1])
         return -1
 
     def decode_from(encoded: Encoded, n: int) -> Rows:
-        return E4M3[encoded[0].reshape(-1, n)] * _load_scales(encoded[1], dtype)
+        return E4M3[encoded[0].reshape(-1, n)] * load_scales(encoded[1], dtype)
 
     def encode_on_gpu(rows: Tensor, parts: tuple[Tensor, ...], _overflow: Tensor, _importance: Tensor | None) -> None:
         from streamquant.quant.kernels import fp8_gpu
 
-        fp8_gpu.encode_channel(rows, parts[0], parts[1], _DTYPES[dtype])
+        fp8_gpu.encode_channel(rows, parts[0], parts[1], DTYPES[dtype])
 
     size = SOURCE_DTYPES[dtype]
     codes = Part("", STORED.name, 1, lambda n: n, same_shape)
@@ -98,19 +81,19 @@ def _block(dtype: str) -> Format:
     def encode_into(rows: Rows, out: Encoded, _importance: Importance | None) -> int:
         r, n = rows.shape
         scales = np.empty((-(-r // TILE), -(-n // TILE)), np.float32)
-        fp8_cpu.encode_tiles(rows, out[0], scales, _DTYPES[dtype])
-        _store_scales(scales, dtype, out[1])
+        fp8_cpu.encode_tiles(rows, out[0], scales, DTYPES[dtype])
+        store_scales(scales, dtype, out[1])
         return -1
 
     def decode_from(encoded: Encoded, n: int) -> Rows:
         codes = encoded[0].reshape(-1, n)
-        scales = _load_scales(encoded[1], dtype).repeat(TILE, axis=0).repeat(TILE, axis=1)
+        scales = load_scales(encoded[1], dtype).repeat(TILE, axis=0).repeat(TILE, axis=1)
         return E4M3[codes] * scales[: codes.shape[0], :n]
 
     def encode_on_gpu(rows: Tensor, parts: tuple[Tensor, ...], _overflow: Tensor, _importance: Tensor | None) -> None:
         from streamquant.quant.kernels import fp8_gpu
 
-        fp8_gpu.encode_tiles(rows, parts[0], parts[1], _DTYPES[dtype])
+        fp8_gpu.encode_tiles(rows, parts[0], parts[1], DTYPES[dtype])
 
     size = SOURCE_DTYPES[dtype]
     codes = Part("", STORED.name, 1, lambda n: n, same_shape)
@@ -135,7 +118,7 @@ def _block(dtype: str) -> Format:
     )
 
 
-CHANNEL = {dtype: _channel(dtype) for dtype in _DTYPES}
-BLOCK = {dtype: _block(dtype) for dtype in _DTYPES}
+CHANNEL = {dtype: _channel(dtype) for dtype in DTYPES}
+BLOCK = {dtype: _block(dtype) for dtype in DTYPES}
 """By the dtype of the source."""
 FORMATS = (*CHANNEL.values(), *BLOCK.values())

@@ -75,19 +75,24 @@ class SafetensorsLayout(Layout):
         """Place all parts of the tensors of one shard; register the file."""
         stored: list[tuple[str, str, tuple[int, ...], int]] = []
         owners: list[tuple[int, int]] = []
+        contents: list[bytes | None] = []
         for index, entry in enumerate(group):
             parts = FORMATS[entry.choice.format].parts
             for number, (part, nbytes) in enumerate(zip(parts, entry.part_bytes, strict=True)):
                 stored.append((entry.name + part.suffix, part.stored_as, part.stored_shape(entry.shape), nbytes))
                 owners.append((index, number))
+                contents.append(part.content(entry.shape) if part.content is not None else None)
         order = _aligned_order([(safetensors_file.DTYPE_BITS[dtype] // 8, nbytes) for _, dtype, _, nbytes in stored])
         header = safetensors_file.write_header([stored[i] for i in order], {"format": "pt"})
         at = len(header)
         regions: dict[tuple[int, int], Region] = {}
+        literals = [(0, header)]
         for i in order:
             regions[owners[i]] = Region(len(self.draft.files), at, stored[i][3])
+            if (content := contents[i]) is not None:
+                literals.append((at, content))
             at += stored[i][3]
-        self.draft.files.append(OutputFile(path, at, ((0, header),)))
+        self.draft.files.append(OutputFile(path, at, tuple(literals)))
         return [
             entry.placed(tuple(regions[index, number] for number in range(len(entry.part_bytes))))
             for index, entry in enumerate(group)
@@ -107,5 +112,5 @@ def _aligned_order(stored: list[tuple[int, int]]) -> list[int]:
     """
     codes = [i for i, (size, _) in enumerate(stored) if size == 1]
     rest = sorted((i for i, (size, _) in enumerate(stored) if size > 1), key=lambda i: -stored[i][0])
-    aligned = sum(stored[i][1] for i in codes) % 4 == 0
+    aligned = sum(stored[i][1] for i in codes) % max((stored[i][0] for i in rest), default=1) == 0
     return codes + rest if aligned else rest + codes

@@ -20,7 +20,7 @@ from streamquant.convert.recipes.recipe import Recipe
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.tensor import SourceTensor
 from streamquant.files.sizes import human_bytes
-from streamquant.quant.format import Importance, Part
+from streamquant.quant.format import WHOLE, Importance, Part
 from streamquant.quant.formats import FORMATS
 
 CHUNK_BYTES = 32 * 1024 * 1024
@@ -300,7 +300,8 @@ def extents(plan: Plan, chunk: Chunk) -> Iterator[tuple[int, int, Region]]:
             region = output.regions[part_number]
             for first, count in runs:
                 start, nbytes = place_rows(part, matrix.resolved(output).stored_n, first, first + count)
-                yield number, part_number, Region(region.file, region.offset + start, nbytes)
+                if nbytes:
+                    yield number, part_number, Region(region.file, region.offset + start, nbytes)
 
 
 def fixed_bytes(plan: Plan) -> list[list[tuple[int, bytes]]]:
@@ -322,8 +323,13 @@ def fixed_bytes(plan: Plan) -> list[list[tuple[int, bytes]]]:
 
 
 def place_rows(part: Part, n: int, first: int, last: int) -> tuple[int, int]:
-    """Rows [first, last) of a part -> (offset in its region, nbytes). `first` begins an entry."""
+    """Rows [first, last) of a part -> (offset in its region, nbytes). `first` begins an entry.
+
+    What is there once for all rows comes with the first of them; what follows from the shape is a literal of its file.
+    """
     entry = part.bytes_per_entry(n)
+    if part.rows_per_entry == WHOLE:
+        return 0, entry if first == 0 and part.content is None else 0
     return first // part.rows_per_entry * entry, part.entries(last - first) * entry
 
 

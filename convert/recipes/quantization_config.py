@@ -24,7 +24,10 @@ IGNORE = ("lm_head", "model.embed_tokens")
 """Modules that stay unquantized. llm-compressor's documented example leaves the embeddings out of this list, and FP8
 embeddings load without an error and are wrong (transformers) or not at all (vLLM)."""
 
-CACHE_VERSION = 2
+GROUPS = "-g"
+"""Between a preset and the size of its groups, where that is not the preset's."""
+
+CACHE_VERSION = 3
 """Raise it when `quantization_config` changes."""
 
 
@@ -111,20 +114,27 @@ def with_ignored(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str,
 def quantization_config(scheme: str) -> dict[str, Any]:
     """The quantization_config that llm-compressor's model_free_ptq writes for a preset scheme with IGNORE.
 
-    Imports compressed-tensors, and so torch. (compressed_tensors/quantization/quant_config.py)
+    "W4A16-g32" is the preset W4A16 with groups of 32. Imports compressed-tensors, and so torch.
+    (compressed_tensors/quantization/quant_config.py; ModelFreePtqConverter.update_config and validate_config of
+    llm-compressor, which calls a scheme that is no preset "config_group_0")
     """
+    import torch
     from compressed_tensors import __version__
     from compressed_tensors.base import COMPRESSION_VERSION_NAME, TRANSFORM_CONFIG_NAME
-    from compressed_tensors.config import CompressionFormat
+    from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
 
-    preset = preset_name_to_scheme(scheme, ["Linear"])
-    preset.format = CompressionFormat.float_quantized.value
+    name, _, group = scheme.partition(GROUPS)
+    preset = preset_name_to_scheme(name, ["Linear"])
+    if group:
+        preset.weights.group_size = int(group)
+    format_name = infer_module_format(torch.nn.Linear, preset).value
+    preset.format = format_name
     config = QuantizationConfig(
-        config_groups={scheme: preset},
+        config_groups={"config_group_0" if group else name: preset},
         ignore=list(IGNORE),
         quantization_status=QuantizationStatus.COMPRESSED,
-        format=CompressionFormat.float_quantized.value,
+        format=format_name,
     )
     return {COMPRESSION_VERSION_NAME: __version__, TRANSFORM_CONFIG_NAME: {}, **config.model_dump(mode="json")}
 

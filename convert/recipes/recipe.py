@@ -1,8 +1,8 @@
 """Which tensor gets which format in a variant, and why.
 
 The rules for GGUF are llama.cpp's: those of convert_hf_to_gguf.py (conversion/base.py, ModelBase.prepare_tensors) for
-F32, F16, BF16 and Q8_0, those of llama-quantize (mix.py) for the rest. The rule for FP8 is llm-compressor's for
-`targets=["Linear"]`, by the role of the tensor in the architecture and not by its name.
+F32, F16, BF16 and Q8_0, those of llama-quantize (mix.py) for the rest. The rule for compressed-tensors is
+llm-compressor's for `targets=["Linear"]`, by the role of the tensor in the architecture and not by its name.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ from streamquant.convert.recipes.mix import (
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides
 from streamquant.convert.recipes.recipe_file import RecipeFile
 from streamquant.convert.source.tensor import SourceTensor
-from streamquant.quant import fp8
+from streamquant.quant import fp8, integers, microscaling
 from streamquant.quant.errors import UsageError
 from streamquant.quant.format import Format
 from streamquant.quant.formats import copy_of
@@ -43,6 +43,7 @@ class ChoiceOptions:
 
 GGUF_RUNTIMES = ("llama.cpp", "LM Studio", "Ollama")
 CHECKPOINT_RUNTIMES = ("vLLM", "SGLang", "transformers")
+MX_RUNTIMES = ("vLLM", "transformers")
 
 Tensors = Sequence[tuple[SourceTensor, TensorRule]]
 MXFP4 = "MXFP4"
@@ -64,7 +65,7 @@ class Recipe:
     """All tensors of the model with their rules, and options -> the choice for each stored tensor, by its name in the
     container: experts that GGUF stacks have one, a tensor that GGUF cuts has several."""
     scheme: str | None = None
-    """The preset of compressed-tensors, for safetensors that are quantized."""
+    """The preset of compressed-tensors, for safetensors that are quantized; "-g32" behind it for groups of 32."""
     base: str | None = None
     """llama-quantize's file type, for GGUF: "Q4_K_M" of "gguf:Q4_K_L"."""
     file: RecipeFile | None = None
@@ -77,6 +78,10 @@ class Recipe:
     """What the table of a card says of it, without a claim of quality."""
     details: str = ""
     """How it is quantized, in the sentences of a card, for safetensors."""
+    weights: str = ""
+    """What its weights are called, for safetensors: "FP8", "INT4"."""
+    hardware: str = ""
+    """The GPUs that it needs, in a sentence of a card."""
 
     @property
     def needs_importance(self) -> bool:
@@ -173,23 +178,40 @@ def _mix_model(model: ModelDescription) -> MixModel:
     return MixModel(model.gguf_arch, model.block_count, heads["head_count"], heads["head_count_kv"], expert_count)
 
 
-def _fp8_choice(formats: Mapping[str, Format]) -> Choose:
-    """Linear layers to FP8; everything else as it is in the source."""
+def _linear_layers(spec: str, formats: Mapping[str, Format]) -> Choose:
+    """Linear layers to a format, by the dtype of the source; everything else as it is in the source."""
 
     def choose(tensors: Tensors, model: ModelDescription, _options: ChoiceOptions) -> dict[str, Choice]:
         mtp = model.family.mtp
-        return {
-            tensor.name: _linear_choice(tensor, formats)
-            if rule.kind.is_linear and not (rule.is_mtp and mtp is not None and mtp.is_plain)
-            else Choice(copy_of(tensor.dtype).name, f"{rule.kind.value}: {_kept(tensor)}")
-            for tensor, rule in tensors
-        }
+        choices, unfit = {}, []
+        for tensor, rule in tensors:
+            if rule.kind.is_linear and not (rule.is_mtp and mtp is not None and mtp.is_plain):
+                choices[tensor.name] = _linear_choice(tensor, formats)
+                if not formats[tensor.dtype].fits(tensor.row_length):
+                    unfit.append(tensor)
+            else:
+                choices[tensor.name] = Choice(copy_of(tensor.dtype).name, f"{rule.kind.value}: {_kept(tensor)}")
+        if unfit:
+            raise _no_groups(spec, formats[unfit[0].dtype], unfit)
+        return choices
 
     return choose
 
 
+def _no_groups(spec: str, format_: Format, unfit: Sequence[SourceTensor]) -> UsageError:
+    """The error for rows that the groups of a format do not fill; one for all of them."""
+    lengths = ", ".join(str(length) for length in sorted({tensor.row_length for tensor in unfit}))
+    return UsageError(
+        f"{spec} has groups that the rows of this model do not fill",
+        where=f"{unfit[0].name!r} and {len(unfit) - 1} more" if len(unfit) > 1 else repr(unfit[0].name),
+        found=f"rows of {lengths} weights",
+        required=f"a multiple of {format_.weights_per_block}: compressed-tensors and vLLM refuse others",
+        hint="choose a variant with smaller groups (w4a16-g32, mxfp4), or a scale for each row (w8a8, fp8-dynamic)",
+    )
+
+
 def _linear_choice(tensor: SourceTensor, formats: Mapping[str, Format]) -> Choice:
-    """FP8 for a linear layer; a source that has it in the same form loses nothing."""
+    """The format of a linear layer; a source that has it in the same form loses nothing."""
     own = tensor.format.encoded_as
     if tensor.codes is not None and own is not None and own in {format_.name for format_ in formats.values()}:
         return Choice(own, "linear layer: the codes and scales of the source")
@@ -264,18 +286,54 @@ def recipe_of(file: RecipeFile) -> Recipe:
     return Recipe(f"{GGUF.prefix}{label}", GGUF, label, description, choose, base=base, file=file)
 
 
-def _fp8(name: str, formats: Mapping[str, Format], scheme: str, about: str, details: str) -> Recipe:
+PLAIN_REST = "Embeddings, norms and the output layer stay as in the original. No calibration data was needed."
+
+
+def _compressed(name: str, formats: Mapping[str, Format], scheme: str, about: str, details: str) -> Recipe:
+    """A preset of compressed-tensors, in FP8."""
     return Recipe(
         name,
         SAFETENSORS,
         SAFETENSORS.label(name),
         about,
-        _fp8_choice(formats),
+        _linear_layers(name, formats),
         scheme=scheme,
         about=about,
         runtimes=CHECKPOINT_RUNTIMES,
-        details=details,
+        details=f"{details} {PLAIN_REST}",
+        weights="FP8",
+        hardware="FP8 arithmetic needs a GPU that has it (NVIDIA: Ada, Hopper or later).",
     )
+
+
+def _integers(name: str, formats: Mapping[str, Format], scheme: str, about: str, bits: int = 4) -> Recipe:
+    """A preset with integers as weights alone."""
+    group = next(iter(formats.values())).weights_per_block
+    zero_point = " and a zero point" if "ASYM" in scheme else ""
+    details = (
+        f"Weights of linear layers are INT{bits} with one scale{zero_point} for each group of {group} columns of a "
+        f"row; activations are not quantized. {PLAIN_REST}"
+    )
+    recipe = _compressed(name, formats, scheme, about, "")
+    hardware = "NVIDIA GPUs from Turing on run it, with Marlin kernels; so do AMD's, and CPUs."
+    return replace(recipe, details=details, weights=f"INT{bits}", hardware=hardware)
+
+
+def _mx(name: str, formats: Mapping[str, Format], bits: int) -> Recipe:
+    """A preset of the OCP microscaling formats; its name tells whether activations are quantized too."""
+    element = "E2M1" if bits == 4 else "E4M3"
+    run_time = "are not quantized" if name.endswith("a16") else "are quantized likewise at run time"
+    about = f"{element}, a power of two as scale per 32 weights; activations {run_time.removeprefix('are ')}"
+    details = (
+        f"Weights of linear layers are MXFP{bits} (OCP microscaling): {element} with a power of two as scale for each "
+        f"32 columns of a row; activations {run_time}. {PLAIN_REST}"
+    )
+    hardware = (
+        f"NVIDIA GPUs from Blackwell on and AMD's from MI350 on compute in MXFP{bits}; "
+        "older ones widen the weights as they go, where the runtime has a kernel for it."
+    )
+    recipe = _compressed(name, formats, name.upper(), about, "")
+    return replace(recipe, details=details, weights=f"MXFP{bits}", hardware=hardware, runtimes=MX_RUNTIMES)
 
 
 ALIASES = {
@@ -287,24 +345,50 @@ ALIASES = {
 RECIPES: dict[str, Recipe] = {
     recipe.spec: recipe
     for recipe in (
-        _fp8(
+        _compressed(
             "fp8-dynamic",
             fp8.CHANNEL,
             "FP8_DYNAMIC",
             "E4M3, a scale per output channel; activations per token",
             "Weights of linear layers are FP8 E4M3 with one scale for each output channel; activations are quantized "
-            "to FP8 at run time, with one scale for each token. Embeddings, norms and the output layer stay as in the "
-            "original. No calibration data was needed.",
+            "to FP8 at run time, with one scale for each token.",
         ),
-        _fp8(
+        _compressed(
             "fp8-block",
             fp8.BLOCK,
             "FP8_BLOCK",
             "E4M3, a scale per 128x128 block; activations per group of 128",
             "Weights of linear layers are FP8 E4M3 with one scale for each block of 128 x 128; activations are "
-            "quantized to FP8 at run time, in groups of 128. Embeddings, norms and the output layer stay as in the "
-            "original. No calibration data was needed.",
+            "quantized to FP8 at run time, in groups of 128.",
         ),
+        replace(
+            _compressed(
+                "w8a8",
+                integers.INT8_CHANNEL,
+                "W8A8",
+                "INT8, a scale per output channel; activations INT8 per token",
+                "Weights of linear layers are INT8 with one scale for each output channel; activations are quantized "
+                "to INT8 at run time, with one scale for each token.",
+            ),
+            weights="INT8",
+            hardware="NVIDIA GPUs from Turing on compute in INT8; so do AMD's, and CPUs.",
+        ),
+        _integers("w8a16", integers.INT8, "W8A16", "INT8, a scale per 128 weights", 8),
+        _integers("w4a16", integers.INT4[128], "W4A16", "INT4, a scale per 128 weights"),
+        _integers(
+            "w4a16-asym", integers.INT4_ZERO_POINT[128], "W4A16_ASYM", "INT4, a scale and a zero point per 128 weights"
+        ),
+        _integers("w4a16-g32", integers.INT4[32], "W4A16-g32", "INT4, a scale per 32 weights"),
+        _integers(
+            "w4a16-asym-g32",
+            integers.INT4_ZERO_POINT[32],
+            "W4A16_ASYM-g32",
+            "INT4, a scale and a zero point per 32 weights",
+        ),
+        _mx("mxfp8", microscaling.FP8, 8),
+        _mx("mxfp8a16", microscaling.FP8, 8),
+        _mx("mxfp4", microscaling.FP4, 4),
+        _mx("mxfp4a16", microscaling.FP4, 4),
         Recipe(
             "bf16",
             SAFETENSORS,
@@ -314,6 +398,7 @@ RECIPES: dict[str, Recipe] = {
             about="plain bfloat16, of a quantized source",
             runtimes=CHECKPOINT_RUNTIMES,
             details="Weights are plain BF16, without a quantization.",
+            weights="BF16",
         ),
         _gguf("F32", "32-bit float", remark="not quantized"),
         _gguf("F16", "16-bit float", remark="not quantized"),

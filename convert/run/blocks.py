@@ -297,7 +297,8 @@ def _pieces(number: int, matrix: Matrix, moved: MovedRows, encoded: Encoded) -> 
         data = encoded[part_number].reshape(-1)
         for first, count in moved.runs:
             start, nbytes = place_rows(part, matrix.resolved(output).stored_n, first, first + count)
-            yield Piece(number, part_number, region.file, region.offset + start, data[at : at + nbytes])
+            if nbytes:
+                yield Piece(number, part_number, region.file, region.offset + start, data[at : at + nbytes])
             at += nbytes
 
 

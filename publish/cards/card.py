@@ -31,7 +31,7 @@ from streamquant.publish.upload.selection import repositories
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.report.text import Markdown, code, markdown
 
-_TAGS = {GGUF: ("gguf", "llama.cpp", "quantized"), SAFETENSORS: ("fp8", "compressed-tensors", "vllm", "quantized")}
+_TAGS = {GGUF: ("gguf", "llama.cpp", "quantized"), SAFETENSORS: ("compressed-tensors", "vllm", "quantized")}
 _PLAIN_TAGS = ("bf16", "vllm")
 """Of a checkpoint that is not quantized."""
 _LIBRARY = {GGUF: "gguf", SAFETENSORS: "transformers"}
@@ -94,6 +94,8 @@ def front_matter(
     refused = any(variant.made.blocks is not None and variant.made.blocks.is_refused for variant in folder.variants)
     is_plain = folder.container.is_checkpoint and all(v.made.recipe.scheme is None for v in folder.variants)
     tags = _PLAIN_TAGS if is_plain else _TAGS[folder.container]
+    if folder.container.is_checkpoint and not is_plain:
+        tags = (folder.variants[0].made.recipe.weights.lower(), *tags)
     own = [tag for tag in tags if not (refused and tag == "vllm")] + ["streamquant"]
     own += ["imatrix"] if any(variant.made.imatrix for variant in folder.variants) else []
     own += ["conversational"] if prompts is not None and prompts.prompts else []

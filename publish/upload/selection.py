@@ -27,7 +27,7 @@ from streamquant.validate.report.data import read_report, report_bytes
 
 SETTLED_NS = 2 * 10**9
 """Nanoseconds: a file that is newer than its manifest by more was touched since, and is hashed again."""
-_SUFFIX = re.compile(r"-(GGUF|FP8[\w-]*)$")
+_SUFFIX = re.compile(r"-(GGUF|(FP8|W\dA\d+|MXFP\d|NVFP4)[\w-]*)$")
 
 
 @dataclass(frozen=True, slots=True)

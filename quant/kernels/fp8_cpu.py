@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamquant.quant.kernels.bits import ABS, ONE, SIGN, bits_float, float_bits, helper, kernel, round_bits
+from streamquant.quant.kernels.rounding_cpu import BF16, F16
 
-BF16, F16, F32 = 0, 1, 2  # the dtype T of weight and scale
 TILE = 128
 
 _E4M3_MAX = np.float32(448.0)
@@ -21,7 +21,7 @@ _E4M3_MIN_NORMAL_BITS = np.uint32(0x3C800000)  # 2**-6
 
 
 @helper
-def _e4m3(q: np.uint32) -> np.uint8:
+def e4m3(q: np.uint32) -> np.uint8:
     """Bits of a finite float32 -> E4M3 code, saturating at 448."""
     a = min(np.uint32(q & ABS), _E4M3_MAX_BITS)
     normal = np.uint32(((a + np.uint32(0x7FFFF) + ((a >> np.uint32(20)) & ONE)) >> np.uint32(20)) - np.uint32(120 << 3))
@@ -88,7 +88,7 @@ def encode_channel(
         scale = _scale(bits_float(largest), dtype)
         scales[i] = scale
         for j in range(row.size):
-            codes[i, j] = _e4m3(_quotient(row[j], scale, dtype))
+            codes[i, j] = e4m3(_quotient(row[j], scale, dtype))
 
 
 @kernel
@@ -114,7 +114,7 @@ def encode_tiles(rows: NDArray[np.float32], codes: NDArray[np.uint8], scales: ND
             column_scale[start:stop] = scale
         for i in range(first, last):
             for j in range(n):
-                codes[i, j] = _e4m3(_quotient(rows[i, j], column_scale[j], dtype))
+                codes[i, j] = e4m3(_quotient(rows[i, j], column_scale[j], dtype))
 
 
 @helper

@@ -1,7 +1,7 @@
 """GPU kernels of FP8 E4M3, as fp8_cpu.py has them: amax, scale, divide, round.
 
 Every encoder takes float32[r, n], codes uint8[r, n] and the bytes of the scales on a device; `dtype` is BF16, F16 or
-F32 of fp8_cpu.py, the dtype of weights and scales.
+F32 of rounding_cpu.py, the dtype of weights and scales.
 """
 
 import triton

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streamquant.convert.manifest import (
     MANIFEST,
@@ -25,13 +25,14 @@ from streamquant.convert.manifest import (
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, Plan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix
-from streamquant.convert.run.blocks import Piece, Scratch, encode_block, read_rows, widen_rows
+from streamquant.convert.run.blocks import Bytes, Piece, Scratch, encode_block, read_rows, widen_rows
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.files.hashing import FileHash
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.machine import allow_open_files
 from streamquant.files.reading import read_into
 from streamquant.quant.errors import StreamquantError, UsageError
+from streamquant.quant.format import WHOLE
 from streamquant.quant.formats import FORMATS
 from streamquant.validate.readback.inspect import StoredFile, inspect_file
 from streamquant.validate.readback.sqnr import Noise
@@ -268,7 +269,7 @@ class _Comparison:
                 values = widen_rows(matrix, rows, raw, self.encoding)
                 taken = values if moved.rows is None else values[moved.rows]
                 resolved = matrix.resolved(matrix.outputs[pieces[0].output])
-                noise.add(resolved.arrange(taken), _decode(matrix, pieces, stored))
+                noise.add(resolved.arrange(taken), self._decode(matrix, pieces, stored))
 
     def _differs(self, matrix: Matrix, piece: Piece, first: int) -> None:
         file, name = self.plan.files[piece.file].path, matrix.outputs[piece.output].name
@@ -276,21 +277,24 @@ class _Comparison:
         if problem not in self.result.problems[-1:]:  # once for the runs of a block
             self.result.problems.append(problem)
 
-    def _stored(self, piece: Piece) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        buffer = np.empty(piece.data.size, np.uint8)
-        read_into(self.outputs[piece.file], buffer, piece.offset)
+    def _stored(self, piece: Piece) -> Bytes:
+        return self._read(piece.file, piece.offset, piece.data.size)
+
+    def _read(self, file: int, offset: int, nbytes: int) -> Bytes:
+        buffer = np.empty(nbytes, np.uint8)
+        read_into(self.outputs[file], buffer, offset)
         return buffer
 
-
-def _decode(
-    matrix: Matrix, pieces: list[Piece], stored: list[np.ndarray[Any, np.dtype[np.uint8]]]
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The weights of the source that the stored bytes stand for, in the order of the output."""
-    output = matrix.outputs[pieces[0].output]
-    format_, resolved = FORMATS[output.format], matrix.resolved(output)
-    parts = []
-    for number, part in enumerate(format_.parts):
-        runs = [found for piece, found in zip(pieces, stored, strict=True) if piece.part == number]
-        parts.append(np.concatenate(runs).reshape(-1, part.bytes_per_entry(resolved.stored_n)))
-    values = format_.decode(tuple(parts), resolved.stored_n)
-    return values if resolved.value is None else resolved.value.undo(values)
+    def _decode(self, matrix: Matrix, pieces: list[Piece], stored: list[Bytes]) -> NDArray[np.float32]:
+        """The weights of the source that the stored bytes stand for, in the order of the output."""
+        output = matrix.outputs[pieces[0].output]
+        format_, resolved = FORMATS[output.format], matrix.resolved(output)
+        parts = []
+        for number, (part, region) in enumerate(zip(format_.parts, output.regions, strict=True)):
+            if part.rows_per_entry == WHOLE:
+                runs = [self._read(region.file, region.offset, region.nbytes)]
+            else:
+                runs = [found for piece, found in zip(pieces, stored, strict=True) if piece.part == number]
+            parts.append(np.concatenate(runs).reshape(-1, part.bytes_per_entry(resolved.stored_n)))
+        values = format_.decode(tuple(parts), resolved.stored_n)
+        return values if resolved.value is None else resolved.value.undo(values)

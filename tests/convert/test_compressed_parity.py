@@ -1,0 +1,166 @@
+"""INT4, INT8, MXFP4 and MXFP8 folders against llm-compressor's model_free_ptq: tensors, config.json, index."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamquant.convert.conversion import convert
+from streamquant.convert.options import RunOptions
+from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.recipe import RECIPES, parse_variants
+from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.quant.errors import UsageError
+from streamquant.validate.readback.verify import verify
+from tests import synthetic
+from tests.conftest import Shelf, read_safetensors
+from tests.convert.test_fp8_parity import IGNORE, check_index, run_driver
+
+pytestmark = [pytest.mark.xdist_group("compressed-parity"), pytest.mark.timeout(900)]
+
+SIZE = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {"size": SIZE, "shards": 2},
+    "llama-f32": {"size": SIZE, "dtype": "F32"},
+    "qwen3": {"architecture": "Qwen3ForCausalLM", "size": SIZE, "tied": True, "dtype": "F16"},
+}
+CASES = (
+    "llama",
+    "qwen3",
+    pytest.param("llama-f32", marks=pytest.mark.long),
+    pytest.param("smollm2", marks=pytest.mark.long),
+)
+VARIANTS = [name for name, recipe in RECIPES.items() if recipe.scheme is not None and not name.startswith("fp8")]
+
+REFERENCE = """
+import json, sys
+from compressed_tensors.quantization import preset_name_to_scheme
+from llmcompressor import model_free_ptq
+
+for job in json.loads(sys.argv[1]):
+    name, _, group = job["scheme"].partition("-g")
+    scheme = name
+    if group:
+        scheme = preset_name_to_scheme(name, ["Linear"])
+        scheme.weights.group_size = int(group)
+    model_free_ptq(job["source"], job["out"], scheme=scheme, ignore=job["ignore"], device="cpu")
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run of the reference."""
+
+    source: str
+    out: str
+    scheme: str
+    ignore: list[str]
+
+
+class Pairs:
+    """Checkpoints, our variants of each, and the reference's."""
+
+    def __init__(self, request: pytest.FixtureRequest, shelf: Shelf) -> None:
+        self.request, self.shelf = request, shelf
+
+    def source(self, case: str) -> Path:
+        if case == "smollm2":
+            found: Path = self.request.getfixturevalue("smollm2")
+            return found
+
+        def write(folder: Path) -> None:
+            synthetic.write_checkpoint(folder / case, extra_side_files=False, **SETTINGS[case])
+
+        return self.shelf.get(f"compressed-source-{case}", write) / case
+
+    def variants(self, case: str) -> list[str]:
+        """SmolLM2's rows of 576 are no whole groups of 128."""
+        return [name for name in VARIANTS if case != "smollm2" or not in_groups_of_128(name)]
+
+    def ours(self, case: str) -> Path:
+        source = open_checkpoint(self.source(case))
+        return self.shelf.get(
+            f"compressed-ours-{case}",
+            lambda out: convert(make_plan(source, parse_variants(self.variants(case))), out, RunOptions(jobs=2)),
+        )
+
+    def reference(self, case: str, variant: str) -> Path:
+        return self.shelf.get("compressed-references", self.run_reference) / f"{case}-{variant}"
+
+    def run_reference(self, out: Path) -> None:
+        """All cases that this run asks for, in one process."""
+        items = [item for item in self.request.session.items if isinstance(item, pytest.Function)]
+        asked: list[Any] = [i.callspec.params["case"] for i in items if i.function is test_folders_equal_llm_compressor]
+        jobs = [
+            asdict(Job(str(self.source(case)), str(out / f"{case}-{name}"), RECIPES[name].scheme or "", IGNORE))
+            for case in dict.fromkeys(asked)
+            for name in self.variants(case)
+        ]
+        run_driver(REFERENCE, json.dumps(jobs))
+
+
+def in_groups_of_128(variant: str) -> bool:
+    return variant in ("w4a16", "w4a16-asym", "w8a16")
+
+
+@pytest.fixture(scope="module")
+def pairs(request: pytest.FixtureRequest, shelf: Shelf) -> Pairs:
+    return Pairs(request, shelf)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_folders_equal_llm_compressor(pairs: Pairs, case: str) -> None:
+    (out,) = {path.parent for path in pairs.ours(case).iterdir()}
+    for variant in pairs.variants(case):
+        ours = out / f"{pairs.source(case).name}-{RECIPES[variant].label}"
+        reference = pairs.reference(case, variant)
+        shards = sorted(path.name for path in ours.glob("*.safetensors"))
+        assert shards == sorted(path.name for path in reference.glob("*.safetensors"))
+        for shard in shards:
+            found, expected = read_safetensors(ours / shard), read_safetensors(reference / shard)
+            assert found.keys() == expected.keys(), variant
+            assert not [name for name in found if found[name] != expected[name]], variant
+        assert (ours / "config.json").read_text().strip() == (reference / "config.json").read_text().strip(), variant
+        index = "model.safetensors.index.json"
+        if len(shards) > 1:
+            made, wanted = (json.loads((folder / index).read_text()) for folder in (ours, reference))
+            assert made["weight_map"] == wanted["weight_map"]
+            assert made["metadata"]["total_size"] == wanted["metadata"]["total_size"]
+        check_index(ours)
+
+
+def test_verify_compares_with_the_source(pairs: Pairs) -> None:
+    results = verify(pairs.ours("llama"), open_checkpoint(pairs.source("llama")))
+    assert sorted(result.spec for result in results) == sorted(VARIANTS)
+    assert not [problem for result in results for problem in result.problems]
+    signal = {result.spec: result.quantized.sqnr_db for result in results}
+    assert all(signal[name] > 40 for name in ("w8a8", "w8a16"))
+    assert all(17 < signal[name] < 23 for name in signal if name.startswith(("w4a16", "mxfp4")))
+
+
+def test_variants_alone_and_with_one_worker_give_the_same(pairs: Pairs, tmp_path: Path) -> None:
+    """Also where a read serves fewer variants, and blocks have another number of rows."""
+    source, whole = pairs.source("llama"), pairs.ours("llama")
+    chosen = parse_variants(["w4a16-asym", "w8a8"])
+    convert(make_plan(open_checkpoint(source), chosen), tmp_path / "again", RunOptions(jobs=1))
+    for path in (tmp_path / "again").rglob("*.safetensors"):
+        assert path.read_bytes() == (whole / path.relative_to(tmp_path / "again")).read_bytes()
+
+
+def test_rows_that_groups_do_not_fill_are_one_error(tmp_path: Path) -> None:
+    source = synthetic.write_checkpoint(tmp_path / "odd", size={**SIZE, "intermediate_size": 320})
+    with pytest.raises(UsageError) as error:
+        make_plan(open_checkpoint(source), parse_variants(["w4a16"]))
+    assert error.value.what == "w4a16 has groups that the rows of this model do not fill"
+    assert error.value.where == "'model.layers.0.mlp.down_proj.weight'"
+    assert error.value.found == "rows of 320 weights"
+    assert "w4a16-g32" in (error.value.hint or "")
+    make_plan(open_checkpoint(source), parse_variants(["w4a16-g32", "w8a8", "mxfp4"]))
