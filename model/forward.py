@@ -373,14 +373,14 @@ class _Model:
             def before(
                 _module: Any, arguments: Any, name: str = stored, observe: Any = observe, quantize: Any = quantize
             ) -> Any:
-                (x,) = arguments
+                x, *others = arguments  # a router may be given the bias of its choice too
                 if observe is not None:
                     observe(name, x)
                 if quantize is None:
                     return None
                 if last[0] is not x or last[1] is not quantize:
                     last[:] = [x, quantize, quantize(x)]
-                return (last[2],)
+                return (last[2], *others)
 
             if observe is not None or quantize is not None:
                 hooks.callback(linear.register_forward_pre_hook(before).remove)

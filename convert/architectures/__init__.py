@@ -15,6 +15,7 @@ from streamquant.convert.architectures.families.dots1 import DOTS1
 from streamquant.convert.architectures.families.glm4_moe import GLM4_MOE
 from streamquant.convert.architectures.families.gpt_oss import GPT_OSS
 from streamquant.convert.architectures.families.llama import LLAMA
+from streamquant.convert.architectures.families.minimax_m2 import MINIMAX_M2
 from streamquant.convert.architectures.families.mistral.mistral import MISTRAL
 from streamquant.convert.architectures.families.mistral.mistral3 import MINISTRAL3, MINISTRAL3_VL, MISTRAL3
 from streamquant.convert.architectures.families.mistral.mixtral import MIXTRAL
@@ -51,7 +52,7 @@ __all__ = [
 
 FAMILIES = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE, QWEN3_5_VL, QWEN3_5_MOE_VL),
-    *(SEED_OSS, GPT_OSS, GLM4_MOE, QWEN2_MOE, DOTS1, OLMOE),
+    *(SEED_OSS, GPT_OSS, MINIMAX_M2, GLM4_MOE, QWEN2_MOE, DOTS1, OLMOE),
     *(MISTRAL3, MINISTRAL3_VL, MINISTRAL3, SMOLLM3, OLMO2),
 )
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType(

@@ -194,6 +194,7 @@ class Family:
     partial_rotary: the share of a head that is rotated, where config.json does not say; None: heads are rotated whole.
     multimodal is set for a class around a text model, whose model_type and tables the others are.
     norm_value: what the converter makes of norms, but for those whose row has a view of its own.
+    rotary_key: where config.json says the rotated part of a head in dimensions, which transformers does not read.
     default_rope: the rope_parameters of the configuration class where config.json has none; `truncate: false` in it
     means that the class does not round yarn's bounds, which llama.cpp always does.
     """
@@ -215,6 +216,7 @@ class Family:
     multimodal: Multimodal | None = None
     norm_value: ValueMap | None = None
     default_rope: Mapping[str, object] | None = None
+    rotary_key: str | None = None
 
     @property
     def gguf_arch(self) -> str:

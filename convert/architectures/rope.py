@@ -132,7 +132,8 @@ def with_default_rope(
         key, settings = "rope_parameters", {**default}
         if values.get("rope_theta") is not None:
             settings["rope_theta"] = values["rope_theta"]
-        notes.append(f"config.json has no rope settings; transformers' default is used: {shorten(settings)}")
+        if settings["rope_type"] != "default" or values.get("rope_theta") is None:
+            notes.append(f"config.json has no rope settings; transformers' default is used: {shorten(settings)}")
     elif isinstance(given := values[key], Mapping):
         theta = {} if values.get("rope_theta") is not None else {"rope_theta": default["rope_theta"]}
         settings = {**theta, **given}
