@@ -3,7 +3,7 @@
 All that is known of a family is in its file (family.py has the records); FAMILIES below lists them.
 
 >>> sorted(ARCHITECTURES)[:2]
-['Dots1ForCausalLM', 'Glm4MoeForCausalLM']
+['DeepseekV3ForCausalLM', 'Dots1ForCausalLM']
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from streamquant.convert.architectures.config_values import describe_type, shorten
 from streamquant.convert.architectures.description import ExtraTensor, ModelDescription, TensorRule
+from streamquant.convert.architectures.families.deepseek.deepseek_v3 import DEEPSEEK_V3, GLM4_MOE_LITE
 from streamquant.convert.architectures.families.dots1 import DOTS1
 from streamquant.convert.architectures.families.glm4_moe import GLM4_MOE
 from streamquant.convert.architectures.families.gpt_oss import GPT_OSS
@@ -54,6 +55,7 @@ FAMILIES = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE, QWEN3_5_VL, QWEN3_5_MOE_VL),
     *(SEED_OSS, GPT_OSS, MINIMAX_M2, GLM4_MOE, QWEN2_MOE, DOTS1, OLMOE),
     *(MISTRAL3, MINISTRAL3_VL, MINISTRAL3, SMOLLM3, OLMO2),
+    *(DEEPSEEK_V3, GLM4_MOE_LITE),
 )
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
     {family.hf_architecture: family for family in reversed(FAMILIES)}

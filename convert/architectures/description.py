@@ -60,7 +60,8 @@ class TensorRule:
     def has_importance(self) -> bool:
         """Whether llama-imatrix has an entry for it: the matrices of the layers that inputs are multiplied with."""
         is_read = self.layer >= 0 and not self.is_mtp and not self.is_by_head
-        return is_read and (self.kind.is_linear or self.kind in (TensorKind.ROUTER, TensorKind.STATE_INPUT))
+        others = (TensorKind.ROUTER, TensorKind.STATE_INPUT, TensorKind.LATENT)
+        return is_read and (self.kind.is_linear or self.kind in others)
 
     @property
     def gguf_shape(self) -> tuple[int, ...]:
@@ -100,7 +101,9 @@ class ModelDescription:
     layer_count: int
     """Decoder layers that a text goes through."""
     block_count: int
-    """Those, and the layers for multi-token prediction behind them: what GGUF counts."""
+    """Those, and the layers for multi-token prediction behind them that a GGUF has: what it counts."""
+    mtp_layer_count: int
+    """Layers for multi-token prediction that the checkpoint has."""
     vocab_size: int
     hyperparameters: Mapping[str, int]
     """The sizes that every variant of the model must have, by their names in messages: "attention heads" -> 64."""
@@ -126,7 +129,7 @@ class ModelDescription:
     @property
     def unquantized(self) -> tuple[str, ...]:
         """The modules that compressed-tensors must leave alone beside the head and the embeddings, in its spelling."""
-        mtp = self.family.mtp if self.block_count > self.layer_count else None
+        mtp = self.family.mtp if self.mtp_layer_count else None
         return (*self.family.unquantized, *(mtp.unquantized if mtp is not None else ()))
 
     @property
@@ -146,7 +149,12 @@ class ModelDescription:
     def stored_rules(self) -> Iterator[TensorRule]:
         """The rules of everything that a GGUF may store, those of experts one by one."""
         for rule in self.rules.values():
-            yield from rule.stored
+            if self.is_in_gguf(rule):
+                yield from rule.stored
+
+    def is_in_gguf(self, rule: TensorRule) -> bool:
+        """Whether a GGUF has the tensor."""
+        return not rule.is_mtp or self.family.mtp is None or self.family.mtp.in_gguf
 
     def match(self, shapes: Mapping[str, tuple[int, ...]], where: str = "") -> tuple[TensorRule, ...]:
         """The rules of the tensors that a checkpoint has, in the checkpoint's order, ignored tensors left out.
@@ -183,7 +191,7 @@ class ModelDescription:
                 "the checkpoint lacks tensors that its config.json demands",
                 where=_place(where, missing[0]),
                 found=f"{len(missing)} missing",
-                required=f"all tensors of {self.hf_architecture} with {self.block_count} layers",
+                required=f"all tensors of {self.hf_architecture} with {self.layer_count + self.mtp_layer_count} layers",
                 hint="is a shard missing?",
             )
 

@@ -34,6 +34,8 @@ class TensorKind(enum.Enum):
     """The short one of a linear attention; never quantized."""
     STATE = "state"
     """Numbers for each head of a linear attention: its decay, the bias of its step."""
+    LATENT = "projection to a latent vector"
+    """What makes the vector of all heads' keys and values, or queries; runtimes want it unquantized in safetensors."""
     STATE_INPUT = "input of a state"
     """The small matrices of a linear attention that make decay and step; runtimes want them unquantized."""
     SINK = "attention sink"
@@ -168,6 +170,25 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """The keys of config.json that describe multi-head latent attention (MLA).
+
+    Keys and values of all heads are made of one vector of `key_value_rank` for each token, queries of one of
+    `query_rank`, or of the hidden state where that is null. The last `rotated` of a key's components are rotated, and
+    the same for all heads; the others have no position.
+    """
+
+    query_rank: str = "q_lora_rank"
+    key_value_rank: str = "kv_lora_rank"
+    plain: str = "qk_nope_head_dim"
+    rotated: str = "qk_rope_head_dim"
+    value: str = "v_head_dim"
+    is_written_early: bool = True
+    """Whether the lengths of keys and values stand in a GGUF where other families have them: the class in transformers
+    has a head_dim."""
+
+
+@dataclass(frozen=True, slots=True)
 class Multimodal:
     """The class around a text model that also sees or hears: the text model alone becomes a GGUF.
 
@@ -192,6 +213,7 @@ class Family:
     tells the kinds of layers, where they differ; sizes are the family's own, for its table and its keys. unquantized
     are the modules that compressed-tensors must leave alone beside the head and the embeddings, in its spelling.
     partial_rotary: the share of a head that is rotated, where config.json does not say; None: heads are rotated whole.
+    latent is set for multi-head latent attention (MLA).
     multimodal is set for a class around a text model, whose model_type and tables the others are.
     norm_value: what the converter makes of norms, but for those whose row has a view of its own.
     rotary_key: where config.json says the rotated part of a head in dimensions, which transformers does not read.
@@ -213,6 +235,7 @@ class Family:
     sizes: Mapping[Size, Terms] = field(default_factory=dict)
     unquantized: tuple[str, ...] = ()
     partial_rotary: float | None = None
+    latent: LatentAttention | None = None
     multimodal: Multimodal | None = None
     norm_value: ValueMap | None = None
     default_rope: Mapping[str, object] | None = None

@@ -26,7 +26,7 @@ from streamquant.convert.architectures.family import (
 )
 from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, KeySources, key_values
 from streamquant.convert.architectures.gguf_names import gguf_name
-from streamquant.convert.architectures.layers import MTP, SLIDING
+from streamquant.convert.architectures.layers import MTP, SLIDING, Switch
 from streamquant.convert.architectures.rope import (
     ROPE_FREQS,
     RopeSettings,
@@ -67,13 +67,15 @@ class Dimensions:
     expert_intermediate: int = 0
     mtp_layers: int = 0
     """Layers for multi-token prediction, which `layers` does not count."""
+    mtp_in_gguf: bool = True
+    """Whether a GGUF has them."""
     own: Mapping[Size, int] = field(default_factory=dict)
     """The sizes that only the family has."""
 
     @property
     def blocks(self) -> int:
-        """All layers, as a GGUF counts them."""
-        return self.layers + self.mtp_layers
+        """All layers of a GGUF."""
+        return self.layers + (self.mtp_layers if self.mtp_in_gguf else 0)
 
     @property
     def common(self) -> dict[Size, int]:
@@ -150,12 +152,14 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     metadata = common_metadata(family, config, sizes, rope)
     sources = KeySources(family.gguf_arch, config, sizes.size, tags, metadata, rope.numbers)
     notes += [*refused_notes(family, sizes, tied), *window_step_notes(family, tags), *step_notes(family, tags)]
+    notes += [*latent_notes(family, config, sizes), *left_out_notes(family, sizes)]
     if tied:
         notes.append("tie_word_embeddings: no output.weight unless the checkpoint has lm_head.weight")
     return ModelDescription(
         family=family,
         layer_count=sizes.layers,
         block_count=sizes.blocks,
+        mtp_layer_count=sizes.mtp_layers,
         vocab_size=sizes.vocabulary,
         hyperparameters=MappingProxyType(sizes.named()),
         norm_epsilon=epsilon,
@@ -212,6 +216,13 @@ def read_dimensions(family: Family, config: ConfigValues) -> Dimensions:
             required=f"a divisor of num_attention_heads = {heads}",
         )
     head_dim = read_head_dim(family, config, hidden, heads)
+    is_written = "head_dim" in family.defaults or config.values.get("head_dim") is not None
+    if family.latent is not None:
+        is_written = family.latent.is_written_early
+        if kv_heads != heads:
+            raise config.refuse(
+                "num_key_value_heads", "latent attention with heads that share keys", required=f"{heads}, as heads"
+            )
     experts, used, expert_intermediate = read_experts(family, config)
     layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
     sizes = Dimensions(
@@ -223,12 +234,13 @@ def read_dimensions(family: Family, config: ConfigValues) -> Dimensions:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        head_dim_is_written="head_dim" in family.defaults or config.values.get("head_dim") is not None,
+        head_dim_is_written=is_written,
         rotary=head_dim,
         experts=experts,
         experts_used=used,
         expert_intermediate=expert_intermediate,
         mtp_layers=0 if family.mtp is None else family.mtp.count(config, MAX_LAYERS - layers),
+        mtp_in_gguf=family.mtp is None or family.mtp.in_gguf,
     )
     return replace(sizes, own={name: total(terms, sizes, config) for name, terms in family.sizes.items()})
 
@@ -245,7 +257,9 @@ def total(terms: Terms, sizes: Dimensions, config: ConfigValues) -> int:
     def value(factor: str | int) -> int:
         if isinstance(factor, int):
             return factor
-        return sizes.size(factor) if factor in sizes.common else config.integer(factor)
+        if factor in sizes.common:
+            return sizes.size(factor)
+        return (config.integer_or_null(factor) or 0) if factor in config.nullable else config.integer(factor)
 
     result = sum(math.prod(map(value, factors)) for factors in terms)
     if result > LARGEST_INTEGER:
@@ -275,6 +289,7 @@ def read_tags(family: Family, config: ConfigValues, sizes: Dimensions) -> tuple[
         listed = kinds.tags(config, sizes.layers)
         found = [tags | {tag} for tags, tag in zip(found, listed, strict=True)]
     behind = frozenset() if family.mtp is None else family.mtp.tags | {MTP}
+    behind |= {kinds.tags(config, 1)[0] for kinds in family.layers if isinstance(kinds, Switch)}
     return (*found, *[behind] * sizes.mtp_layers)
 
 
@@ -289,7 +304,13 @@ def read_experts(family: Family, config: ConfigValues) -> tuple[int, int, int]:
 
 
 def read_head_dim(family: Family, config: ConfigValues, hidden: int, heads: int) -> int:
-    """head_dim, or hidden_size / num_attention_heads where config.json leaves it to that."""
+    """head_dim, or hidden_size / num_attention_heads where config.json leaves it to that; of MLA the rotated part."""
+    if family.latent is not None:
+        rotated = config.integer(family.latent.rotated, most=MAX_HEAD_DIM)
+        if rotated % 2:
+            key = family.latent.rotated
+            raise config.refuse(key, "the heads cannot be rotated by halves", required="an even number")
+        return rotated
     has_key = "head_dim" in config or "head_dim" in family.defaults
     explicit = config.integer_or_null("head_dim", most=MAX_HEAD_DIM) if has_key else None
     if (explicit is None or family.hidden_divides_by_heads) and hidden % heads != 0:
@@ -392,6 +413,27 @@ def step_notes(family: Family, tags: Sequence[frozenset[str]]) -> Iterator[str]:
             )
 
 
+def latent_notes(family: Family, config: ConfigValues, sizes: Dimensions) -> Iterator[str]:
+    """A warning where llama.cpp wants queries that are made of a latent vector: it knows the models without by their
+    layers (load_arch_hparams of src/models/deepseek2.cpp; seen with llama.cpp 11434)."""
+    if family.latent is None or config.has_value(family.latent.query_rank):
+        return
+    if sizes.blocks not in (26, 27) and (sizes.blocks, sizes.vocabulary) != (48, 128256):
+        yield (
+            f"WARNING: {family.latent.query_rank} = null: llama.cpp will refuse to load the GGUF: in arch"
+            f" {family.gguf_arch!r} it knows such models with 26 or 27 layers alone"
+        )
+
+
+def left_out_notes(family: Family, sizes: Dimensions) -> Iterator[str]:
+    """A note where a GGUF lacks layers that the checkpoint has."""
+    if sizes.mtp_layers and not sizes.mtp_in_gguf:
+        yield (
+            f"{sizes.mtp_layers} layers for multi-token prediction stay out of GGUF files: llama.cpp does not read them"
+            f" in arch {family.gguf_arch!r}"
+        )
+
+
 def other_value_notes(family: Family, config: ConfigValues) -> Iterator[str]:
     """A warning where llama.cpp computes something else, because GGUF has no key for what config.json says."""
     for key, assumed in family.llama_cpp.assumed.items():
@@ -406,7 +448,7 @@ def make_rules(
     family: Family, config: ConfigValues, sizes: Dimensions, tags: Sequence[frozenset[str]]
 ) -> Iterator[TensorRule]:
     """The rules of all tensors, in the order of a state dict."""
-    names = gguf.get_tensor_name_map(family.llama_cpp.arch, sizes.blocks)
+    names = gguf.get_tensor_name_map(family.llama_cpp.arch, sizes.layers + sizes.mtp_layers)
     switches = {tensor.when for tensor in family.layer if tensor.when is not None}
     switched_on = {None, *(key for key in sorted(switches) if config.boolean(key))}
     tensors = [tensor for tensor in family.layer if tensor.when in switched_on]

@@ -8,6 +8,7 @@ from gguf.constants import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from streamquant.convert.architectures.config_values import LARGEST_FLOAT32, ConfigValues
+from streamquant.convert.architectures.layers import MTP
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,8 @@ class Field:
     key: str
     values: Mapping[str, int] | None = None
     """For a text that GGUF has a number for."""
+    only_true: bool = False
+    """Whether false is no key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,14 @@ class Constant:
     """The same value for every model."""
 
     value: int | float | bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The number of decoder layers that have a tag. Read backwards, it is that of a key of config.json."""
+
+    tag: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +79,10 @@ class GgufKey:
 
     name: str
     type: GGUFValueType
-    value: str | Field | RopeNumber | Constant | Product | Otherwise | PerLayer
+    value: str | Field | RopeNumber | Constant | Counted | Product | Otherwise | PerLayer
 
 
-def u32(name: str, value: str | Field | Constant | Product) -> GgufKey:
+def u32(name: str, value: str | Field | Constant | Counted | Product) -> GgufKey:
     """A count."""
     return GgufKey(name, GGUFValueType.UINT32, value)
 
@@ -127,13 +138,15 @@ def key_values(rows: Iterable[GgufKey], sources: KeySources) -> dict[str, GGUFVa
                 found[name] = GGUFValue(sources.rope[key], row.type)
             case Constant(value=value):
                 found[name] = GGUFValue(value, row.type)
+            case Counted(tag=tag):
+                found[name] = GGUFValue(sum(tag in layer and MTP not in layer for layer in sources.layers), row.type)
             case Product(first=first, second=second):
                 found[name] = GGUFValue(config.integer(first) * config.integer(second), row.type)
             case Otherwise(value=otherwise_list):
                 if name not in sources.known:
                     found[name] = GGUFValue(list(otherwise_list), GGUFValueType.ARRAY, row.type)
             case Field() as of_config:
-                if config.has_value(of_config.key):
+                if config.has_value(of_config.key) and not (of_config.only_true and config.raw(of_config.key) is False):
                     found[name] = GGUFValue(_read(config, of_config, row.type), row.type)
             case str(of):
                 if size(of):

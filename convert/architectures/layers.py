@@ -27,12 +27,24 @@ class LayerKinds(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DenseFirst:
-    """The first layers are dense, the others have experts; `key` says how many are."""
+    """The first layers are dense, the others have experts: `key` says how many, or a list of "dense" and "sparse"."""
 
     key: str = "first_k_dense_replace"
+    listed: str | None = None
+    """The key of the list, which wins."""
 
     def tags(self, config: ConfigValues, count: int) -> list[str]:
         """See LayerKinds.tags."""
+        if self.listed is not None and config.values.get(self.listed) is not None:
+            tags = ListedTypes({DENSE: DENSE, SPARSE: SPARSE}, self.listed).tags(config, count)
+            first = tags.count(DENSE)
+            if DENSE in tags[first:] or (self.key in config and config.integer(self.key, least=0) != first):
+                raise config.refuse(
+                    self.listed,
+                    "layers that llama.cpp cannot tell by the number of dense ones",
+                    required=f"dense layers, then sparse ones, as many as {self.key} says",
+                )
+            return tags
         first = config.integer(self.key, least=0, most=count)
         return [DENSE] * first + [SPARSE] * (count - first)
 
@@ -112,6 +124,19 @@ class ListedTypes:
 
 
 @dataclass(frozen=True, slots=True)
+class Switch:
+    """All layers have one tag or the other, those for multi-token prediction too: by whether a key has a value."""
+
+    key: str
+    given: str
+    absent: str
+
+    def tags(self, config: ConfigValues, count: int) -> list[str]:
+        """See LayerKinds.tags."""
+        return [self.given if config.has_value(self.key) else self.absent] * count
+
+
+@dataclass(frozen=True, slots=True)
 class MtpLayers:
     """The layers behind the last one that predict further tokens (multi-token prediction; llama.cpp: nextn).
 
@@ -127,6 +152,8 @@ class MtpLayers:
     """Modules of theirs that compressed-tensors must leave alone, in its spelling."""
     is_plain: bool = False
     """Whether runtimes want all of them unquantized in safetensors."""
+    in_gguf: bool = True
+    """Whether llama.cpp's converter takes them into a GGUF."""
     modules: Mapping[str, str] = field(default_factory=dict)
     """Where checkpoints keep them as `mtp.MODULE` beside the other layers, and not as layers behind the last one:
     the module -> its name in the layer. Layers of theirs are `mtp.layers.0` and so on."""

@@ -73,7 +73,9 @@ class GgufLayout(Layout):
         place = {name: number for number, name in enumerate(draft.checkpoint.tensors)}
         fused = {name: tensor.fused for name, tensor in draft.checkpoint.tensors.items() if tensor.fused is not None}
         left = classifier.head.name if classifier is not None and classifier.replaces_head else None
-        names = [name for name in draft.checkpoint.tensors if name in draft.model.rules and name != left]
+        rules_of = draft.model.rules
+        known = [name for name in draft.checkpoint.tensors if name in rules_of and name != left]
+        names = [name for name in known if draft.model.is_in_gguf(rules_of[name])]
         for rules in stored_order(draft.model, names, fused):
             first, choice = rules[0], choices[rules[0].gguf_name]
             if (

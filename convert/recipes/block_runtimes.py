@@ -114,7 +114,7 @@ def _refusal(
 ) -> str | None:
     """The first weight that is refused at a degree, in words; None if none is."""
     share = f" on each of {degree} GPUs" if degree > 1 else ""
-    for layer in range(model.block_count):
+    for layer in range(model.layer_count + model.mtp_layer_count):
         for group in MERGED:
             names = [f"model.layers.{layer}.{module}.weight" for module in group]
             # Undivided, only where one member ends and the next begins counts: the last may end within a block.

@@ -125,7 +125,7 @@ def _gguf_choice(file_type: str, own: Overrides, reason_of_ends: str | None = No
 
     def choose(tensors: Tensors, model: ModelDescription, options: ChoiceOptions) -> dict[str, Choice]:
         overrides = _joined(own, options.overrides)
-        pairs = [(tensor, stored) for tensor, rule in tensors for stored in rule.stored]
+        pairs = [(tensor, stored) for tensor, rule in tensors if model.is_in_gguf(rule) for stored in rule.stored]
         stored = {rule.gguf_name: rule.gguf_shape for _, rule in pairs}
         every = [MixTensor(name, shape) for name, shape in stored.items()]
         mixed = choose_mix(file_type, every, _mix_model(model), imatrix=options.imatrix, overrides=overrides)

@@ -18,8 +18,9 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
-from streamquant.convert.architectures import FAMILIES, ROPE_FREQS, Family, describe
-from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, Field, PerLayer, Product, RopeNumber
+from streamquant.convert.architectures import FAMILIES, ROPE_FREQS, Family, describe, family_of
+from streamquant.convert.architectures.family import LatentAttention
+from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, Counted, Field, PerLayer, Product, RopeNumber
 from streamquant.convert.architectures.layers import ListedTypes
 from streamquant.convert.recipes.mix import MAIN_TYPES
 from streamquant.files.gguf_file import GgufTensor
@@ -139,6 +140,8 @@ def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Gg
     if is_mixture and not families:
         raise keys.refuse("expert_count", "a mixture of experts, which this architecture is not here", "no experts")
     families = families or known
+    if metadata.get(f"{arch}.nextn_predict_layers"):
+        families = [family for family in families if family.mtp is not None and family.mtp.in_gguf] or families
     problems: list[Problem] = []
     config = read_config(keys, families, tensors)
     rope = read_rope(keys, config, problems)
@@ -164,8 +167,9 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
     if embeddings is None or len(embeddings.shape) != 2:
         raise StreamquantError("a tensor is missing", where=f"{keys.path}, tensor 'token_embd.weight'")
     hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
-    head_dim = keys.count("attention.key_length", hidden // heads or 1)
-    if keys.count("attention.value_length", head_dim) != head_dim:
+    latent = families[0].latent
+    head_dim = keys.count("attention.key_length" if latent is None else "rope.dimension_count", hidden // heads or 1)
+    if latent is None and keys.count("attention.value_length", head_dim) != head_dim:
         raise keys.refuse("attention.value_length", "values of another width than keys", str(head_dim))
     fitting = (family for family in families if hidden % heads == 0 or not family.hidden_divides_by_heads)
     family = next(fitting, families[0])
@@ -173,7 +177,7 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
     if rotary != head_dim and (family.partial_rotary is None or rotary > head_dim):
         raise keys.refuse("rope.dimension_count", "heads that are rotated in part", str(head_dim))
     partial = {"partial_rotary_factor": rotary / head_dim} if family.partial_rotary is not None else {}
-    mtp_layers = 0 if family.mtp is None else keys.count("nextn_predict_layers", 0, least=0)
+    mtp_layers = 0 if family.mtp is None or not family.mtp.in_gguf else keys.count("nextn_predict_layers", 0, least=0)
     layers = keys.count("block_count") - mtp_layers
     if layers < 1:
         raise keys.refuse("nextn_predict_layers", "a hyperparameter that is missing or cannot be", "fewer than blocks")
@@ -186,8 +190,7 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
         **read_intermediate(family, keys),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
-        "head_dim": head_dim,
+        **(read_latent(latent, keys, heads) if latent is not None else read_heads(keys, heads, head_dim)),
         "vocab_size": embeddings.shape[0],
         "max_position_embeddings": keys.count("context_length"),
         "rope_parameters": {
@@ -219,6 +222,37 @@ def read_yarn_keys(family: Family, keys: Keys) -> dict[str, Any]:
         **{key: only for key, only in family.llama_cpp.yarn_keys.items() if only is not None},
         **{key: keys.number(name.removeprefix("{arch}.")) for key, name in of_rope.items()},
     }
+
+
+def read_heads(keys: Keys, heads: int, head_dim: int) -> dict[str, int]:
+    """The heads of keys and values, and the length of all."""
+    return {"num_key_value_heads": keys.count("attention.head_count_kv", heads), "head_dim": head_dim}
+
+
+def read_latent(latent: LatentAttention, keys: Keys, heads: int) -> dict[str, Any]:
+    """The same of MLA, which a GGUF has as one head that all share (DeepseekV2Model of conversion/deepseek.py)."""
+    rotated, rank = keys.count("rope.dimension_count"), keys.count("attention.kv_lora_rank")
+    lengths = {"attention.head_count_kv": 1, "attention.key_length": rank + rotated, "attention.value_length": rank}
+    for name, required in lengths.items():
+        if keys.count(name) != required:
+            raise keys.refuse(name, "not the size that latent attention has", str(required))
+    whole = keys.count("attention.key_length_mla", least=rotated + 1)
+    has_query_rank = f"{keys.arch}.attention.q_lora_rank" in keys.metadata
+    return {
+        "num_key_value_heads": heads,
+        latent.query_rank: keys.count("attention.q_lora_rank") if has_query_rank else None,
+        latent.key_value_rank: rank,
+        latent.plain: whole - rotated,
+        latent.rotated: rotated,
+        latent.value: keys.count("attention.value_length_mla"),
+    }
+
+
+def rotated_head(config: Mapping[str, Any]) -> int:
+    """The size of a head of which `partial_rotary_factor` is rotated; of MLA, of the part that is rotated."""
+    family = family_of(config)
+    latent = family.latent if family is not None else None
+    return int(config["head_dim" if latent is None else latent.rotated])
 
 
 def read_intermediate(family: Family, keys: Keys) -> dict[str, int]:
@@ -254,6 +288,10 @@ def read_fields(family: Family, keys: Keys) -> dict[str, Any]:
             if type(first) is not int or first < 1 or of_both % first:
                 raise keys.refuse(row.name.removeprefix("{arch}."), "a product of heads and their size", f"of {first}")
             found[row.value.second] = of_both // first
+        if isinstance(row.value, Counted):
+            found[row.value.key] = keys.count(row.name.removeprefix("{arch}."), 0, least=0)
+        if isinstance(row.value, Field) and row.value.only_true:
+            found[row.value.key] = False  # unless the GGUF has it
         if not isinstance(row.value, Field) or value is None:
             continue
         of_number = {number: text for text, number in (row.value.values or {}).items()}
@@ -316,7 +354,7 @@ def read_rope(keys: Keys, config: Mapping[str, Any], problems: list[Problem]) ->
                 )
             )
     return GgufRope(
-        int(config["head_dim"] * config["rope_parameters"].get("partial_rotary_factor", 1)),
+        int(rotated_head(config) * config["rope_parameters"].get("partial_rotary_factor", 1)),
         config["rope_parameters"]["rope_theta"],
         scaling,
         factor,

@@ -1,0 +1,1 @@
+"""Families with the multi-head latent attention of DeepSeek."""
