@@ -119,8 +119,8 @@ class LlamaCpp:
     window_step: all layers but every so many-th have a window, whatever config.json says; None: no such rule.
     pooling says whether the converter writes and the loader reads how an embedding model pools.
     steps: tag of layers -> the loader takes every so many-th for one of them, whatever config.json says.
-    yarn_keys: further numbers of yarn, which is then the only rope, with the one value that each may have, None: any;
-    the loader reads all numbers of yarn. known_by is the key that a GGUF of the family has and others of its
+    yarn_keys: further numbers of yarn, which is then the only rope if it is not optional, with the one value that each
+    may have, None: any; the loader reads all numbers of yarn. known_by is the key that a GGUF of the family has and others of its
     architecture have not.
     """
 
@@ -136,12 +136,13 @@ class LlamaCpp:
     window_step: int | None = None
     steps: Mapping[str, int] = field(default_factory=dict)
     yarn_keys: Mapping[str, float | None] = field(default_factory=dict)
+    yarn_is_optional: bool = False
     known_by: str | None = None
 
     @property
     def rope_types(self) -> frozenset[str]:
         """The rope types that llama.cpp computes for the architecture."""
-        if self.yarn_keys:
+        if self.yarn_keys and not self.yarn_is_optional:
             return frozenset({"yarn"})
         return frozenset({"default", "linear", "yarn"} | ({"llama3"} if self.rope_freqs else set()))
 

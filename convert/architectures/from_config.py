@@ -144,6 +144,7 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     epsilon = config.number("rms_norm_eps")
     rope = read_rope(config, sizes.context, family.partial_rotary, family.llama_cpp.yarn_keys)
     check_rope_type(family, config, rope)
+    check_latent_rope(family, config, rope)
     sizes = replace(sizes, rotary=read_rotary(config, sizes.head_dim, rope))
     tags = read_tags(family, config, sizes)
     notes = [*assumed_notes(config), *rope_notes, *rope.notes]
@@ -337,6 +338,19 @@ def check_rope_type(family: Family, config: ConfigValues, rope: RopeSettings) ->
             found=rope.rope_type,
             required=f"one of {', '.join(sorted(family.llama_cpp.rope_types))}",
             hint="llama.cpp reads rope_freqs.weight for arch 'llama' only; the model would run unscaled",
+        )
+
+
+def check_latent_rope(family: Family, config: ConfigValues, rope: RopeSettings) -> None:
+    """Refuse two numbers of yarn of which a GGUF has one (llama_context of src/llama-context.cpp, "mscale")."""
+    key, other = "mscale", "mscale_all_dim"
+    if family.latent is not None and rope.numbers.get(key) != rope.numbers.get(other):
+        settings = "rope_scaling" if config.section("rope_scaling") else "rope_parameters"
+        raise StreamquantError(
+            "yarn whose numbers differ, of which a GGUF has one",
+            where=config.where(f"{settings}.{key}"),
+            found=f"{rope.numbers.get(key)}, and {other} = {rope.numbers.get(other)}",
+            required="the same number for both",
         )
 
 

@@ -24,9 +24,10 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class RopeNumber:
-    """A number of the rope settings, by its key there (LlamaCpp.yarn_keys)."""
+    """A number of the rope settings, by its key there (LlamaCpp.yarn_keys), times a factor; where it has none, no key."""
 
     key: str
+    times: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +135,9 @@ def key_values(rows: Iterable[GgufKey], sources: KeySources) -> dict[str, GGUFVa
                 picked = [next((by_tag[tag] for tag in by_tag if tag in layer), otherwise) for layer in sources.layers]
                 values = [size(value) if isinstance(value, str) else value for value in picked]
                 found[name] = GGUFValue(values, GGUFValueType.ARRAY, row.type)
-            case RopeNumber(key=key):
-                found[name] = GGUFValue(sources.rope[key], row.type)
+            case RopeNumber(key=key, times=times):
+                if key in sources.rope:
+                    found[name] = GGUFValue(times * sources.rope[key], row.type)
             case Constant(value=value):
                 found[name] = GGUFValue(value, row.type)
             case Counted(tag=tag):

@@ -212,15 +212,21 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
 
 def read_yarn_keys(family: Family, keys: Keys) -> dict[str, Any]:
     """The rope settings of a class that computes with its numbers of yarn itself."""
-    of_rope = {row.value.key: row.name for row in family.llama_cpp.keys if isinstance(row.value, RopeNumber)}
-    if not family.llama_cpp.yarn_keys:
+    of_rope = {row.value: row.name for row in family.llama_cpp.keys if isinstance(row.value, RopeNumber)}
+    is_yarn = not family.llama_cpp.yarn_is_optional or keys.text("rope.scaling.type", "linear") == "yarn"
+    if not family.llama_cpp.yarn_keys or not is_yarn:
         return {}
+    numbers = {
+        row.key: round(keys.number(name.removeprefix("{arch}.")) / row.times, 6) for row, name in of_rope.items()
+    }
+    if family.latent is not None:
+        numbers["mscale"] = numbers["mscale_all_dim"]  # a GGUF has one of the two
     return {
         "rope_type": "yarn",
         "factor": keys.number("rope.scaling.factor"),
         "original_max_position_embeddings": keys.count("rope.scaling.original_context_length"),
         **{key: only for key, only in family.llama_cpp.yarn_keys.items() if only is not None},
-        **{key: keys.number(name.removeprefix("{arch}.")) for key, name in of_rope.items()},
+        **numbers,
     }
 
 
@@ -251,8 +257,13 @@ def read_latent(latent: LatentAttention, keys: Keys, heads: int) -> dict[str, An
 def rotated_head(config: Mapping[str, Any]) -> int:
     """The size of a head of which `partial_rotary_factor` is rotated; of MLA, of the part that is rotated."""
     family = family_of(config)
-    latent = family.latent if family is not None else None
-    return int(config["head_dim" if latent is None else latent.rotated])
+    return int(config["head_dim" if family is None or family.latent is None else family.latent.rotated])
+
+
+def is_latent(config: Mapping[str, Any]) -> bool:
+    """Whether the model has MLA."""
+    family = family_of(config)
+    return family is not None and family.latent is not None
 
 
 def read_intermediate(family: Family, keys: Keys) -> dict[str, int]:
@@ -353,6 +364,9 @@ def read_rope(keys: Keys, config: Mapping[str, Any], problems: list[Problem]) ->
                     required=f"what it uses: {taken:g}",
                 )
             )
+    read = [keys.number(f"rope.scaling.{name}", value) for name, value in READ_YARN.items()] if reads_yarn else []
+    if read and "mscale" in config["rope_parameters"] and is_latent(config):
+        read[-1] = 1.0  # "mscale" over "mscale_all_dim", which are the same
     return GgufRope(
         int(rotated_head(config) * config["rope_parameters"].get("partial_rotary_factor", 1)),
         config["rope_parameters"]["rope_theta"],
@@ -360,7 +374,7 @@ def read_rope(keys: Keys, config: Mapping[str, Any], problems: list[Problem]) ->
         factor,
         keys.count("rope.scaling.original_context_length", config["max_position_embeddings"]),
         keys.number("rope.scaling.attn_factor", 1.0),
-        *((keys.number(f"rope.scaling.{name}", value) for name, value in READ_YARN.items()) if reads_yarn else ()),
+        *read,
     )
 
 

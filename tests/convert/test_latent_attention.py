@@ -51,11 +51,15 @@ V3: dict[str, Any] = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+YARN = {
+    **{"type": "yarn", "factor": 8, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1},
+    **{"mscale": 1.0, "mscale_all_dim": 1.0},
+}
 LITE = {"model_type": "glm4_moe_lite", "n_routed_experts": 5, "mlp_layer_types": ["dense", "sparse", "sparse"]}
 CASES: dict[str, dict[str, Any]] = {
     "deepseek": {**V3, "q_lora_rank": 32, "num_nextn_predict_layers": 1, "is_mtp_there": True},
-    # llama.cpp takes one without a rank of queries only with so many layers.
-    "deepseek-plain": {**V3, "q_lora_rank": None, "first_k_dense_replace": 0, "num_hidden_layers": 27},
+    "deepseek-yarn": {**V3, "q_lora_rank": 32, "norm_topk_prob": False, "rope_scaling": YARN},
+    "deepseek-plain": {**V3, "q_lora_rank": None, "first_k_dense_replace": 0},
     "glm-flash": {**LITE, "q_lora_rank": 32, "num_nextn_predict_layers": 1, "is_mtp_there": True},
     "glm-flash-lost": {**LITE, "norm_topk_prob": False, "q_lora_rank": 96, "num_nextn_predict_layers": 1},
 }
@@ -167,16 +171,29 @@ def test_what_was_made_computes_what_the_original_does(sources: Path, converted:
     assert folder.problems == []
 
 
-@pytest.mark.parametrize("case", ["deepseek", "deepseek-plain", "glm-flash"])
+@pytest.mark.parametrize("case", ["deepseek", "deepseek-yarn", "glm-flash"])
 def test_llama_cpp_computes_the_same(sources: Path, converted: Path, case: str) -> None:
     pytest.importorskip("xllamacpp", reason="llama.cpp (package xllamacpp) is not installed")
+    compare_with_llama_cpp(gguf_of(converted, case, "F32"), sources / case)
+
+
+@pytest.mark.long
+def test_llama_cpp_computes_the_same_without_a_rank_of_queries(tmp_path: Path) -> None:
+    """It takes such a model only with so many layers."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp (package xllamacpp) is not installed")
+    source = write_model(tmp_path / "Model", {**CASES["deepseek-plain"], "num_hidden_layers": 27})
+    convert(make_plan(open_checkpoint(source), parse_variants(["gguf:F32"]), OPTIONS), tmp_path, RunOptions(jobs=2))
+    compare_with_llama_cpp(tmp_path / "Model-GGUF" / "Model-F32.gguf", source)
+
+
+def compare_with_llama_cpp(made: Path, source: Path) -> None:
     prompts = [[5, 17, 33], [5, 17, 33, 60, 99, 120, 7, 42, 250, 199, 3, 77]]
-    engine = EngineProcess(gguf_of(converted, case, "F32"))
+    engine = EngineProcess(made)
     try:
         answers = engine.next_token_logprobs(prompts, 20)
     finally:
         engine.close()
-    original = open_variant(sources / case)
+    original = open_variant(source)
     for prompt, answer in zip(prompts, answers, strict=True):
         expected = torch.log_softmax(all_logits(original, np.array([prompt]), Setting())[0, -1].double(), -1)
         assert np.allclose(answer.logprobs, expected[list(answer.ids)], atol=3e-3)
@@ -192,8 +209,8 @@ def test_what_was_made_verifies_against_the_source(sources: Path, converted: Pat
 
 def test_what_llama_cpp_does_not_load_is_said(sources: Path) -> None:
     config = open_checkpoint(sources / "deepseek-plain").config
-    assert not any("q_lora_rank" in note for note in describe(config).notes)
-    notes = describe({**config, "num_hidden_layers": 28}).notes
+    assert not any("q_lora_rank" in note for note in describe({**config, "num_hidden_layers": 27}).notes)
+    notes = describe(config).notes
     assert any("q_lora_rank = null: llama.cpp will refuse" in note for note in notes)
 
 
@@ -203,9 +220,7 @@ def test_layers_are_counted_by_either_key(sources: Path) -> None:
     key = "deepseek2.leading_dense_block_count"
     listed = ("first_k_dense_replace", "mlp_layer_types")
     for given in ({}, {"first_k_dense_replace": 1}, {"mlp_layer_types": ["dense", "sparse", "sparse"]}):
-        without = {
-            key: value for key, value in config.items() if key not in ("first_k_dense_replace", "mlp_layer_types")
-        }
+        without = {key: value for key, value in config.items() if key not in listed}
         assert describe({**without, **given}).added_metadata[key].value == 1
 
 
@@ -226,9 +241,9 @@ def test_layers_for_multi_token_prediction(sources: Path, converted: Path) -> No
 def test_fp8_leaves_alone_what_runtimes_want_whole(converted: Path) -> None:
     made = load_file(converted / "deepseek-FP8-dynamic" / "model.safetensors")
     plain = {name for name, tensor in made.items() if "layers.1." in name and tensor.dtype != torch.float8_e4m3fn}
-    kept = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias", "self_attn.q_a_proj.weight")
-    kept += ("self_attn.kv_a_proj_with_mqa.weight", *(f"self_attn.{name}_a_layernorm.weight" for name in ("q", "kv")))
-    kept += ("input_layernorm.weight", "post_attention_layernorm.weight")
+    kept = {"mlp.gate.weight", "mlp.gate.e_score_correction_bias", "self_attn.q_a_proj.weight"}
+    kept |= {"self_attn.kv_a_proj_with_mqa.weight", *(f"self_attn.{name}_a_layernorm.weight" for name in ("q", "kv"))}
+    kept |= {"input_layernorm.weight", "post_attention_layernorm.weight"}
     assert {name for name in plain if not name.endswith("_scale")} == {f"model.layers.1.{name}" for name in kept}
     ignored = json.loads((converted / "deepseek-FP8-dynamic" / "config.json").read_text())["quantization_config"][
         "ignore"
@@ -247,6 +262,13 @@ ATTENTION, EXPERTS = "model.layers.1.self_attn", "model.layers.1.mlp.experts"
         ("deepseek", {}, {"rope_interleave": False}, "layers of another kind"),
         ("deepseek", {}, {"scoring_func": "softmax"}, "layers of another kind"),
         ("deepseek", {}, {"attention_bias": True}, "layers of another kind"),
+        (
+            "deepseek-yarn",
+            {},
+            {"rope_parameters": None, "rope_scaling": {**YARN, "mscale": 0.7}},
+            "whose numbers differ",
+        ),
+        ("deepseek-yarn", {}, {"rope_parameters": None, "rope_scaling": {**YARN, "mscale": None}}, "null where"),
         ("deepseek", {}, {"v_head_dim": 48}, "shape does not fit config.json"),
         ("deepseek", {}, {"q_lora_rank": None}, "does not explain"),
         ("deepseek-plain", {}, {"q_lora_rank": 32}, "does not explain"),

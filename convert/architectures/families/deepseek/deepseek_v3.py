@@ -31,7 +31,7 @@ from streamquant.convert.architectures.family import (
     router,
     router_bias,
 )
-from streamquant.convert.architectures.gguf_keys import Constant, Field, f32, flag, u32
+from streamquant.convert.architectures.gguf_keys import Constant, Counted, Field, RopeNumber, f32, flag, u32
 from streamquant.convert.architectures.layers import DENSE, SPARSE, DenseFirst, MtpLayers, Switch
 
 LLM, ATTENTION = gguf.Keys.LLM, gguf.Keys.Attention
@@ -77,7 +77,7 @@ def latent_attention() -> tuple[LayerTensor, ...]:
 
 KEYS = (
     u32(ATTENTION.HEAD_COUNT_KV, Constant(1)),
-    u32(LLM.LEADING_DENSE_BLOCK_COUNT, Field("first_k_dense_replace")),
+    u32(LLM.LEADING_DENSE_BLOCK_COUNT, Counted(DENSE, "first_k_dense_replace")),
     u32(LLM.VOCAB_SIZE, "vocabulary"),
     u32(ATTENTION.Q_LORA_RANK, "query rank"),
     u32(ATTENTION.KV_LORA_RANK, "key-value rank"),
@@ -91,6 +91,12 @@ KEYS = (
     f32(LLM.EXPERT_WEIGHTS_SCALE, Field("routed_scaling_factor")),
     flag(LLM.EXPERT_WEIGHTS_NORM, Field("norm_topk_prob", only_true=True)),
     u32(gguf.Keys.Rope.DIMENSION_COUNT, "rotary"),
+    f32(gguf.Keys.Rope.SCALING_YARN_LOG_MUL, RopeNumber("mscale_all_dim", 0.1)),
+)
+MTP_LAYERS = MtpLayers(
+    "num_nextn_predict_layers",
+    frozenset({SPARSE}),
+    unquantized=("re:.*eh_proj$", "re:.*shared_head.head$", "re:.*embed_tokens$"),
 )
 DEEPSEEK_V3 = Family(
     hf_architecture="DeepseekV3ForCausalLM",
@@ -107,12 +113,7 @@ DEEPSEEK_V3 = Family(
         *NEXTN,
     ),
     layers=(DenseFirst("first_k_dense_replace"), Switch("q_lora_rank", QUERY_RANK, NO_QUERY_RANK)),
-    mtp=MtpLayers(
-        "num_nextn_predict_layers",
-        frozenset({SPARSE}),
-        unquantized=("re:.*eh_proj$", "re:.*shared_head.head$", "re:.*embed_tokens$"),
-        in_gguf=False,
-    ),
+    mtp=replace(MTP_LAYERS, in_gguf=False),
     sizes=SIZES,
     latent=LatentAttention(),
     defaults={
@@ -157,14 +158,20 @@ DEEPSEEK_V3 = Family(
         intermediate="moe_intermediate_size",
     ),
     unquantized=("re:.*mlp.gate$", "re:.*q_a_proj$", "re:.*kv_a_proj_with_mqa$"),
-    llama_cpp=LlamaCpp(arch=gguf.MODEL_ARCH.DEEPSEEK2, keys=KEYS),
+    llama_cpp=LlamaCpp(
+        arch=gguf.MODEL_ARCH.DEEPSEEK2,
+        keys=KEYS,
+        yarn_keys={"mscale": None, "mscale_all_dim": None},
+        yarn_is_optional=True,
+    ),
 )
 GLM4_MOE_LITE = replace(
     DEEPSEEK_V3,
     hf_architecture="Glm4MoeLiteForCausalLM",
     model_type="glm4_moe_lite",
     latent=LatentAttention(is_written_early=False),
-    mtp=replace(DEEPSEEK_V3.mtp, in_gguf=True),
+    mtp=MTP_LAYERS,
+    layers=(DenseFirst("first_k_dense_replace", listed="mlp_layer_types"), *DEEPSEEK_V3.layers[1:]),
     defaults={
         **DEEPSEEK_V3.defaults,
         "max_position_embeddings": 202752,
@@ -182,8 +189,8 @@ GLM4_MOE_LITE = replace(
         "routed_scaling_factor": 1.8,
         "num_nextn_predict_layers": 0,
     },
-    llama_cpp=LlamaCpp(
-        arch=gguf.MODEL_ARCH.DEEPSEEK2,
+    llama_cpp=replace(
+        DEEPSEEK_V3.llama_cpp,
         vocabulary=GLM_VOCABULARY,
         keys=(*KEYS, u32(LLM.NEXTN_PREDICT_LAYERS, "mtp_layers")),
     ),
