@@ -120,8 +120,8 @@ class LlamaCpp:
     pooling says whether the converter writes and the loader reads how an embedding model pools.
     steps: tag of layers -> the loader takes every so many-th for one of them, whatever config.json says.
     yarn_keys: further numbers of yarn, which is then the only rope if it is not optional, with the one value that each
-    may have, None: any; the loader reads all numbers of yarn. known_by is the key that a GGUF of the family has and others of its
-    architecture have not.
+    may have, None: any; the loader reads all numbers of yarn. known_by is the key that a GGUF of the family has and
+    others of its architecture have not.
     """
 
     arch: gguf.MODEL_ARCH

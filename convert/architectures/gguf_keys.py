@@ -24,7 +24,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class RopeNumber:
-    """A number of the rope settings, by its key there (LlamaCpp.yarn_keys), times a factor; where it has none, no key."""
+    """A number of the rope settings by its key there (LlamaCpp.yarn_keys), times a factor; no key where it has none."""
 
     key: str
     times: float = 1.0
