@@ -58,7 +58,7 @@ FAMILIES = (
     *(DEEPSEEK_V3, GLM4_MOE_LITE),
 )
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
-    {family.hf_architecture: family for family in reversed(FAMILIES)}
+    {name: next(f for f in FAMILIES if f.hf_architecture == name) for name in (f.hf_architecture for f in FAMILIES)}
 )
 """Of families with one class, which are told by the model type of their text model, the first."""
 
