@@ -5,14 +5,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from streamquant.convert.conversion import convert
 from streamquant.convert.options import RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import RECIPES, parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
+from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import UsageError
+from streamquant.quant.formats import FORMATS
 from streamquant.validate.readback.verify import verify
 from tests import synthetic
 from tests.conftest import Shelf, read_safetensors
@@ -144,6 +148,20 @@ def test_verify_compares_with_the_source(pairs: Pairs) -> None:
     signal = {result.spec: result.quantized.sqnr_db for result in results}
     assert all(signal[name] > 40 for name in ("w8a8", "w8a16"))
     assert all(17 < signal[name] < 23 for name in signal if name.startswith(("w4a16", "mxfp4")))
+
+
+def test_weights_are_read_as_they_were_encoded(pairs: Pairs) -> None:
+    """By compressed-tensors' own decompression, and by the format."""
+    out, original = pairs.ours("llama"), open_variant(pairs.source("llama"))
+    for variant in make_plan(open_checkpoint(pairs.source("llama")), parse_variants(VARIANTS)).variants:
+        made = open_variant(out / variant.folder)
+        name = "model.layers.0.mlp.down_proj.weight"
+        format_ = next(FORMATS[tensor.format] for tensor in variant.tensors if tensor.name == name)
+        rows = original.read(name, torch.float32).numpy()
+        expected = format_.decode(format_.encode(rows), rows.shape[1])
+        assert np.array_equal(made.read(name, torch.float32).numpy(), expected), variant.recipe.spec
+        assert (made.activations() is None) == variant.recipe.spec.partition("-")[0].endswith("a16")
+        assert not made.problems
 
 
 def test_variants_alone_and_with_one_worker_give_the_same(pairs: Pairs, tmp_path: Path) -> None:

@@ -186,6 +186,34 @@ def test_fp8_as_transformers_runs_it(tmp_path: Path, scheme: str, dtype: str) ->
     assert 1e-4 < largest_difference(plain, found) < 0.3
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
+def test_integers_and_mx_as_transformers_runs_them(tmp_path: Path, dtype: str) -> None:
+    """Of each scheme the logits of transformers, which decompresses the weights and quantizes the inputs.
+
+    MX weights of a BF16 source become BF16 there, whatever the dtype of the model, so that F32 does not run.
+    """
+    from streamquant.convert.conversion import convert
+    from streamquant.convert.options import RunOptions
+    from streamquant.convert.plan.planner import make_plan
+    from streamquant.convert.recipes.recipe import RECIPES, parse_variants
+    from streamquant.convert.source.checkpoint import open_checkpoint
+
+    source = synthetic.write_checkpoint(tmp_path / "Wide", architecture=LLAMA, size=WIDE)
+    schemes = ["w4a16", "w4a16-asym-g32", "w8a16", "w8a8"]
+    schemes += ["mxfp4", "mxfp4a16", "mxfp8"] if dtype == "bfloat16" else []
+    convert(make_plan(open_checkpoint(source), parse_variants(schemes)), tmp_path / "out", RunOptions(jobs=2))
+    tokens = some_tokens(512)
+    setting = dataclasses.replace(F32 if dtype == "float32" else BF16, batch_tokens=4096)
+    for scheme in schemes:
+        folder = tmp_path / "out" / f"Wide-{RECIPES[scheme].label}"
+        variant = open_variant(folder)
+        found = all_logits(variant, tokens, setting)
+        assert largest_difference(found, resident(folder, tokens, dtype)) < 1e-6, scheme
+        assert not variant.problems
+        plain = all_logits(variant, tokens, dataclasses.replace(setting, weights_only=True))
+        assert (largest_difference(plain, found) > 1e-4) == (variant.activations() is not None), scheme
+
+
 @pytest.mark.long
 def test_smollm2_in_fp8_as_transformers_runs_it(smollm2_variants: Path) -> None:
     folder = smollm2_variants / "SmolLM2-135M-Instruct-FP8-dynamic"
