@@ -69,6 +69,13 @@ _GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_DEEPSEEK3 = (
+    r"split \p{N}{1,3}",
+    "split [\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""split [!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    BYTES,
+)
 _DIGIT_THEN_GPT2 = (r"split \p{N}", f"split {_GPT2}", BYTES)
 
 # Source: ggml-org/llama.cpp src/llama-vocab.cpp at commit 00ad355e, the regex_exprs of each pre type (the first switch)
@@ -91,6 +98,7 @@ GROUPS = (
     Group("seed-coder", ("seed-coder",), (_split(_SEED),)),
     Group("tekken", ("tekken",), (_split(_TEKKEN),), ignore_merges=True, adds_bos=True),
     Group("gpt-4o", ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), (_split(_GPT4O),), merges_either=True),
+    Group("deepseek-v3", ("deepseek-v3", "joyai-llm"), (_DEEPSEEK3,)),
     Group(
         "smollm",
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
@@ -109,9 +117,9 @@ GROUPS = (
 
 # The names that llama.cpp accepts and that are in no group above (same source, function load).
 OTHER_NAMES = frozenset(
-    "afmoe bailingmoe bailingmoe2 bloom chameleon cohere2moe deepseek-coder deepseek-llm deepseek-v3 default "  # noqa: SIM905
+    "afmoe bailingmoe bailingmoe2 bloom chameleon cohere2moe deepseek-coder deepseek-llm default "  # noqa: SIM905
     "exaone-moe falcon gemma4 gpt3-finnish granite-embed-multi-311m granite-embed-multi-97m hunyuan-dense hy_v4 jais-2 "
-    "joyai-llm kimi-k2 laguna llada-moe minicpm5 poro-chat sarvam-moe spark2_5 superbpe tiny_aya ufakzeka viking "
+    "kimi-k2 laguna llada-moe minicpm5 poro-chat sarvam-moe spark2_5 superbpe tiny_aya ufakzeka viking "
     "whitespace youtu".split()
 )
 KNOWN_NAMES = OTHER_NAMES.union(*(group.names for group in GROUPS))
@@ -132,6 +140,9 @@ HASHES = {
     "63b97e4253352e6f357cc59ea5b583e3a680eaeaf2632188c2b952de2588485e": "tekken",
     "ccc2ef013c104be7bae2965776d611e1d7a8a2a9c547dd93a682c9a9fc80352e": "gpt-4o",
     "d353350c764d8c3b39c763113960e4fb4919bea5fbf208a0e3b22e8469dc7406": "llama4",
+    # With and without BOS, by the version of transformers; llama.cpp calls the other one joyai-llm.
+    "877081d19cf6996e2c4ff0e1236341e9b7bde288f5311a56a937f0afbbb3aeb5": "deepseek-v3",
+    "b4b8ca1f9769494fbd956ebc4c249de6131fb277a4a3345a7a92c7dd7a55808d": "deepseek-v3",
     "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
     "35d91631860c815f952d711435f48d356ebac988362536bed955d43bfa436e34": "starcoder",
     "6221ad2852e85ce96f791f476e0b390cf9b474c9e3d1362f53a24a06dc8220ff": "refact",
