@@ -216,6 +216,8 @@ class _Model:
             ids, inverse = np.unique(tokens[first : first + self.batch], return_inverse=True)
             with errors_of(self.lane.variant):
                 rows = self.lane.variant.rows(EMBEDDINGS, ids.tolist()).to(self.dtype)
+            scale = getattr(self.skeleton.model.embed_tokens, "scalar_embed_scale", None)  # of Gemma
+            rows = rows if scale is None else rows * torch.tensor(scale).to(self.dtype)
             picked = rows[torch.from_numpy(inverse.reshape(-1))]
             self.lane.hidden[first : first + self.batch] = picked.reshape(-1, tokens.shape[1], rows.shape[1])
         self.observe(-1)
@@ -287,6 +289,10 @@ class _Model:
                     found=f"no {left[0]!r} in layer {layer}",
                 )
 
+    def _rotary_of(self, layer: int) -> "tuple[torch.Tensor, torch.Tensor]":
+        types = getattr(self.skeleton.config, "layer_types", None)
+        return self.rotary[types[layer] if types is not None and None not in self.rotary else None]
+
     def _outputs(
         self, layer: int, module: Any, hidden: "torch.Tensor"
     ) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
@@ -301,7 +307,7 @@ class _Model:
                 attention_mask=mask,
                 position_ids=self.positions,
                 use_cache=False,
-                position_embeddings=self.rotary,
+                position_embeddings=self._rotary_of(layer),
             )
             yield rows, output[0] if isinstance(output, tuple) else output
 
@@ -408,21 +414,25 @@ def build_skeleton(variant: Variant) -> Any:
 
 def rotary_tables(
     skeleton: Any, variant: Variant, positions: "torch.Tensor", dtype: "torch.dtype"
-) -> "tuple[torch.Tensor, torch.Tensor]":
-    """cos and sin [1, context, head_dim]: by transformers' rotary module, with the frequencies of the file if it has
-    its own (GGUF)."""
+) -> "dict[str | None, tuple[torch.Tensor, torch.Tensor]]":
+    """Type of layers -> cos and sin [1, context, head_dim], None where all have one rope: by transformers' rotary
+    module, with the frequencies of the file if it has its own (GGUF)."""
     import torch
 
     module = type(skeleton.model.rotary_emb)(config=skeleton.config)
-    own = variant.rotary()
-    if own is not None:
-        module.inv_freq, module.attention_scaling = own
-        module.original_inv_freq = own[0]
+    types: list[str | None] = getattr(module, "layer_types", [None])
+    for kind in types:
+        own = variant.rotary(sliding=kind == "sliding_attention")
+        if own is not None:
+            prefix = "" if kind is None else f"{kind}_"
+            setattr(module, f"{prefix}inv_freq", own[0])
+            setattr(module, f"{prefix}attention_scaling", own[1])
+            setattr(module, f"{prefix}original_inv_freq", own[0])
     module = module.to(positions.device)
     if hasattr(module, "mrope_section"):  # a position in text, in height and in width: in text they are one
         positions = positions.expand(3, 1, -1)
-    cos, sin = module(torch.empty(0, dtype=dtype, device=positions.device), positions)
-    return cos, sin
+    like = torch.empty(0, dtype=dtype, device=positions.device)
+    return {kind: module(like, positions, *(() if kind is None else (kind,))) for kind in types}
 
 
 def inverse_frequencies(variant: Variant) -> "tuple[torch.Tensor, float]":
@@ -432,7 +442,8 @@ def inverse_frequencies(variant: Variant) -> "tuple[torch.Tensor, float]":
         return own
     skeleton = build_skeleton(variant)
     module = type(skeleton.model.rotary_emb)(config=skeleton.config)
-    return module.inv_freq.float(), float(module.attention_scaling)
+    prefix = "full_attention_" if hasattr(module, "full_attention_inv_freq") else ""
+    return getattr(module, f"{prefix}inv_freq").float(), float(getattr(module, f"{prefix}attention_scaling"))
 
 
 def causal_mask(config: Any, layer: int, positions: "torch.Tensor") -> "torch.Tensor | None":

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from streamquant.convert.conversion import convert
@@ -34,6 +35,8 @@ class Case:
     """Keys of config.json that transformers does not write as publishers do; `...` removes one."""
     spread: float = 0.1
     """Of the matrices."""
+    has_sentencepiece: bool = False
+    """Whether its vocabulary is a tokenizer.model."""
     is_refused: bool = False
     """Whether llama.cpp does not load it, which is a warning in the plan."""
 
@@ -71,7 +74,30 @@ def write_model(folder: Path, case: Case) -> Path:
     tokenizer = write_small_tokenizer(folder.parent / f"{folder.name}-tokenizer")
     edit(tokenizer / "tokenizer_config.json", lambda config: config.update(add_bos_token=True))
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    if case.has_sentencepiece:
+        (folder / "tokenizer.json").unlink()
+        write_sentencepiece(folder / "tokenizer.model")
     return folder
+
+
+def write_sentencepiece(path: Path) -> None:
+    """A small vocabulary as Gemma's: BPE with bytes, no space put in front."""
+    words = [f"{a}{b}" for a in ("sun", "moon", "rain", "wind") for b in ("set", "rise", "light", "fall", "storm")]
+    texts = [f"{word} and {other}" for word in words for other in words]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    path.with_suffix(".vocab").unlink()
 
 
 def quantize_to_static_fp8(source: Path, folder: Path) -> Path:
@@ -96,7 +122,8 @@ def quantize_to_static_fp8(source: Path, folder: Path) -> Path:
 
 def convert_case(source: Path, out: Path, specs: tuple[str, ...] = ("gguf:F32,BF16,Q8_0", "fp8-dynamic")) -> None:
     """The variants of a checkpoint."""
-    plan = make_plan(open_checkpoint(source), parse_variants(specs), ConversionOptions(pre=TINY_PRE))
+    pre = TINY_PRE if (source / "tokenizer.json").is_file() else None
+    plan = make_plan(open_checkpoint(source), parse_variants(specs), ConversionOptions(pre=pre))
     convert(plan, out, RunOptions(jobs=2))
 
 

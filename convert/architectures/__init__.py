@@ -13,6 +13,7 @@ from streamquant.convert.architectures.config_values import describe_type, short
 from streamquant.convert.architectures.description import ExtraTensor, ModelDescription, TensorRule
 from streamquant.convert.architectures.families.deepseek.deepseek_v3 import DEEPSEEK_V3, GLM4_MOE_LITE
 from streamquant.convert.architectures.families.dots1 import DOTS1
+from streamquant.convert.architectures.families.gemma3 import GEMMA3, GEMMA3_VL
 from streamquant.convert.architectures.families.glm4_moe import GLM4_MOE
 from streamquant.convert.architectures.families.gpt_oss import GPT_OSS
 from streamquant.convert.architectures.families.llama import LLAMA
@@ -54,7 +55,7 @@ __all__ = [
 FAMILIES = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE, QWEN3_5_VL, QWEN3_5_MOE_VL),
     *(SEED_OSS, GPT_OSS, MINIMAX_M2, GLM4_MOE, QWEN2_MOE, DOTS1, OLMOE),
-    *(MISTRAL3, MINISTRAL3_VL, MINISTRAL3, SMOLLM3, OLMO2),
+    *(MISTRAL3, MINISTRAL3_VL, MINISTRAL3, SMOLLM3, OLMO2, GEMMA3, GEMMA3_VL),
     *(DEEPSEEK_V3, GLM4_MOE_LITE),
 )
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType(

@@ -101,6 +101,8 @@ class VocabularyRules:
 
     sentencepiece: bool = False
     add_space_prefix: bool = False
+    space_prefix: bool | None = None
+    """What is written, for vocabularies of SentencePiece, whatever the files say; None: nothing."""
     no_bos: frozenset[int] = frozenset()
     fill_in_the_middle: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     special: Mapping[str, str] = field(default_factory=dict)
@@ -121,7 +123,8 @@ class LlamaCpp:
     steps: tag of layers -> the loader takes every so many-th for one of them, whatever config.json says.
     yarn_keys: further numbers of yarn, which is then the only rope if it is not optional, with the one value that each
     may have, None: any; the loader reads all numbers of yarn. known_by is the key that a GGUF of the family has and
-    others of its architecture have not.
+    others of its architecture have not. query_scalar: the key of the number whose root divides the scores, which the
+    loader takes to be head_dim, or hidden_size / heads in a model of so many layers.
     """
 
     arch: gguf.MODEL_ARCH
@@ -138,6 +141,7 @@ class LlamaCpp:
     yarn_keys: Mapping[str, float | None] = field(default_factory=dict)
     yarn_is_optional: bool = False
     known_by: str | None = None
+    query_scalar: tuple[str, int] | None = None
 
     @property
     def rope_types(self) -> frozenset[str]:
@@ -218,6 +222,8 @@ class Family:
     multimodal is set for a class around a text model, whose model_type and tables the others are.
     norm_value: what the converter makes of norms, but for those whose row has a view of its own.
     rotary_key: where config.json says the rotated part of a head in dimensions, which transformers does not read.
+    activation: the key of config.json, and the one value that llama.cpp computes with. sliding_theta: the key of the
+    rope_theta of layers with a window, which have a rope of their own, and its default.
     default_rope: the rope_parameters of the configuration class where config.json has none; `truncate: false` in it
     means that the class does not round yarn's bounds, which llama.cpp always does.
     """
@@ -241,6 +247,8 @@ class Family:
     norm_value: ValueMap | None = None
     default_rope: Mapping[str, object] | None = None
     rotary_key: str | None = None
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    sliding_theta: tuple[str, float] | None = None
 
     @property
     def gguf_arch(self) -> str:

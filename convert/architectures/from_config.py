@@ -33,6 +33,7 @@ from streamquant.convert.architectures.rope import (
     llama3_rope_freqs,
     read_rope,
     rope_scaling_metadata,
+    split_by_layer_type,
     with_default_rope,
 )
 from streamquant.convert.architectures.tensor_view import TensorView, rope_view
@@ -136,6 +137,7 @@ REFUSED_KEYS: Mapping[str, tuple[tuple[object, ...], str]] = {
 
 def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescription:
     """Describe the model of a config.json by its family's tables. Raises StreamquantError on anything unsupported."""
+    values, sliding_theta = split_by_layer_type(values, family.sliding_theta)
     values, rope_notes = with_default_rope(values, family.default_rope)
     config = ConfigValues(values, defaults=family.defaults, nullable=family.nullable)
     refuse_other_models(family, config)
@@ -145,6 +147,7 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     rope = read_rope(config, sizes.context, family.partial_rotary, family.llama_cpp.yarn_keys)
     check_rope_type(family, config, rope)
     check_latent_rope(family, config, rope)
+    rope = replace(rope, sliding_theta=sliding_theta)
     sizes = replace(sizes, rotary=read_rotary(config, sizes.head_dim, rope))
     tags = read_tags(family, config, sizes)
     notes = [*assumed_notes(config), *rope_notes, *rope.notes]
@@ -154,6 +157,7 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     sources = KeySources(family.gguf_arch, config, sizes.size, tags, metadata, rope.numbers)
     notes += [*refused_notes(family, sizes, tied), *window_step_notes(family, tags), *step_notes(family, tags)]
     notes += [*latent_notes(family, config, sizes), *left_out_notes(family, sizes)]
+    notes += query_scalar_notes(family, config, sizes)
     if tied:
         notes.append("tie_word_embeddings: no output.weight unless the checkpoint has lm_head.weight")
     return ModelDescription(
@@ -187,8 +191,9 @@ def refuse_other_models(family: Family, config: ConfigValues) -> None:
         )
     if "model_type" in config and config.text("model_type") != family.model_type:
         raise config.refuse("model_type", f"not the model type of {family.hf_architecture}", required=family.model_type)
-    if config.text("hidden_act") != "silu":
-        raise config.refuse("hidden_act", "an activation that llama.cpp does not use for this family", required="silu")
+    key, activation = family.activation
+    if config.text(key) != activation:
+        raise config.refuse(key, "an activation that llama.cpp does not use for this family", required=activation)
     own = family.experts.count if family.experts is not None else ()
     for key, (fine, meaning) in REFUSED_KEYS.items():
         if key not in own and not is_one_of(config.values.get(key), fine):
@@ -416,6 +421,19 @@ def refused_notes(family: Family, sizes: Dimensions, tied: bool) -> Iterator[str
         yield f"WARNING: tie_word_embeddings: {refuses} an output.weight (not found)"
 
 
+def query_scalar_notes(family: Family, config: ConfigValues, sizes: Dimensions) -> Iterator[str]:
+    """A warning where llama.cpp scales queries otherwise."""
+    if family.llama_cpp.query_scalar is None:
+        return
+    key, wide = family.llama_cpp.query_scalar
+    taken = sizes.hidden // sizes.heads if sizes.layers == wide else sizes.head_dim
+    if config.number(key) != taken:
+        yield (
+            f"WARNING: {key} = {config.raw(key)}: llama.cpp has no key for it in arch {family.gguf_arch!r} and computes"
+            f" as if it were {taken}; the GGUF will answer differently"
+        )
+
+
 def step_notes(family: Family, tags: Sequence[frozenset[str]]) -> Iterator[str]:
     """A warning where llama.cpp takes other layers for those of a kind, because GGUF has no list of them."""
     for tag, step in family.llama_cpp.steps.items():
@@ -569,7 +587,11 @@ def common_metadata(
     }
     experts = {llm.EXPERT_COUNT: sizes.experts, llm.EXPERT_USED_COUNT: sizes.experts_used} if sizes.experts else {}
     widths = (attention.KEY_LENGTH, attention.VALUE_LENGTH) if sizes.head_dim_is_written else ()
-    numbers = {gguf.Keys.Rope.FREQ_BASE: rope.theta, attention.LAYERNORM_RMS_EPS: config.number("rms_norm_eps")}
+    numbers = {
+        gguf.Keys.Rope.FREQ_BASE: rope.theta,
+        **({} if rope.sliding_theta is None else {gguf.Keys.Rope.FREQ_BASE_SWA: rope.sliding_theta}),
+        attention.LAYERNORM_RMS_EPS: config.number("rms_norm_eps"),
+    }
     return {
         **count_values(arch, counts),
         **rope_scaling_metadata(rope, arch),

@@ -81,6 +81,8 @@ class RopeSettings:
     """mrope_section, for the key of that name alone."""
     partial: float = 1.0
     """The share of each head that is rotated."""
+    sliding_theta: float | None = None
+    """Theta of the layers with a window, where they have a rope of their own."""
 
 
 def read_rope(
@@ -114,6 +116,30 @@ def read_rope(
     if rope_type in ("llama3", "yarn"):
         note_context_outside(config, settings, context, notes)
     return RopeSettings(rope_type, theta, numbers, context, tuple(notes), read_sections(settings, notes), share)
+
+
+def split_by_layer_type(
+    values: Mapping[str, object], sliding: tuple[str, float] | None
+) -> tuple[Mapping[str, object], float | None]:
+    """(config.json with the rope of the layers that see all, theta of those with a window): Family.sliding_theta.
+
+    transformers 5 has both in rope_parameters, by the type of the layers; 4 has a key for theta of the second. Raises
+    StreamquantError if a scaling is meant for layers with a window: llama.cpp scales the others alone.
+    """
+    if sliding is None:
+        return values, None
+    config = ConfigValues(values, defaults={sliding[0]: sliding[1]})
+    both = ConfigValues(config.section("rope_parameters"), prefix="rope_parameters.")
+    if not both.values.keys() & {"full_attention", "sliding_attention"}:
+        return values, config.number(sliding[0], above=1.0)
+    own = ConfigValues(
+        both.section("sliding_attention"),
+        defaults={"rope_theta": sliding[1]},
+        prefix="rope_parameters.sliding_attention.",
+    )
+    if own.values.get("rope_type", "default") != "default":
+        raise own.refuse("rope_type", "a rope scaling of layers with a window", required="default")
+    return {**values, "rope_parameters": both.section("full_attention")}, own.number("rope_theta", above=1.0)
 
 
 def with_default_rope(

@@ -98,6 +98,9 @@ def read_vocabulary(
     notes += told
     if pieces is not None or _is_byte_fallback(files):
         notes += _write_spm(writer, files, pieces, vocab_size, pre)
+        if rules.space_prefix is not None:
+            writer.kv_data[0].pop(gguf.Keys.Tokenizer.ADD_PREFIX, None)
+            writer.add_add_space_prefix(rules.space_prefix)
     else:
         notes += _write_bpe(writer, files, vocab_size, pre, rules)
     if vocab_size in rules.fill_in_the_middle:

@@ -58,7 +58,7 @@ class GgufVariant(Variant):
         stored = {name: tensor for name, (_, tensor) in self._stored.items()}
         model: GgufModel = read_model(self.path, self.metadata, stored)
         self.config = model.config
-        self._rope = model.rope
+        self._rope, self._sliding_rope = model.rope, model.sliding_rope
         self.problems += model.problems
         self.description = describe(self.config)
         self.tensors = {}
@@ -183,13 +183,14 @@ class GgufVariant(Variant):
             raw[at] = read_bytes(file, tensor.start + number * row_bytes, tensor.start + (number + 1) * row_bytes)
         return torch.from_numpy(decode_rows(raw, tensor.stored_as))
 
-    def rotary(self) -> "tuple[torch.Tensor, float] | None":
+    def rotary(self, *, sliding: bool = False) -> "tuple[torch.Tensor, float] | None":
         """See Variant.rotary: llama.cpp's frequencies for this file, its rope_freqs.weight included."""
         import torch
 
         freqs = self._stored.get(ROPE_FREQS) if self.description.family.llama_cpp.rope_freqs else None
         divisors = None if freqs is None else self._decode(*freqs, resolve(IDENTITY, freqs[1].shape), range(1))[0]
-        frequencies, factor = self._rope.frequencies(divisors)
+        rope = self._sliding_rope if sliding and self._sliding_rope is not None else self._rope
+        frequencies, factor = rope.frequencies(divisors)
         return torch.from_numpy(frequencies), factor
 
     # Activations

@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ UNREAD_YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast"
 """Keys that llama.cpp does not read for most architectures -> the value that it takes for them."""
 READ_YARN = {"yarn_beta_fast": BETA_FAST, "yarn_beta_slow": BETA_SLOW, "yarn_log_multiplier": 0.0}
 """Those that it reads for the others, in the order of GgufRope -> the value without the key."""
+
+
+SLIDING_THETA = "sliding theta"
+"""Where read_config leaves theta of the layers with a window until the rope settings are put together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,8 @@ class GgufModel:
 
     config: Mapping[str, Any]
     rope: GgufRope
+    sliding_rope: GgufRope | None = None
+    """Of the layers with a window, where it is another."""
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -145,6 +151,11 @@ def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Gg
     problems: list[Problem] = []
     config = read_config(keys, families, tensors)
     rope = read_rope(keys, config, problems)
+    sliding = None
+    if (theta := config.pop(SLIDING_THETA, None)) is not None:
+        sliding = replace(rope, theta=theta, scaling="none", attn_factor=1.0)
+        of_window = {"rope_type": "default", "rope_theta": theta}
+        config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": of_window}
     try:
         describe(config)
     except StreamquantError as error:
@@ -152,7 +163,7 @@ def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Gg
         raise StreamquantError("the metadata does not describe a model", where=str(path), found=found) from error
     check_vocabulary(keys, metadata, config, problems)
     check_rope_freqs(path, tensors, rope)
-    return GgufModel(config, rope, problems)
+    return GgufModel(config, rope, sliding, problems)
 
 
 def is_said_by(family: Family, metadata: Mapping[str, Any]) -> bool:
@@ -185,7 +196,7 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
     return {
         "architectures": [family.hf_architecture],
         "model_type": family.model_type,
-        "hidden_act": "silu",
+        family.activation[0]: family.activation[1],
         "hidden_size": hidden,
         **read_intermediate(family, keys),
         "num_hidden_layers": layers,
@@ -206,6 +217,8 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
         **read_fields(family, keys),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         **read_layer_types(family, keys, layers),
+        **read_query_scalar(family, layers, (hidden, heads, head_dim)),
+        **read_sliding_theta(family, keys),
         **read_switches(family, tensors),
     }
 
@@ -264,6 +277,22 @@ def is_latent(config: Mapping[str, Any]) -> bool:
     """Whether the model has MLA."""
     family = family_of(config)
     return family is not None and family.latent is not None
+
+
+def read_query_scalar(family: Family, layers: int, sizes: tuple[int, int, int]) -> dict[str, int]:
+    """The number whose root divides the scores, as llama.cpp takes it; sizes are hidden size, heads, head_dim."""
+    if family.llama_cpp.query_scalar is None:
+        return {}
+    key, wide = family.llama_cpp.query_scalar
+    hidden, heads, head_dim = sizes
+    return {key: hidden // heads if layers == wide else head_dim}
+
+
+def read_sliding_theta(family: Family, keys: Keys) -> dict[str, float]:
+    """Theta of the layers with a window, where it is their own; without a key llama.cpp takes the family's."""
+    if family.sliding_theta is None:
+        return {}
+    return {SLIDING_THETA: keys.number("rope.freq_base_swa", family.sliding_theta[1])}
 
 
 def read_intermediate(family: Family, keys: Keys) -> dict[str, int]:

@@ -143,8 +143,12 @@ class Variant(ABC):
             self._kept = kept
         return kept[1][first:last]
 
-    def rotary(self) -> "tuple[torch.Tensor, float] | None":
-        """(float32[head_dim / 2] rotation per position in radians, factor of cos and sin), None: transformers' own."""
+    def rotary(self, *, sliding: bool = False) -> "tuple[torch.Tensor, float] | None":
+        """(float32[head_dim / 2] rotation per position in radians, factor of cos and sin), None: transformers' own.
+
+        Of the layers with a window, if `sliding` and they have a rope of their own.
+        """
+        del sliding
         return None
 
     def input_quantizer(self, module: str) -> "Callable[[torch.Tensor], torch.Tensor] | None":

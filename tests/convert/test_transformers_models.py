@@ -31,7 +31,6 @@ from tests.gguf_peer import OutType, read_gguf, requires_newest_converter
 from tests.peers import requires_llama_cpp
 from tests.transformers_models import (
     OUTTYPES,
-    VOCABULARY,
     Case,
     convert_case,
     quantize_to_static_fp8,
@@ -54,6 +53,20 @@ YARN = {
 MINISTRAL = {"model_type": "ministral3", "head_dim": 32, "rope_parameters": YARN}
 THETA = {"rope_type": "default", "rope_theta": 5e5}
 SMOLLM3 = {"model_type": "smollm3", "num_hidden_layers": 5, "rope_parameters": THETA}
+BYTES = 256
+"""Tokens that every vocabulary here has."""
+GEMMA3 = {
+    **{"model_type": "gemma3_text", "num_hidden_layers": 7, "head_dim": 32, "query_pre_attn_scalar": 32},
+    **{"sliding_window": 24, "tie_word_embeddings": True},
+}
+SIGLIP = {
+    **{key: value for key, value in VISION.items() if key != "head_dim"},
+    "model_type": "siglip_vision_model",
+}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 CASES: Mapping[str, Case] = {
     "ministral3": Case({**MINISTRAL, "num_attention_heads": 3, "num_key_value_heads": 1}),
     "ministral3-wrapped": Case(
@@ -76,6 +89,20 @@ CASES: Mapping[str, Case] = {
             **{"num_attention_heads": 6, "num_key_value_heads": 6},
         },
         is_refused=True,
+    ),
+    # Without tokenizer.model the converter drops the rows of the embeddings behind the tokens: here there are none.
+    "gemma3": Case({**GEMMA3, "vocab_size": 261}),
+    "gemma3-wrapped": Case(
+        {
+            **{"model_type": "gemma3", "vision_config": SIGLIP, "mm_tokens_per_image": 4, "image_token_index": 5},
+            **{"boi_token_index": 6, "eoi_token_index": 7},
+            "text_config": {
+                **{**GEMMA3, "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 96},
+                **{"rope_parameters": TWO_ROPES, "bos_token_id": 2, "eos_token_id": 1},
+            },
+        },
+        stored={"bos_token_id": 2, "eos_token_id": 1, "unk_token_id": 3},  # the converter does not ask tokenizer.model
+        has_sentencepiece=True,
     ),
     "mistral3": Case(
         {
@@ -132,7 +159,7 @@ def gguf_of(converted: Path, name: str, kind: str) -> Path:
 
 
 def tokens() -> torch.Tensor:
-    return torch.arange(128).reshape(2, 64) * 7 % VOCABULARY
+    return torch.arange(128).reshape(2, 64) * 7 % BYTES
 
 
 @requires_newest_converter
@@ -274,6 +301,15 @@ def changed(source: Path, folder: Path, **values: Any) -> Path:
         ("smollm3", {"no_rope_layers": [1, 0]}, "not a value for each layer"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, "0", 1]}, "not a value for each layer"),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "layers of another kind"),
+        ("gemma3", {"hidden_activation": "silu"}, "an activation that llama.cpp does not use"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "layers of another kind"),
+        ("gemma3", {"use_bidirectional_attention": True}, "layers of another kind"),
+        ("gemma3", {"layer_types": ["full_attention"]}, "a list of 1 layers in a model of 7"),
+        (
+            "gemma3",
+            {"rope_parameters": {**TWO_ROPES, "sliding_attention": TWO_ROPES["full_attention"]}},
+            "a rope scaling of layers with a window",
+        ),
         ("mistral3", {"model_type": "mistral4"}, "not the model type"),
     ],
 )
@@ -307,3 +343,34 @@ def test_layers_that_llama_cpp_would_rotate_are_a_warning(sources: dict[str, Pat
 def test_what_llama_cpp_refuses_is_a_warning(sources: dict[str, Path], name: str) -> None:
     plan = make_plan(open_checkpoint(sources[name]), parse_variants(["gguf:BF16"]), ConversionOptions(pre=TINY_PRE))
     assert any("llama.cpp will refuse to load the GGUF" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"query_pre_attn_scalar": 64}, "query_pre_attn_scalar = 64"),
+        ({"layer_types": ["full_attention", *["sliding_attention"] * 6]}, "layer_types"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_a_warning(
+    sources: dict[str, Path], tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    options = ConversionOptions(pre=TINY_PRE)
+    plans = [
+        make_plan(open_checkpoint(folder), parse_variants(["gguf:BF16"]), options)
+        for folder in (changed(sources["gemma3"], tmp_path / "Model", **values), sources["gemma3"])
+    ]
+    warned = [any(note.startswith("WARNING") and message in note for note in plan.notes) for plan in plans]
+    assert warned == [True, False]
+
+
+def test_ropes_of_two_kinds_of_layers_as_transformers_4_spells_them(sources: dict[str, Path]) -> None:
+    config = json.loads((sources["gemma3-wrapped"] / "config.json").read_text())
+    del config["text_config"]["rope_parameters"]
+    four = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    described = describe(config | {"text_config": config["text_config"] | four})
+    found = {key: value.value for key, value in described.metadata.items() if ".rope." in key}
+    assert found == {
+        **{"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0},
+        **{"gemma3.rope.freq_base": 1e6, "gemma3.rope.freq_base_swa": 1e4},
+    }
