@@ -48,6 +48,8 @@ def published_name(stored: str) -> str:
 
 
 def _without(name: str, wrapper: str) -> str:
+    if wrapper not in name:
+        return name  # as nearly always: a mixture of experts has a hundred thousand names
     return re.sub(rf"(?<![^.]){re.escape(wrapper)}", "", name)
 
 
