@@ -155,7 +155,7 @@ class ResolvedView:
         if self.transposed is None:
             return rows
         units = rows.reshape(-1, self.transposed, rows.shape[1])
-        return units.transpose(0, 2, 1).reshape(-1, self.transposed)
+        return np.ascontiguousarray(units.transpose(0, 2, 1).reshape(-1, self.transposed))  # of one unit it is a view
 
     def put_back(self, stored: Rows, moved: MovedRows, rows: Rows) -> None:
         """Write stored rows, float32[s, stored_n], where they came from in `rows`, float32[r, n] of a block."""

@@ -19,6 +19,7 @@ from streamquant.convert.architectures import describe
 from streamquant.convert.conversion import convert
 from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
+from streamquant.convert.recipes.imatrix import read_imatrix
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.model.forward import Setting, all_logits
@@ -30,6 +31,7 @@ from tests import llama_cpp
 from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
 from tests.convert.test_gguf_parity import differences
 from tests.gguf_peer import Job, OutType, convert_many, read_gguf, requires_newest_converter
+from tests.imatrix_files import write_imatrix
 from tests.synthetic import GLM_TOKENS
 from tests.tokenizer_folders import edit
 
@@ -321,3 +323,33 @@ def test_equals_llama_quantize(tmp_path: Path, settings: dict[str, Any]) -> None
         theirs = llama_cpp.quantize(made / "Model-BF16.gguf", tmp_path / f"{kind}.gguf", kind)
         assert read_gguf(made / f"Model-{kind}.gguf")[1] == read_gguf(theirs)[1]
         assert open_variant(theirs).problems == []
+
+
+@pytest.mark.long
+def test_each_head_has_an_importance_of_its_own(tmp_path: Path) -> None:
+    """llama-imatrix counts the inputs of the two parts of kv_b_proj by head, and llama-quantize weighs by them."""
+    if not llama_cpp.is_built():
+        pytest.skip("llama-quantize is not built (make setup)")
+    source = write_model(tmp_path / "Model", {**V3, **LARGER, "q_lora_rank": 256, "qk_nope_head_dim": 256})
+    rules = [rule for rule in describe(open_checkpoint(source).config).stored_rules() if rule.is_by_head]
+    rng = np.random.default_rng(1)
+    entries = {
+        rule.gguf_name: (
+            (rng.standard_t(3, (rule.gguf_shape[0], rule.gguf_shape[-1])) ** 2 * 1000).astype(np.float32),
+            np.full((rule.gguf_shape[0], 1), 4096, np.float32),
+        )
+        for rule in rules
+    }
+    assert len(entries) == 6
+    matrix = write_imatrix(tmp_path / "imatrix.gguf", entries)
+    options = ConversionOptions(pre=TINY_PRE, imatrix=read_imatrix(matrix))
+    kinds = ("Q4_K_M", "IQ4_XS")
+    plan = make_plan(open_checkpoint(source), parse_variants([f"gguf:BF16,{','.join(kinds)}"]), options)
+    convert(plan, tmp_path, RunOptions(jobs=2))
+    made = tmp_path / "Model-GGUF"
+    for kind in kinds:
+        flags = ("--imatrix", str(matrix))
+        theirs = llama_cpp.quantize(made / "Model-BF16.gguf", tmp_path / f"{kind}.gguf", kind, flags)
+        assert read_gguf(made / f"Model-{kind}.gguf")[1] == read_gguf(theirs)[1]
+    results = verify(made, open_checkpoint(source), read_imatrix(matrix))
+    assert [result.problems for result in results] == [[], [], []]

@@ -139,7 +139,9 @@ def test_transposes_go_by_whole_units_and_back(case: str) -> None:
         moved = resolved.moved(first, first + resolved.row_step, resolved.row_step)
         block = rows[first : first + resolved.row_step]
         ((at, count),) = moved.runs
-        stored[at : at + count] = resolved.arrange(block if moved.rows is None else block[moved.rows])
+        arranged = resolved.arrange(block if moved.rows is None else block[moved.rows])
+        assert arranged.flags.c_contiguous  # encoders take nothing else
+        stored[at : at + count] = arranged
         resolved.put_back(stored[at : at + count], moved, back[first : first + resolved.row_step])
     np.testing.assert_array_equal(stored.reshape(wanted.shape), wanted)
     taken = ~np.isnan(back)
