@@ -63,6 +63,8 @@ _PLAIN = (HfHubHTTPError, BadRequestError)
 """The client's errors that say no more than the status."""
 _SHOWN = 400
 _LOGIN = "run `hf auth login`, or set HF_TOKEN"
+_UNSENDABLE = re.compile(r"[^\x21-\x7e]")
+"""What a header of HTTP cannot hold in a token."""
 _SECRETS = (
     (re.compile(r"\b(hf|api_org)_[A-Za-z0-9_]{4,}"), r"\1_***"),
     (re.compile(r"(?i)\b(authorization\s*[:=]\s*)\S+(\s+\S+)?"), r"\1***"),
@@ -295,6 +297,14 @@ def explain(error: BaseException, repo: str, what: str) -> StreamquantError:
     response = _response(error)
     if response is not None:
         return _explain_answer(error, response, repo, where)
+    if _UNSENDABLE.search(get_token() or ""):
+        return StreamquantError(
+            "the token cannot be sent",
+            where=where,
+            found="characters that no token has",
+            required="hf_ and letters and digits, as the Hub's settings show it",
+            hint="copy the token again: " + _LOGIN,
+        )
     return _explain_network(error, chain, where)
 
 

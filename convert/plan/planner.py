@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from streamquant.convert.architectures import ModelDescription, describe
+from streamquant.convert.metadata.front_matter import front_matter_notes
 from streamquant.convert.options import ConversionOptions
 from streamquant.convert.plan.importance import PlannedImportance
 from streamquant.convert.plan.layout import Draft, Layout, as_matrix
@@ -52,6 +53,7 @@ def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: Conver
     ]
     notes = [*checkpoint.notes, *model.notes, *biases, *draft.notes, *_overrides_notes(mixed, options.overrides, model)]
     notes += draft.importance.notes(is_asked=bool(mixed))
+    notes += front_matter_notes(checkpoint.folder)
     left_out = [name for name in checkpoint.tensors if model.is_left_out(name)]
     if left_out:
         notes.append(

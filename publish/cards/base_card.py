@@ -1,7 +1,6 @@
 """The model card of the original, read with suspicion: licence, languages and tags, and nothing else.
 
-Its front matter is a stranger's YAML. It is read without types and without aliases (a licence "no" stays a text, nested
-aliases cannot grow), and only values of the shape that the Hub takes come out.
+Only values of the shape that the Hub takes come out.
 """
 
 import re
@@ -10,26 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from streamquant.convert.metadata.front_matter import read_front_matter
 
-from streamquant.files.reading import open_regular
-from streamquant.quant.errors import StreamquantError
-
-MAX_FRONT_MATTER = 256 * 1024
-"""Bytes: a hundred times the usual."""
 LONGEST = 128
 """Characters of a value."""
 MOST_TAGS = 64
-DEEPEST = 16
-"""Levels of lists and mappings: deep ones take a parser forever."""
-_OPENS = (
-    yaml.FlowSequenceStartToken
-    | yaml.FlowMappingStartToken
-    | yaml.BlockSequenceStartToken
-    | yaml.BlockMappingStartToken
-)
-_CLOSES = yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken | yaml.BlockEndToken
-_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\r|\n|\Z)", re.DOTALL)
 _SLUG = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 _TAG = re.compile(r"[A-Za-z0-9][\w .+/:-]*", re.ASCII)
@@ -57,23 +41,11 @@ class BaseCard:
 
 
 def read_base_card(path: Path) -> BaseCard:
-    """The front matter of a README.md; an empty record without any.
+    """What the front matter of a README.md says; an empty record without any.
 
-    Raises StreamquantError for YAML that is broken, has aliases or tags of types, or does not end within
-    MAX_FRONT_MATTER bytes.
+    Raises StreamquantError as `read_front_matter` does.
     """
-    try:
-        with open_regular(path) as file:
-            text = file.read(MAX_FRONT_MATTER).decode("utf-8-sig", errors="replace")
-    except OSError as error:
-        raise StreamquantError("cannot read a file", where=str(path), found=error.strerror) from error
-    text = text.replace("\t", "  ")  # YAML has no tabs; gguf-py's reader of model cards does the same
-    match = _FRONT_MATTER.match(text)
-    if match is None:
-        if re.match(r"\s*---[ \t]*[\r\n]", text):
-            raise _broken(path, "the front matter does not end", f"a line --- within {MAX_FRONT_MATTER:,} bytes")
-        return BaseCard()
-    return base_card(_parse(match[1], path))
+    return base_card(read_front_matter(path))
 
 
 def base_card(record: Mapping[str, Any]) -> BaseCard:
@@ -87,40 +59,6 @@ def base_card(record: Mapping[str, Any]) -> BaseCard:
         pipeline_tag=_first(record.get("pipeline_tag"), _SLUG),
         base_model=_first(record.get("base_model"), _REPO),
         quantized_by=_first(record.get("quantized_by"), _NAME),
-    )
-
-
-class _Loader(yaml.BaseLoader):
-    """Every scalar is a text."""
-
-
-def _parse(text: str, path: Path) -> Mapping[str, Any]:
-    try:
-        depth = 0
-        for token in yaml.scan(text, _Loader):
-            depth += isinstance(token, _OPENS) - isinstance(token, _CLOSES)
-            if depth > DEEPEST:
-                raise _broken(path, "nested too deeply", f"at most {DEEPEST} levels")
-            if isinstance(token, yaml.AliasToken | yaml.AnchorToken | yaml.TagToken):
-                line = token.start_mark.line + 2
-                raise _broken(path, f"an alias, an anchor or a tag in line {line}", "plain values")
-        record = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise _broken(path, " ".join(f"{error}".split())[:300] or "nested too deeply", "YAML") from error
-    if record in (None, ""):
-        return {}
-    if not isinstance(record, dict):
-        raise _broken(path, type(record).__name__, "keys and values")
-    return record
-
-
-def _broken(path: Path, found: str, required: str) -> StreamquantError:
-    return StreamquantError(
-        "broken model card",
-        where=f"{path}, front matter between the lines ---",
-        found=found,
-        required=required,
-        hint="correct or remove the front matter",
     )
 
 

@@ -132,6 +132,17 @@ def test_what_the_user_reads(name: str) -> None:
     assert "ORG/NAME (reading config.json)" in str(told)
 
 
+@pytest.mark.parametrize("token", ["hf_\u00e4bcdefgh", "hf_ab cdefgh", "\u201chf_abcdefgh\u201d"])
+def test_a_token_that_no_header_can_hold(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UnicodeEncodeError) as raised:
+        "hf_\u00e4bcdefgh".encode("ascii")
+    told = str(explain(raised.value, "ORG/NAME", "reading config.json"))
+    assert told.startswith("the token cannot be sent")
+    assert "ORG/NAME" in told
+    assert "bcdefgh" not in told
+
+
 @pytest.mark.parametrize("name", EXPLAINED)
 def test_readers_are_not_told_of_write_tokens_and_storage(name: str) -> None:
     error, _ = EXPLAINED[name]

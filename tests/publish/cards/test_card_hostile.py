@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import markdown_it
 import pytest
 
+import streamquant
 from streamquant.convert.manifest import MANIFEST
 from streamquant.publish.cards import prompts
 from streamquant.publish.cards.base_card import BaseCard, read_base_card
@@ -88,6 +90,17 @@ def test_tricks_of_yaml_are_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(StreamquantError, match="broken model card") as caught:
         read_base_card(write_base(tmp_path, text))
     assert "base.md" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["title: My model: the best", "a: &a [x]", "- a\n- b"])
+def test_a_plan_says_that_the_card_will_be_refused(text: str, tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / tiny.name))
+    (folder / "README.md").write_text(f"---\n{text}\n---\n")
+    warned = [note for note in streamquant.plan(folder, to=["fp8-dynamic"]).notes if "README.md" in note]
+    assert len(warned) == 1
+    assert warned[0].startswith("WARNING: README.md: broken model card (")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert not [note for note in streamquant.plan(folder, to=["fp8-dynamic"]).notes if "README.md" in note]
 
 
 def test_front_matter_without_an_end_is_refused(tmp_path: Path) -> None:
