@@ -95,7 +95,7 @@ class FolderVariant(Variant):
     def _float_blocks(self, tensor: SourceTensor) -> "Iterator[tuple[int, torch.Tensor]]":
         """A tensor that is stored in some float dtype, its values as they are."""
         rows = tensor.shape[0]
-        by_rows = len(tensor.shape) > 1 and tensor.format.parts[0].rows_per_entry == 1
+        by_rows = len(tensor.shape) > 1 and (tensor.codes is None or tensor.format.parts[0].rows_per_entry == 1)
         step = rows_per_block((tensor.stop - tensor.start) // rows) if by_rows else rows
         for first in range(0, rows, step):
             block = self._float_rows(tensor, first, min(first + step, rows))

@@ -285,7 +285,8 @@ def test_inspect_json_of_everything(run: Run, tiny_variants: Path) -> None:
     files = {Path(f.path).name: f for f in TypeAdapter(list[StoredFile]).validate_python(result.json)}
     on_disk = [p for p in tiny_variants.rglob("*") if p.suffix in (".gguf", ".safetensors")]
     gguf = [spec for spec in PLAIN if spec.startswith("gguf:")]
-    assert len(result.json) == len(on_disk) == len(gguf) + 3 * 2  # two shards of each checkpoint
+    checkpoints = len(PLAIN) - len(gguf)
+    assert len(result.json) == len(on_disk) == len(gguf) + checkpoints * 2  # two shards of each
     assert {f.path: f.size for f in map(StoredFile.model_validate, result.json)} == {
         str(path): path.stat().st_size for path in on_disk
     }
