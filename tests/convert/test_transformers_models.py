@@ -253,7 +253,7 @@ def without_importance(name: str) -> set[str]:
 def test_equals_llama_quantize(tmp_path: Path, name: str) -> None:
     """Of the file in BF16, with columns that K-quants take."""
     if not llama_cpp.is_built():
-        pytest.skip("llama-quantize is not built (make setup)")
+        pytest.skip("llama-quantize is not built (make llama-cpp)")
     source = write_model(tmp_path / "Model", larger(CASES[name]))
     is_mixture = open_variant(source).description.family.experts is not None
     types = ("Q4_K_M", "Q2_K", "IQ4_XS", *(("MXFP4_MOE",) if is_mixture else ()))
@@ -267,12 +267,14 @@ def test_equals_llama_quantize(tmp_path: Path, name: str) -> None:
 
 def larger(case: Case) -> Case:
     """The same with rows of 256."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = dict(case.config)
-    if case.is_wrapped:
-        config["text_config"] = {**config["text_config"], **sizes}
-    else:
-        config |= sizes
+    own = dict(config["text_config"] if case.is_wrapped else config)
+    if "query_pre_attn_scalar" in own:
+        sizes["query_pre_attn_scalar"] = 64
+    own |= sizes
+    config = {**config, "text_config": own} if case.is_wrapped else own
     return Case(config, case.stored, case.spread)
 
 
