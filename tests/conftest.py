@@ -23,7 +23,7 @@ from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import RECIPES, parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
-from tests import gguf_peer, synthetic
+from tests import gguf_peer, llama_cpp, synthetic
 from tests.smollm2 import MISSING, PACKAGE, find_gguf
 
 
@@ -89,6 +89,15 @@ def smollm2_variants(shelf: Shelf, smollm2: Path) -> Path:
         "smollm2-variants",
         lambda folder: convert(make_plan(open_checkpoint(smollm2), variants), folder, RunOptions(jobs=2)),
     )
+
+
+@pytest.fixture(scope="session")
+def llama_quantize() -> None:
+    """Builds llama.cpp's own programs where they are not built yet, or skips."""
+    try:
+        llama_cpp.build()
+    except llama_cpp.CannotBuildError as error:
+        pytest.skip(str(error))
 
 
 PLAIN = [spec for spec, recipe in RECIPES.items() if not recipe.needs_importance]

@@ -154,10 +154,10 @@ LARGER = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hid
 
 @pytest.mark.long
 @pytest.mark.parametrize("is_mxfp4", [False, True])
+@pytest.mark.usefixtures("llama_quantize")
+@pytest.mark.timeout(3600)
 def test_equals_llama_quantize(tmp_path: Path, is_mxfp4: bool) -> None:
     """Of the converter's file in BF16, which keeps the experts of a source in MXFP4."""
-    if not llama_cpp.is_built():
-        pytest.skip("llama-quantize is not built (make llama-cpp)")
     source = write_model(tmp_path / "Model", {**LARGER, "is_mxfp4": is_mxfp4})
     types = ("Q4_K_M", "Q2_K", "IQ4_XS", "MXFP4_MOE")
     convert(

@@ -307,10 +307,10 @@ LARGER = {"hidden_size": 256, "kv_lora_rank": 256, "moe_intermediate_size": 256,
     "settings",
     [{**V3, "q_lora_rank": 256}, {**LITE, "q_lora_rank": 96, "num_nextn_predict_layers": 1, "is_mtp_there": True}],
 )
+@pytest.mark.usefixtures("llama_quantize")
+@pytest.mark.timeout(3600)
 def test_equals_llama_quantize(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Of the file in BF16."""
-    if not llama_cpp.is_built():
-        pytest.skip("llama-quantize is not built (make llama-cpp)")
     source = write_model(tmp_path / "Model", {**settings, **LARGER})
     types = ("Q4_K_M", "Q2_K", "IQ4_XS", "MXFP4_MOE")
     convert(
@@ -326,10 +326,10 @@ def test_equals_llama_quantize(tmp_path: Path, settings: dict[str, Any]) -> None
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("llama_quantize")
+@pytest.mark.timeout(3600)
 def test_each_head_has_an_importance_of_its_own(tmp_path: Path) -> None:
     """llama-imatrix counts the inputs of the two parts of kv_b_proj by head, and llama-quantize weighs by them."""
-    if not llama_cpp.is_built():
-        pytest.skip("llama-quantize is not built (make llama-cpp)")
     source = write_model(tmp_path / "Model", {**V3, **LARGER, "q_lora_rank": 256, "qk_nope_head_dim": 256})
     rules = [rule for rule in describe(open_checkpoint(source).config).stored_rules() if rule.is_by_head]
     rng = np.random.default_rng(1)

@@ -217,14 +217,6 @@ CALLS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def llama_quantize() -> None:
-    try:
-        llama_cpp.build()
-    except llama_cpp.CannotBuildError as error:
-        pytest.skip(str(error))
-
-
 @dataclass(frozen=True, slots=True)
 class Cases:
     """Checkpoints, and what both sides make of them; made when asked for, once a run."""

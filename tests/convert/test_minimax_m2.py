@@ -124,9 +124,9 @@ def test_equals_the_reference_converter(converted: Path, references: Path, case:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("llama_quantize")
+@pytest.mark.timeout(3600)
 def test_equals_llama_quantize(tmp_path: Path) -> None:
-    if not llama_cpp.is_built():
-        pytest.skip("llama-quantize is not built (make llama-cpp)")
     source = write_model(tmp_path / "Model", {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64})
     edit(source / "config.json", lambda config: config.update(rotary_dim=32))
     types = ("Q4_K_M", "Q2_K", "IQ4_XS", "MXFP4_MOE")

@@ -169,10 +169,10 @@ LARGER = {"hidden_size": 256, "head_dim": 128, "linear_key_head_dim": 64, "linea
 
 @pytest.mark.long
 @pytest.mark.parametrize("settings", [{**DENSE, "intermediate_size": 512}, {**MOE, "moe_intermediate_size": 256}])
+@pytest.mark.usefixtures("llama_quantize")
+@pytest.mark.timeout(3600)
 def test_equals_llama_quantize(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Of the file in BF16; the weight of the shared expert's gate has one row, and so one dimension."""
-    if not llama_cpp.is_built():
-        pytest.skip("llama-quantize is not built (make llama-cpp)")
     source = write_model(tmp_path / "Model", {**settings, **LARGER, "mtp": "config"})
     types = ("Q4_K_M", "Q2_K", "IQ4_XS", "MXFP4_MOE")
     variants = parse_variants([f"gguf:BF16,{','.join(types)}"])

@@ -250,10 +250,10 @@ def without_importance(name: str) -> set[str]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("llama_quantize")
+@pytest.mark.timeout(3600)
 def test_equals_llama_quantize(tmp_path: Path, name: str) -> None:
     """Of the file in BF16, with columns that K-quants take."""
-    if not llama_cpp.is_built():
-        pytest.skip("llama-quantize is not built (make llama-cpp)")
     source = write_model(tmp_path / "Model", larger(CASES[name]))
     is_mixture = open_variant(source).description.family.experts is not None
     types = ("Q4_K_M", "Q2_K", "IQ4_XS", *(("MXFP4_MOE",) if is_mixture else ()))
