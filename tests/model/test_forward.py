@@ -1,6 +1,7 @@
 """The streamed pass against transformers' resident forward, on every family, variant and way of computing."""
 
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import subprocess
@@ -199,7 +200,10 @@ def test_integers_and_mx_as_transformers_runs_them(tmp_path: Path, dtype: str) -
     from streamquant.convert.source.checkpoint import open_checkpoint
 
     source = synthetic.write_checkpoint(tmp_path / "Wide", architecture=LLAMA, size=WIDE)
-    schemes = ["w4a16", "w4a16-asym-g32", "w8a16", "w8a8"]
+    schemes = ["w4a16", "w8a16", "w8a8"]
+    # With compressed-tensors 0.20, which packs zero points as 0.19 does, transformers 5.24 makes room for unpacked ones
+    # and refuses every such folder, the library's own too.
+    schemes += ["w4a16-asym-g32"] if importlib.metadata.version("compressed-tensors").startswith("0.19.") else []
     schemes += ["mxfp4", "mxfp4a16", "mxfp8"] if dtype == "bfloat16" else []
     convert(make_plan(open_checkpoint(source), parse_variants(schemes)), tmp_path / "out", RunOptions(jobs=2))
     tokens = some_tokens(512)
