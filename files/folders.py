@@ -21,6 +21,15 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def folder_of_children() -> str | None:
+    """Where a process that loads PyTorch is started: here, or at the root where the working folder is gone."""
+    try:
+        Path.cwd()
+    except OSError:
+        return os.sep
+    return None
+
+
 def check_working_folder() -> None:
     """Raise StreamquantError if the working folder is gone: a process that loads PyTorch there is ended."""
     try:

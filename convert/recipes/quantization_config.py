@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamquant.files.folders import cache_folder
+from streamquant.files.folders import cache_folder, folder_of_children
 from streamquant.files.strict_json import read_json_object
 from streamquant.files.writing import write_atomically
 from streamquant.quant.errors import StreamquantError
@@ -42,7 +42,12 @@ class QuantizationConfigs:
             # -P: a folder named `convert` in the user's working directory is not ours
             command = [sys.executable, "-P", "-m", __name__, *self._missing]
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=folder_of_children(),
             )
 
     def __getitem__(self, scheme: str) -> dict[str, Any]:

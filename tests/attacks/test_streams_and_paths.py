@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import streamquant
+from streamquant.convert.recipes.quantization_config import QuantizationConfigs
 from streamquant.quant.errors import StreamquantError
 from tests.attacks.harness import ROOT, TO, checksums, finished_files, run, run_process, write_model
 
@@ -75,6 +76,16 @@ def test_working_folder_that_is_gone(pristine: Path, tmp_path: Path, monkeypatch
     ):
         run(*command).refused(1, "the working folder is gone")
     run("imatrix", pristine, "--text", text, "--out", tmp_path / "im.gguf").refused(1, "the working folder is gone")
+
+
+def test_a_scheme_is_described_from_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process that loads PyTorch, which ends at once in such a folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert QuantizationConfigs(["FP8_DYNAMIC"])["FP8_DYNAMIC"]["quant_method"] == "compressed-tensors"
 
 
 def test_name_too_long_is_in_the_plan(pristine: Path, tmp_path: Path) -> None:
