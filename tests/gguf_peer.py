@@ -7,6 +7,7 @@ names, in the folder `llama.cpp` beside it.
 """
 
 import atexit
+import filecmp
 import functools
 import json
 import math
@@ -224,6 +225,20 @@ def read_gguf(path: Path) -> tuple[dict[str, KeyValue], dict[str, Tensor]]:
     A reader of its own: GGUFReader takes 14 s for a vocabulary of 128k tokens (a test compares the two).
     """
     return GGUFFile(path.read_bytes()).parse()
+
+
+def differences(ours: Path, reference: Path) -> list[str]:
+    """What differs between two GGUF files: nothing only if they are equal byte for byte."""
+    if filecmp.cmp(ours, reference, shallow=False):
+        return []
+    (keys, tensors), (their_keys, their_tensors) = read_gguf(ours), read_gguf(reference)
+    found = [f"key {key}" for key in sorted(keys | their_keys) if keys.get(key) != their_keys.get(key)]
+    found += [f"tensor {n}" for n in sorted(tensors | their_tensors) if tensors.get(n) != their_tensors.get(n)]
+    orders = (list(keys), list(tensors)), (list(their_keys), list(their_tensors))
+    found += ["order of keys"] if orders[0][0] != orders[1][0] else []
+    found += ["order of tensors"] if orders[0][1] != orders[1][1] else []
+    same_size = ours.stat().st_size == reference.stat().st_size
+    return found if found and same_size else [*found, "padding or size"]
 
 
 class GGUFFile:

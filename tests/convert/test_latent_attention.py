@@ -25,20 +25,36 @@ from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.model.forward import Setting, all_logits
 from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError
-from streamquant.validate.engines.process import EngineProcess
 from streamquant.validate.readback.verify import verify
 from tests import llama_cpp
-from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
-from tests.convert.test_gguf_parity import differences
-from tests.gguf_peer import Job, OutType, convert_many, read_gguf, requires_newest_converter
+from tests.conftest import TINY_PRE, Shelf
+from tests.family_checks import (
+    LARGEST_DIVERGENCE,
+    OPTIONS,
+    OUTTYPES,
+    add_tokenizer,
+    check_equals_llama_quantize,
+    check_verifies,
+    convert_case,
+    divergence,
+    gguf_logits,
+    gguf_of,
+    is_close,
+    make_references,
+    make_sources,
+    make_variants,
+    randomize,
+    resident_logits,
+    some_tokens,
+)
+from tests.gguf_peer import OutType, differences, read_gguf, requires_newest_converter
 from tests.imatrix_files import write_imatrix
+from tests.peers import requires_llama_cpp
 from tests.synthetic import GLM_TOKENS
 from tests.tokenizer_folders import edit
 
 pytestmark = [pytest.mark.xdist_group("latent_attention"), pytest.mark.timeout(600)]
 
-OPTIONS = ConversionOptions(pre=TINY_PRE)
-OUTTYPES: tuple[OutType, ...] = ("f32", "bf16", "q8_0")
 COMMON = {
     **{"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 3},
     **{"num_key_value_heads": 3, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 64},
@@ -73,11 +89,10 @@ def write_model(folder: Path, settings: dict[str, Any]) -> Path:
     is_mtp_there = given.pop("is_mtp_there", False)
     said = given.pop("num_nextn_predict_layers")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given)).float()
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if "rotary" not in name:
-            spread = 0.1 if tensor.ndim > 1 else 0.3
-            tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * spread + ("norm" in name))
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    randomize(tensor for name, tensor in named.items() if "rotary" not in name)
+    for name in (name for name in named if "norm" in name):
+        named[name].data.add_(1)
     model.to(torch.bfloat16).save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     last = given["num_hidden_layers"] - 1
@@ -94,54 +109,28 @@ def write_model(folder: Path, settings: dict[str, Any]) -> Path:
     counted = {"num_nextn_predict_layers": said, "first_k_dense_replace": given.get("first_k_dense_replace", 1)}
     edit(folder / "config.json", lambda config: config.update(counted))
     special = GLM_TOKENS if given["model_type"] == "glm4_moe_lite" else ()
-    tokenizer = write_small_tokenizer(folder.parent / f"{folder.name}-tokenizer", special=special, add_bos_token=True)
-    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    add_tokenizer(folder, special)
     return folder
 
 
 @pytest.fixture(scope="module")
 def sources(shelf: Shelf) -> Path:
-    def make(folder: Path) -> None:
-        for case, settings in CASES.items():
-            write_model(folder / case, settings)
-
-    return shelf.get("latent-sources", make)
+    return make_sources(shelf, "latent", CASES, write_model)
 
 
 @pytest.fixture(scope="module")
 def converted(sources: Path, shelf: Shelf) -> Path:
-    variants = parse_variants(["gguf:F32,BF16,Q8_0", "fp8-dynamic"])
-
-    def make(folder: Path) -> None:
-        for case in CASES:
-            plan = make_plan(open_checkpoint(sources / case), variants, OPTIONS)
-            convert(plan, folder, RunOptions(jobs=2))
-
-    return shelf.get("latent-converted", make)
+    return make_variants(shelf, "latent", [sources / case for case in CASES])
 
 
 @pytest.fixture(scope="module")
 def references(sources: Path, shelf: Shelf) -> Path:
-    """The converter's files. It counts by config.json, and would miss the tensors of a layer that was lost."""
-
-    def make(folder: Path) -> None:
-        jobs = [
-            Job(str(sources / case), outtype, str(folder / f"{case}-{outtype}.gguf"), TINY_PRE, newest=True, more=more)
-            for case in CASES
-            for more in [("--no-mtp",) if case.endswith("-lost") else ()]
-            for outtype in OUTTYPES
-        ]
-        convert_many(sorted(jobs, key=lambda job: job.more))  # the option stays for the rest of a process
-
-    return shelf.get("latent-references", make)
-
-
-def gguf_of(converted: Path, case: str, kind: str) -> Path:
-    return converted / f"{case}-GGUF" / f"{case}-{kind}.gguf"
-
-
-def tokens() -> Any:
-    return (torch.arange(96).reshape(2, 48) * 7 % 320).numpy()
+    return make_references(
+        shelf,
+        "latent",
+        [sources / case for case in CASES],
+        without_mtp=[case for case in CASES if case.endswith("-lost")],
+    )
 
 
 @requires_newest_converter
@@ -154,59 +143,38 @@ def test_equals_the_reference_converter(converted: Path, references: Path, case:
 
 @pytest.mark.parametrize("case", CASES)
 def test_streamed_logits_are_transformers(sources: Path, case: str) -> None:
-    ours = all_logits(open_variant(sources / case), tokens(), Setting())
-    model = AutoModelForCausalLM.from_pretrained(sources / case, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        theirs = model(torch.from_numpy(tokens())).logits
-    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    ours = all_logits(open_variant(sources / case), some_tokens(), Setting())
+    assert is_close(ours, resident_logits(sources / case, some_tokens()))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_was_made_computes_what_the_original_does(sources: Path, converted: Path, case: str) -> None:
-    original = all_logits(open_variant(sources / case), tokens(), Setting())
+    original = all_logits(open_variant(sources / case), some_tokens(), Setting())
     for kind in ("F32", "BF16"):
-        variant = open_variant(gguf_of(converted, case, kind))
-        assert variant.problems == []
-        found = all_logits(variant, tokens(), Setting(weights_only=True))
-        assert (found - original).abs().max() < 1e-4 * original.abs().max(), kind
+        assert is_close(gguf_logits(gguf_of(converted, case, kind)), original), kind
     folder = open_variant(converted / f"{case}-FP8-dynamic")
     assert folder.problems == []
 
 
+@requires_llama_cpp
 @pytest.mark.parametrize("case", ["deepseek", "deepseek-yarn", "glm-flash"])
 def test_llama_cpp_computes_the_same(sources: Path, converted: Path, case: str) -> None:
-    pytest.importorskip("xllamacpp", reason="llama.cpp (package xllamacpp) is not installed")
-    compare_with_llama_cpp(gguf_of(converted, case, "F32"), sources / case)
+    assert divergence(sources / case, gguf_of(converted, case, "F32")) < LARGEST_DIVERGENCE
 
 
+@requires_llama_cpp
 @pytest.mark.long
 def test_llama_cpp_computes_the_same_without_a_rank_of_queries(tmp_path: Path) -> None:
     """It takes such a model only with so many layers."""
-    pytest.importorskip("xllamacpp", reason="llama.cpp (package xllamacpp) is not installed")
     source = write_model(tmp_path / "Model", {**CASES["deepseek-plain"], "num_hidden_layers": 27})
-    convert(make_plan(open_checkpoint(source), parse_variants(["gguf:F32"]), OPTIONS), tmp_path, RunOptions(jobs=2))
-    compare_with_llama_cpp(tmp_path / "Model-GGUF" / "Model-F32.gguf", source)
-
-
-def compare_with_llama_cpp(made: Path, source: Path) -> None:
-    prompts = [[5, 17, 33], [5, 17, 33, 60, 99, 120, 7, 42, 250, 199, 3, 77]]
-    engine = EngineProcess(made)
-    try:
-        answers = engine.next_token_logprobs(prompts, 20)
-    finally:
-        engine.close()
-    original = open_variant(source)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        expected = torch.log_softmax(all_logits(original, np.array([prompt]), Setting())[0, -1].double(), -1)
-        assert np.allclose(answer.logprobs, expected[list(answer.ids)], atol=3e-3)
+    convert_case(source, tmp_path, ["gguf:F32"])
+    assert divergence(source, gguf_of(tmp_path, "Model", "F32")) < LARGEST_DIVERGENCE
 
 
 @pytest.mark.parametrize("case", ["deepseek", "glm-flash"])
 def test_what_was_made_verifies_against_the_source(sources: Path, converted: Path, case: str) -> None:
     for folder in (f"{case}-GGUF", f"{case}-FP8-dynamic"):
-        for result in verify(converted / folder, open_checkpoint(sources / case)):
-            assert result.problems == []
-            assert result.total.sqnr_db > 25
+        check_verifies(converted / folder, sources / case)
 
 
 def test_what_llama_cpp_does_not_load_is_said(sources: Path) -> None:
@@ -312,17 +280,7 @@ LARGER = {"hidden_size": 256, "kv_lora_rank": 256, "moe_intermediate_size": 256,
 def test_equals_llama_quantize(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Of the file in BF16."""
     source = write_model(tmp_path / "Model", {**settings, **LARGER})
-    types = ("Q4_K_M", "Q2_K", "IQ4_XS", "MXFP4_MOE")
-    convert(
-        make_plan(open_checkpoint(source), parse_variants([f"gguf:BF16,{','.join(types)}"]), OPTIONS),
-        tmp_path,
-        RunOptions(jobs=2),
-    )
-    made = tmp_path / "Model-GGUF"
-    for kind in types:
-        theirs = llama_cpp.quantize(made / "Model-BF16.gguf", tmp_path / f"{kind}.gguf", kind)
-        assert read_gguf(made / f"Model-{kind}.gguf")[1] == read_gguf(theirs)[1]
-        assert open_variant(theirs).problems == []
+    check_equals_llama_quantize(source, tmp_path)
 
 
 @pytest.mark.long

@@ -20,25 +20,39 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from streamquant.calibrate.importance import InputSums
 from streamquant.convert.architectures import describe
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import ConversionOptions, RunOptions
+from streamquant.convert.options import RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.model.forward import Setting, all_logits
 from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError
-from streamquant.validate.engines.process import EngineProcess
-from streamquant.validate.readback.verify import verify
-from tests import llama_cpp
-from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
-from tests.convert.test_gguf_parity import differences
-from tests.gguf_peer import Job, OutType, convert_many, read_gguf, requires_newest_converter
+from tests.conftest import Shelf
+from tests.family_checks import (
+    LARGEST_DIVERGENCE,
+    OPTIONS,
+    OUTTYPES,
+    add_tokenizer,
+    check_equals_llama_quantize,
+    check_verifies,
+    divergence,
+    gguf_logits,
+    gguf_of,
+    is_close,
+    make_references,
+    make_sources,
+    make_variants,
+    randomize,
+    resident_logits,
+    some_tokens,
+)
+from tests.gguf_peer import OutType, differences, read_gguf, requires_newest_converter
 from tests.gpu import HAS_TRITON, caller, convert_on_device
+from tests.peers import requires_llama_cpp
 from tests.tokenizer_folders import edit
 
 pytestmark = [pytest.mark.xdist_group("qwen3_5"), pytest.mark.timeout(600)]
 
-OUTTYPES: tuple[OutType, ...] = ("f32", "bf16", "q8_0")
 COMMON = {
     **{"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 64},
     **{"num_key_value_heads": 1, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2},
@@ -60,15 +74,8 @@ CASES: dict[str, dict[str, Any]] = {
     "moe-fused": {**MOE, "mtp": "tensors", "is_fused": True},
     "moe-wrapped": {**MOE, "is_fused": True, "is_wrapped": True, "mtp": "lost"},
 }
+WITHOUT_MTP = [case for case in CASES if CASES[case].get("mtp") not in ("config", "tensors")]
 ALONE = [case for case in CASES if "is_wrapped" not in CASES[case]]
-
-
-def random_weights(model: Any) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        spread = 0.1 if parameter.ndim > 1 else 0.3
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * spread)
-    return {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
 
 
 def write_model(folder: Path, settings: dict[str, Any]) -> Path:
@@ -76,7 +83,8 @@ def write_model(folder: Path, settings: dict[str, Any]) -> Path:
     given = {**COMMON, **settings}
     mtp, is_fused, is_wrapped = (given.pop(key, None) for key in ("mtp", "is_fused", "is_wrapped"))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given)).float()
-    weights = random_weights(model)
+    randomize(model.parameters())
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     model.to(torch.bfloat16).save_pretrained(folder)
     if not is_fused:  # transformers writes a tensor for each expert
         weights = load_file(folder / "model.safetensors")
@@ -105,55 +113,23 @@ def write_model(folder: Path, settings: dict[str, Any]) -> Path:
         }
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = write_small_tokenizer(folder.parent / f"{folder.name}-tokenizer")
-    edit(tokenizer / "tokenizer_config.json", lambda config: config.update(add_bos_token=True))
-    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    add_tokenizer(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def sources(shelf: Shelf) -> Path:
-    def make(folder: Path) -> None:
-        for case, settings in CASES.items():
-            write_model(folder / case, settings)
-
-    return shelf.get("qwen3_5-sources", make)
+    return make_sources(shelf, "qwen3_5", CASES, write_model)
 
 
 @pytest.fixture(scope="module")
 def converted(sources: Path, shelf: Shelf) -> Path:
-    variants = parse_variants(["gguf:F32,BF16,Q8_0", "fp8-dynamic"])
-
-    def make(folder: Path) -> None:
-        for case in CASES:
-            plan = make_plan(open_checkpoint(sources / case), variants, ConversionOptions(pre=TINY_PRE))
-            convert(plan, folder, RunOptions(jobs=2))
-
-    return shelf.get("qwen3_5-converted", make)
+    return make_variants(shelf, "qwen3_5", [sources / case for case in CASES])
 
 
 @pytest.fixture(scope="module")
 def references(sources: Path, shelf: Shelf) -> Path:
-    """The converter's files. It counts by config.json, and would miss the tensors of a layer that was lost."""
-
-    def make(folder: Path) -> None:
-        jobs = [
-            Job(str(sources / case), outtype, str(folder / f"{case}-{outtype}.gguf"), TINY_PRE, newest=True, more=more)
-            for case, settings in CASES.items()
-            for more in [() if settings.get("mtp") in ("config", "tensors") else ("--no-mtp",)]
-            for outtype in OUTTYPES
-        ]
-        convert_many(sorted(jobs, key=lambda job: job.more))  # the option stays for the rest of a process
-
-    return shelf.get("qwen3_5-references", make)
-
-
-def gguf_of(converted: Path, case: str, kind: str) -> Path:
-    return converted / f"{case}-GGUF" / f"{case}-{kind}.gguf"
-
-
-def tokens() -> Any:
-    return (torch.arange(96).reshape(2, 48) * 7 % 320).numpy()
+    return make_references(shelf, "qwen3_5", [sources / case for case in CASES], without_mtp=WITHOUT_MTP)
 
 
 @requires_newest_converter
@@ -174,61 +150,37 @@ LARGER = {"hidden_size": 256, "head_dim": 128, "linear_key_head_dim": 64, "linea
 def test_equals_llama_quantize(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Of the file in BF16; the weight of the shared expert's gate has one row, and so one dimension."""
     source = write_model(tmp_path / "Model", {**settings, **LARGER, "mtp": "config"})
-    types = ("Q4_K_M", "Q2_K", "IQ4_XS", "MXFP4_MOE")
-    variants = parse_variants([f"gguf:BF16,{','.join(types)}"])
-    convert(make_plan(open_checkpoint(source), variants, ConversionOptions(pre=TINY_PRE)), tmp_path, RunOptions(jobs=2))
-    made = tmp_path / "Model-GGUF"
-    for kind in types:
-        theirs = llama_cpp.quantize(made / "Model-BF16.gguf", tmp_path / f"{kind}.gguf", kind)
-        assert read_gguf(made / f"Model-{kind}.gguf")[1] == read_gguf(theirs)[1]
-        assert open_variant(theirs).problems == []
+    check_equals_llama_quantize(source, tmp_path)
 
 
 @pytest.mark.parametrize("case", ALONE)
 def test_streamed_logits_are_transformers(sources: Path, case: str) -> None:
-    ours = all_logits(open_variant(sources / case), tokens(), Setting())
-    model = AutoModelForCausalLM.from_pretrained(sources / case, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        theirs = model(torch.from_numpy(tokens())).logits
-    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    ours = all_logits(open_variant(sources / case), some_tokens(), Setting())
+    assert is_close(ours, resident_logits(sources / case, some_tokens()))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_was_made_computes_what_the_original_does(sources: Path, converted: Path, case: str) -> None:
-    original = all_logits(open_variant(sources / case), tokens(), Setting())
+    original = all_logits(open_variant(sources / case), some_tokens(), Setting())
     for kind in ("F32", "BF16"):
-        variant = open_variant(gguf_of(converted, case, kind))
-        assert variant.problems == []
-        found = all_logits(variant, tokens(), Setting(weights_only=True))
-        assert (found - original).abs().max() < 1e-4 * original.abs().max(), kind
+        assert is_close(gguf_logits(gguf_of(converted, case, kind)), original), kind
     folder = open_variant(converted / f"{case}-FP8-dynamic")
     assert folder.problems == []
     if case.startswith("dense"):  # where weights are random, a little noise chooses other experts
-        noise = all_logits(folder, tokens(), Setting()) - original
+        noise = all_logits(folder, some_tokens(), Setting()) - original
         assert noise.square().mean() < 0.1 * original.square().mean()
 
 
+@requires_llama_cpp
 @pytest.mark.parametrize("case", ["dense", "moe-fused"])
 def test_llama_cpp_computes_the_same(sources: Path, converted: Path, case: str) -> None:
-    pytest.importorskip("xllamacpp", reason="llama.cpp (package xllamacpp) is not installed")
-    prompts = [[5, 17, 33], [5, 17, 33, 60, 99, 120, 7, 42, 250, 199, 3, 77]]
-    engine = EngineProcess(gguf_of(converted, case, "F32"))
-    try:
-        answers = engine.next_token_logprobs(prompts, 20)
-    finally:
-        engine.close()
-    original = open_variant(sources / case)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        expected = torch.log_softmax(all_logits(original, np.array([prompt]), Setting())[0, -1].double(), -1)
-        assert np.allclose(answer.logprobs, expected[list(answer.ids)], atol=3e-3)
+    assert divergence(sources / case, gguf_of(converted, case, "F32")) < LARGEST_DIVERGENCE
 
 
 @pytest.mark.parametrize("case", ["dense", "moe-wrapped"])
 def test_what_was_made_verifies_against_the_source(sources: Path, converted: Path, case: str) -> None:
     for folder in (f"{case}-GGUF", f"{case}-FP8-dynamic"):
-        for result in verify(converted / folder, open_checkpoint(sources / case)):
-            assert result.problems == []
-            assert result.total.sqnr_db > 25
+        check_verifies(converted / folder, sources / case)
 
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -288,7 +240,7 @@ def test_a_gpu_gives_the_same_files(sources: Path, converted: Path, tmp_path: Pa
     """Rows and columns change places there too; what has other values is encoded by the CPU."""
     variants = ["gguf:F32,BF16,Q8_0"]
     with caller() as call:
-        options = ConversionOptions(pre=TINY_PRE)
+        options = OPTIONS
         assert call(convert_on_device, sources / "dense", tmp_path, variants, options, block, frozenset()) is None
     for kind in ("F32", "BF16", "Q8_0"):
         ours, on_cpu = gguf_of(tmp_path, "dense", kind), gguf_of(converted, "dense", kind)
@@ -300,7 +252,7 @@ def test_values_of_an_f16_source_are_made_in_float32(sources: Path, tmp_path: Pa
     folder = shutil.copytree(sources / "dense", tmp_path / "Model")
     half = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(half, folder / "model.safetensors")
-    plan = make_plan(open_checkpoint(folder), parse_variants(["gguf:F16"]), ConversionOptions(pre=TINY_PRE))
+    plan = make_plan(open_checkpoint(folder), parse_variants(["gguf:F16"]), OPTIONS)
     convert(plan, tmp_path / "out", RunOptions(jobs=1))
     _, tensors = read_gguf(gguf_of(tmp_path / "out", "Model", "F16"))
     source = {name: tensor.float().numpy() for name, tensor in half.items()}
@@ -346,4 +298,4 @@ def test_what_does_not_fit_is_refused(
     save_file(tensors, folder / "model.safetensors")
     edit(folder / "config.json", lambda values: values.update(config))
     with pytest.raises(StreamquantError, match=message):
-        make_plan(open_checkpoint(folder), parse_variants(["gguf:BF16"]), ConversionOptions(pre=TINY_PRE))
+        make_plan(open_checkpoint(folder), parse_variants(["gguf:BF16"]), OPTIONS)

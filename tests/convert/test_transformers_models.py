@@ -24,21 +24,29 @@ from streamquant.model.forward import Lane, Setting, all_logits, run_layers
 from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError
 from streamquant.validate.readback.verify import verify
-from tests import llama_cpp
 from tests.conftest import TINY_PRE, Shelf
-from tests.convert.test_gguf_parity import differences
-from tests.gguf_peer import OutType, read_gguf, requires_newest_converter
+from tests.family_checks import (
+    LARGEST_DIVERGENCE,
+    OUTTYPES,
+    check_equals_llama_quantize,
+    check_verifies,
+    divergence,
+    gguf_logits,
+    gguf_of,
+    is_close,
+    make_references,
+    make_sources,
+    make_variants,
+    resident_logits,
+    some_tokens,
+)
+from tests.gguf_peer import OutType, differences, read_gguf, requires_newest_converter
 from tests.peers import requires_llama_cpp
 from tests.transformers_models import (
-    OUTTYPES,
     Case,
-    convert_case,
     quantize_to_static_fp8,
-    references,
-    resident_logits,
     write_model,
 )
-from tests.validate.test_families import LARGEST, divergence
 
 pytestmark = [pytest.mark.xdist_group("transformers-models"), pytest.mark.timeout(600)]
 
@@ -118,11 +126,7 @@ CASES: Mapping[str, Case] = {
 
 @pytest.fixture(scope="module")
 def sources(shelf: Shelf) -> dict[str, Path]:
-    def make(folder: Path) -> None:
-        for name, case in CASES.items():
-            write_model(folder / name, case)
-
-    folder = shelf.get("transformers-sources", make)
+    folder = make_sources(shelf, "transformers", CASES, write_model)
     return {name: folder / name for name in CASES}
 
 
@@ -142,24 +146,12 @@ def quantized(sources: dict[str, Path], shelf: Shelf) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def converted(sources: dict[str, Path], quantized: dict[str, Path], shelf: Shelf) -> Path:
-    def make(folder: Path) -> None:
-        for source in (*sources.values(), *quantized.values()):
-            convert_case(source, folder)
-
-    return shelf.get("transformers-converted", make)
+    return make_variants(shelf, "transformers", [*sources.values(), *quantized.values()])
 
 
 @pytest.fixture(scope="module")
 def expected(sources: dict[str, Path], quantized: dict[str, Path], shelf: Shelf) -> Path:
-    return shelf.get("transformers-references", lambda folder: references({**sources, **quantized}, folder))
-
-
-def gguf_of(converted: Path, name: str, kind: str) -> Path:
-    return converted / f"{name}-GGUF" / f"{name}-{kind}.gguf"
-
-
-def tokens() -> torch.Tensor:
-    return torch.arange(128).reshape(2, 64) * 7 % BYTES
+    return make_references(shelf, "transformers", [*sources.values(), *quantized.values()])
 
 
 @requires_newest_converter
@@ -172,16 +164,13 @@ def test_equals_the_reference_converter(converted: Path, expected: Path, name: s
 @pytest.mark.parametrize("name", CASES)
 def test_logits(sources: dict[str, Path], converted: Path, name: str) -> None:
     """Streamed they are the resident ones; a GGUF's are the source's, and an FP8 folder's are near."""
-    original = all_logits(open_variant(sources[name]), tokens().numpy(), Setting())
-    assert torch.equal(original, resident_logits(sources[name], CASES[name], tokens()))
-    variant = open_variant(gguf_of(converted, name, "F32"))
-    assert variant.problems == []
-    found = all_logits(variant, tokens().numpy(), Setting(weights_only=True))
-    assert (found - original).abs().max() < 1e-4 * original.abs().max()
+    original = all_logits(open_variant(sources[name]), some_tokens(), Setting())
+    assert torch.equal(original, resident_logits(sources[name], some_tokens(), CASES[name].loader))
+    assert is_close(gguf_logits(gguf_of(converted, name, "F32")), original)
     folder = open_variant(converted / f"{name}-FP8-dynamic")
     assert folder.problems == []
     if folder.description.family.experts is None:  # where weights are random, a little noise chooses other experts
-        noise = all_logits(folder, tokens().numpy(), Setting()) - original
+        noise = all_logits(folder, some_tokens(), Setting()) - original
         assert noise.square().mean() < 0.1 * original.square().mean()
 
 
@@ -202,16 +191,13 @@ def test_a_source_in_fp8(quantized: dict[str, Path], sources: dict[str, Path], c
 @requires_llama_cpp
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.is_refused])
 def test_llama_cpp_agrees(sources: dict[str, Path], converted: Path, name: str) -> None:
-    assert divergence(sources[name], gguf_of(converted, name, "F32")) < LARGEST
+    assert divergence(sources[name], gguf_of(converted, name, "F32")) < LARGEST_DIVERGENCE
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_made_verifies_against_the_source(sources: dict[str, Path], converted: Path, name: str) -> None:
-    source = open_checkpoint(sources[name])
     for folder in (f"{name}-GGUF", f"{name}-FP8-dynamic"):
-        for result in verify(converted / folder, source):
-            assert result.problems == []
-            assert result.total.sqnr_db > 25
+        check_verifies(converted / folder, sources[name])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -223,8 +209,8 @@ def test_fp8_folders_load_in_transformers(sources: dict[str, Path], converted: P
     tied = {"lm_head.weight"}
     assert {kind: set(keys) - tied for kind, keys in info.items() if set(keys) - tied} == {}
     with torch.inference_mode():
-        found = model(tokens()).logits.float()
-    original = all_logits(open_variant(sources[name]), tokens().numpy(), Setting())
+        found = model(torch.from_numpy(some_tokens())).logits.float()
+    original = all_logits(open_variant(sources[name]), some_tokens(), Setting())
     assert (found - original).square().mean() < 0.2 * original.square().mean()
 
 
@@ -237,7 +223,7 @@ def test_importance_has_an_entry_for_every_matrix_of_the_layers(
         name.removesuffix(".weight"): rule for name, rule in variant.description.rules.items() if rule.has_importance
     }
     sums = InputSums(rules)
-    run_layers([Lane(variant, on_input=sums.observe)], tokens().numpy(), Setting())
+    run_layers([Lane(variant, on_input=sums.observe)], some_tokens(), Setting())
     _, tensors = read_gguf(gguf_of(converted, name, "F32"))
     matrices = {name for name, (_, shape, _) in tensors.items() if name.startswith("blk.") and len(shape) > 1}
     assert set(sums.sums) == matrices - without_importance(name)
@@ -254,15 +240,7 @@ def without_importance(name: str) -> set[str]:
 @pytest.mark.timeout(3600)
 def test_equals_llama_quantize(tmp_path: Path, name: str) -> None:
     """Of the file in BF16, with columns that K-quants take."""
-    source = write_model(tmp_path / "Model", larger(CASES[name]))
-    is_mixture = open_variant(source).description.family.experts is not None
-    types = ("Q4_K_M", "Q2_K", "IQ4_XS", *(("MXFP4_MOE",) if is_mixture else ()))
-    convert_case(source, tmp_path, (f"gguf:BF16,{','.join(types)}",))
-    made = tmp_path / "Model-GGUF"
-    for kind in types:
-        theirs = llama_cpp.quantize(made / "Model-BF16.gguf", tmp_path / f"{kind}.gguf", kind)
-        assert read_gguf(made / f"Model-{kind}.gguf")[1] == read_gguf(theirs)[1]
-        assert open_variant(theirs).problems == []
+    check_equals_llama_quantize(write_model(tmp_path / "Model", larger(CASES[name])), tmp_path)
 
 
 def larger(case: Case) -> Case:
