@@ -3,6 +3,7 @@
 Test files of families bring cases, name -> keys of config.json, and a function that writes the checkpoint of one.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from streamquant.calibrate.importance import InputSums
 from streamquant.convert.conversion import convert
 from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
-from streamquant.model.forward import Setting, all_logits
+from streamquant.model.forward import Lane, Setting, all_logits, run_layers
 from streamquant.model.variants.open import open_variant
 from streamquant.validate.engines.agreement import engine_agreement
 from streamquant.validate.engines.check import last_logits
@@ -156,6 +158,24 @@ def check_verifies(folder: Path, source: Path, sqnr_db: float = 25) -> None:
     for result in verify(folder, open_checkpoint(source)):
         assert result.problems == []
         assert result.total.sqnr_db > sqnr_db
+
+
+def check_importance(source: Path, gguf: Path, without: Collection[str] = ()) -> None:
+    """An importance matrix has an entry for each matrix of the layers, experts together, but for these endings."""
+    variant = open_variant(source)
+    rules = {
+        name.removesuffix(".weight"): rule for name, rule in variant.description.rules.items() if rule.has_importance
+    }
+    sums = InputSums(rules)
+    run_layers([Lane(variant, on_input=sums.observe)], some_tokens(), Setting())
+    matrices = {
+        name: shape
+        for name, (_, shape, _) in read_gguf(gguf)[1].items()
+        if name.startswith("blk.") and len(shape) > 1 and not name.endswith(tuple(without))
+    }
+    assert set(sums.sums) == set(matrices)
+    for name, found in sums.sums.items():
+        assert found.shape == (math.prod(matrices[name][:-2]), matrices[name][-1])
 
 
 def check_equals_llama_quantize(source: Path, out: Path, flags: Sequence[str] = ()) -> None:

@@ -118,7 +118,6 @@ class LlamaCpp:
     unread are the booleans of config.json whose biases the converter writes but the loader does not read.
     assumed are keys of config.json that no GGUF key carries, with the value that llama.cpp computes with.
     all_heads: the loader wants as many key-value heads as heads; own_head: it wants an output.weight.
-    window_step: all layers but every so many-th have a window, whatever config.json says; None: no such rule.
     pooling says whether the converter writes and the loader reads how an embedding model pools.
     steps: tag of layers -> the loader takes every so many-th for one of them, whatever config.json says.
     yarn_keys: further numbers of yarn, which is then the only rope if it is not optional, with the one value that each
@@ -136,7 +135,6 @@ class LlamaCpp:
     pooling: bool = False
     all_heads: bool = False
     own_head: bool = False
-    window_step: int | None = None
     steps: Mapping[str, int] = field(default_factory=dict)
     yarn_keys: Mapping[str, float | None] = field(default_factory=dict)
     yarn_is_optional: bool = False

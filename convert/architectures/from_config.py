@@ -26,7 +26,7 @@ from streamquant.convert.architectures.family import (
 )
 from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, KeySources, key_values
 from streamquant.convert.architectures.gguf_names import gguf_name
-from streamquant.convert.architectures.layers import MTP, SLIDING, Switch
+from streamquant.convert.architectures.layers import MTP, Switch
 from streamquant.convert.architectures.rope import (
     ROPE_FREQS,
     RopeSettings,
@@ -155,7 +155,7 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     notes += [*window_notes(family, window, sizes), *unread_notes(family, config), *other_value_notes(family, config)]
     metadata = common_metadata(family, config, sizes, rope)
     sources = KeySources(family.gguf_arch, config, sizes.size, tags, metadata, rope.numbers)
-    notes += [*refused_notes(family, sizes, tied), *window_step_notes(family, tags), *step_notes(family, tags)]
+    notes += [*refused_notes(family, sizes, tied), *step_notes(family, tags)]
     notes += [*latent_notes(family, config, sizes), *left_out_notes(family, sizes)]
     notes += query_scalar_notes(family, config, sizes)
     if tied:
@@ -382,20 +382,6 @@ def window_notes(family: Family, window: int | None, sizes: Dimensions) -> Itera
         yield (
             f"sliding_window = {window} is not carried over: llama.cpp has no key for it in arch "
             f"{family.gguf_arch!r} and attends to the whole context"
-        )
-
-
-def window_step_notes(family: Family, tags: Sequence[frozenset[str]]) -> Iterator[str]:
-    """A warning where llama.cpp gives a window to other layers than config.json: GGUF has no list of them."""
-    step = family.llama_cpp.window_step
-    if step is None:
-        return
-    other = [number for number, own in enumerate(tags) if (SLIDING in own) is ((number + 1) % step == 0)]
-    if other:
-        yield (
-            f"WARNING: layer_types: llama.cpp attends to the whole context in every {step}. layer in arch"
-            f" {family.gguf_arch!r}, and to a window in the others, which is not so in layer {other[0]} here; the GGUF"
-            " will answer differently"
         )
 
 

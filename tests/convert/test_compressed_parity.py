@@ -1,7 +1,7 @@
 """INT4, INT8, MXFP4 and MXFP8 folders against llm-compressor's model_free_ptq: tensors, config.json, index."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from streamquant.quant.formats import FORMATS
 from streamquant.validate.readback.verify import verify
 from tests import synthetic
 from tests.conftest import PLAIN_SMOLLM2, Shelf, read_safetensors
-from tests.convert.test_fp8_parity import IGNORE, check_index, run_driver
+from tests.convert.test_fp8_parity import IGNORE, Job, check_index, run_driver
 
 pytestmark = [pytest.mark.xdist_group("compressed-parity"), pytest.mark.timeout(900)]
 
@@ -57,16 +57,6 @@ for job in json.loads(sys.argv[1]):
         scheme.weights.group_size = int(group)
     model_free_ptq(job["source"], job["out"], scheme=scheme, ignore=job["ignore"], device="cpu")
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One run of the reference."""
-
-    source: str
-    out: str
-    scheme: str
-    ignore: list[str]
 
 
 class Pairs:

@@ -38,6 +38,7 @@ from tests.family_checks import (
     OUTTYPES,
     add_tokenizer,
     check_equals_llama_quantize,
+    check_importance,
     check_verifies,
     divergence,
     gguf_of,
@@ -184,6 +185,15 @@ def test_what_was_made_verifies_against_the_source(sources: Path, converted: Pat
     check_verifies(converted / f"{case}-GGUF", sources / case, 15)
 
 
+@pytest.mark.parametrize("case", ["bf16", "mxfp4"])
+def test_importance_has_an_entry_for_every_matrix_of_the_layers(sources: Path, converted: Path, case: str) -> None:
+    check_importance(
+        sources / case,
+        gguf_of(converted, case, "F32"),
+        (".ffn_gate_exps.bias", ".ffn_up_exps.bias", ".ffn_down_exps.bias"),
+    )
+
+
 @pytest.mark.parametrize("case", MXFP4)
 def test_mxfp4_is_decoded_for_other_types(sources: Path, converted: Path, case: str) -> None:
     """By transformers' own decoder, and then ggml's encoder."""
@@ -309,7 +319,8 @@ def test_what_llama_cpp_does_otherwise_is_said(sources: Path) -> None:
     assert any(note.startswith("yarn without truncation") for note in describe(config).notes)
     assert not any(note.startswith("WARNING") for note in describe(config).notes)
     types = {**config, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
-    (note,) = (note for note in describe(types).notes if note.startswith("WARNING: layer_types"))
+    (note,) = (note for note in describe(types).notes if note.startswith("WARNING"))
+    assert "llama.cpp takes every 2. layer for one of 'full_attention'" in note
     assert "in layer 0" in note
 
 

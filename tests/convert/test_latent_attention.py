@@ -34,6 +34,7 @@ from tests.family_checks import (
     OUTTYPES,
     add_tokenizer,
     check_equals_llama_quantize,
+    check_importance,
     check_verifies,
     convert_case,
     divergence,
@@ -175,6 +176,13 @@ def test_llama_cpp_computes_the_same_without_a_rank_of_queries(tmp_path: Path) -
 def test_what_was_made_verifies_against_the_source(sources: Path, converted: Path, case: str) -> None:
     for folder in (f"{case}-GGUF", f"{case}-FP8-dynamic"):
         check_verifies(converted / folder, sources / case)
+
+
+@pytest.mark.parametrize("case", ["deepseek", "glm-flash-lost"])
+def test_importance_has_an_entry_for_every_matrix_of_the_layers(sources: Path, converted: Path, case: str) -> None:
+    """But of the parts of kv_b_proj, by head: no linear layer here has their inputs."""
+    without = (".attn_k_b.weight", ".attn_v_b.weight")
+    check_importance(sources / case, gguf_of(converted, case, "F32"), without)
 
 
 def test_what_llama_cpp_does_not_load_is_said(sources: Path) -> None:

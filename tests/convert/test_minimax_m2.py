@@ -23,6 +23,7 @@ from tests.family_checks import (
     LARGEST_DIVERGENCE,
     add_tokenizer,
     check_equals_llama_quantize,
+    check_importance,
     check_verifies,
     divergence,
     gguf_logits,
@@ -128,6 +129,11 @@ def test_what_was_made_computes_what_the_original_does(sources: Path, converted:
 @requires_llama_cpp
 def test_llama_cpp_computes_the_same(sources: Path, converted: Path) -> None:
     assert divergence(sources / "bf16", gguf_of(converted, "bf16", "F32")) < LARGEST_DIVERGENCE
+
+
+@pytest.mark.parametrize("case", ["bf16", "tied"])
+def test_importance_has_an_entry_for_every_matrix_of_the_layers(sources: Path, converted: Path, case: str) -> None:
+    check_importance(sources / case, gguf_of(converted, case, "F32"))
 
 
 def test_the_router_is_watched_although_it_is_given_its_bias_too(sources: Path) -> None:

@@ -14,13 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from streamquant.calibrate.importance import InputSums
 from streamquant.convert.architectures import describe
 from streamquant.convert.options import ConversionOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
-from streamquant.model.forward import Lane, Setting, all_logits, run_layers
+from streamquant.model.forward import Setting, all_logits
 from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError
 from streamquant.validate.readback.verify import verify
@@ -29,6 +28,7 @@ from tests.family_checks import (
     LARGEST_DIVERGENCE,
     OUTTYPES,
     check_equals_llama_quantize,
+    check_importance,
     check_verifies,
     divergence,
     gguf_logits,
@@ -40,7 +40,7 @@ from tests.family_checks import (
     resident_logits,
     some_tokens,
 )
-from tests.gguf_peer import OutType, differences, read_gguf, requires_newest_converter
+from tests.gguf_peer import OutType, differences, requires_newest_converter
 from tests.peers import requires_llama_cpp
 from tests.transformers_models import (
     Case,
@@ -218,20 +218,7 @@ def test_fp8_folders_load_in_transformers(sources: dict[str, Path], converted: P
 def test_importance_has_an_entry_for_every_matrix_of_the_layers(
     sources: dict[str, Path], converted: Path, name: str
 ) -> None:
-    variant = open_variant(sources[name])
-    rules = {
-        name.removesuffix(".weight"): rule for name, rule in variant.description.rules.items() if rule.has_importance
-    }
-    sums = InputSums(rules)
-    run_layers([Lane(variant, on_input=sums.observe)], some_tokens(), Setting())
-    _, tensors = read_gguf(gguf_of(converted, name, "F32"))
-    matrices = {name for name, (_, shape, _) in tensors.items() if name.startswith("blk.") and len(shape) > 1}
-    assert set(sums.sums) == matrices - without_importance(name)
-
-
-def without_importance(name: str) -> set[str]:
-    """The matrices of a case that nothing is multiplied with."""
-    return set()
+    check_importance(sources[name], gguf_of(converted, name, "F32"))
 
 
 @pytest.mark.long
@@ -329,7 +316,7 @@ def test_what_llama_cpp_refuses_is_a_warning(sources: dict[str, Path], name: str
     ("values", "message"),
     [
         ({"query_pre_attn_scalar": 64}, "query_pre_attn_scalar = 64"),
-        ({"layer_types": ["full_attention", *["sliding_attention"] * 6]}, "layer_types"),
+        ({"layer_types": ["full_attention", *["sliding_attention"] * 6]}, "takes every 6. layer for one of"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_a_warning(

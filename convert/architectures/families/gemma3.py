@@ -80,7 +80,7 @@ GEMMA3 = Family(
         arch=gguf.MODEL_ARCH.GEMMA3,
         vocabulary=VocabularyRules(sentencepiece=True, space_prefix=False),
         keys=(u32(gguf.Keys.Attention.SLIDING_WINDOW, Field("sliding_window")),),
-        window_step=6,
+        steps={FULL: 6},
         query_scalar=("query_pre_attn_scalar", 62),
     ),
 )

@@ -93,6 +93,6 @@ GPT_OSS = Family(
             u32(gguf.Keys.Attention.SLIDING_WINDOW, Field("sliding_window")),
             u32(gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, "expert_intermediate"),
         ),
-        window_step=2,
+        steps={FULL: 2},
     ),
 )

@@ -8,11 +8,10 @@ config.json files. Published weights are FP8 in blocks.
 
 import gguf
 
+from streamquant.convert.architectures.families.mistral.mixtral import EXPERT_ROWS, EXPERTS
 from streamquant.convert.architectures.family import (
-    Experts,
     Family,
     LlamaCpp,
-    experts,
     linear,
     norm,
     router,
@@ -32,9 +31,7 @@ MINIMAX_M2 = Family(
         norm("self_attn.k_norm", "key_value"),
         router("block_sparse_moe.gate"),
         router_bias("block_sparse_moe.e_score_correction_bias"),
-        experts("block_sparse_moe.experts.{expert}.w1", ("expert_intermediate", "hidden")),
-        experts("block_sparse_moe.experts.{expert}.w2", ("hidden", "expert_intermediate")),
-        experts("block_sparse_moe.experts.{expert}.w3", ("expert_intermediate", "hidden")),
+        *EXPERT_ROWS,
         norm("input_layernorm"),
         norm("post_attention_layernorm"),
     ),
@@ -62,15 +59,7 @@ MINIMAX_M2 = Family(
         "scoring_func": ("sigmoid", None),
         "shared_intermediate_size": (0, None),
     },
-    experts=Experts(
-        count=("num_local_experts", "num_experts"),
-        used="num_experts_per_tok",
-        intermediate="intermediate_size",
-        stored_path="block_sparse_moe",
-        gate="w1",
-        up="w3",
-        down="w2",
-    ),
+    experts=EXPERTS,
     unquantized=("re:.*block_sparse_moe.gate$",),
     partial_rotary=1.0,
     rotary_key="rotary_dim",

@@ -9,15 +9,28 @@ from streamquant.convert.architectures.families.llama import LLAMA_MODEL
 from streamquant.convert.architectures.families.mistral.mistral import ATTENTION
 from streamquant.convert.architectures.family import Experts, Family, experts, norm, router
 
+EXPERT_ROWS = (
+    experts("block_sparse_moe.experts.{expert}.w1", ("expert_intermediate", "hidden")),
+    experts("block_sparse_moe.experts.{expert}.w2", ("hidden", "expert_intermediate")),
+    experts("block_sparse_moe.experts.{expert}.w3", ("expert_intermediate", "hidden")),
+)
+EXPERTS = Experts(
+    count=("num_local_experts", "num_experts"),
+    used="num_experts_per_tok",
+    intermediate="intermediate_size",
+    stored_path="block_sparse_moe",
+    gate="w1",
+    up="w3",
+    down="w2",
+)
+
 MIXTRAL = Family(
     hf_architecture="MixtralForCausalLM",
     model_type="mixtral",
     layer=(
         *ATTENTION,
         router("block_sparse_moe.gate"),
-        experts("block_sparse_moe.experts.{expert}.w1", ("expert_intermediate", "hidden")),
-        experts("block_sparse_moe.experts.{expert}.w2", ("hidden", "expert_intermediate")),
-        experts("block_sparse_moe.experts.{expert}.w3", ("expert_intermediate", "hidden")),
+        *EXPERT_ROWS,
         norm("input_layernorm"),
         norm("post_attention_layernorm"),
     ),
@@ -33,15 +46,7 @@ MIXTRAL = Family(
         "num_experts_per_tok": 2,
     },
     nullable=frozenset({"head_dim", "sliding_window"}),
-    experts=Experts(
-        count=("num_local_experts", "num_experts"),
-        used="num_experts_per_tok",
-        intermediate="intermediate_size",
-        stored_path="block_sparse_moe",
-        gate="w1",
-        up="w3",
-        down="w2",
-    ),
+    experts=EXPERTS,
     unquantized=("re:.*block_sparse_moe.gate$",),
     llama_cpp=LLAMA_MODEL,
 )
