@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.utils._http import close_session, default_client_factory, set_client_factory
 
-from streamquant.hub import client, errors
+from streamquant.hub import errors
 from streamquant.publish.cards import card, public_report
 from streamquant.publish.cards.origin import Template
 from streamquant.publish.cards.prompts import PromptFormat, prompt_format
@@ -26,7 +25,7 @@ from tests.attacks.harness import Ran, run, write_model
 from tests.conftest import Shelf
 from tests.docs.pages import ROOT, Command
 from tests.hub import WRITE_TOKEN, Hub
-from tests.hub.client import keep_client
+from tests.hub.client import client_put_back, keep_client
 
 LOCAL = ("Hermes-4-14B", "Hermes-4-405B")
 """Models that the pages name as folders."""
@@ -123,7 +122,7 @@ def open_workshop(folder: Path, shelf: Shelf, *, whole: bool = False) -> Iterato
     """A furnished folder as the current one, and a Hub with the models, where alice may write to ORG and your-name."""
     models = make_models(shelf)
     cache = shelf.get("docs-cache", _seed_cache)
-    with pytest.MonkeyPatch.context() as patch, Hub() as hub:
+    with client_put_back(), pytest.MonkeyPatch.context() as patch, Hub() as hub:
         hub.add_token(WRITE_TOKEN, "alice", "write", ("ORG", "your-name"))
         for name in HUB:
             hub.add_repo(f"NousResearch/{name}", models / name)
@@ -137,21 +136,14 @@ def open_workshop(folder: Path, shelf: Shelf, *, whole: bool = False) -> Iterato
         patch.setattr(constants, "HF_TOKEN_PATH", str(folder / ".home" / "token"))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(errors, "FIRST_WAIT", 0.01)
-        close_session()  # that of other tests, with another factory
         keep_client(patch)
         patch.setattr(card, "prompt_format", _remembered(prompt_format))
         if not whole:
             patch.setattr(render, "write_pages", lambda _report, _folder: [])
             patch.setattr(public_report, "make_plots", lambda _report, _names: ())
-        client.set_up_client.cache_clear()
         furnish(folder, models)
         patch.chdir(folder)
-        try:
-            yield Workshop(folder, hub, whole)
-        finally:
-            close_session()
-            set_client_factory(default_client_factory)
-            client.set_up_client.cache_clear()
+        yield Workshop(folder, hub, whole)
 
 
 def _remembered(make: Callable[[Template], PromptFormat]) -> Callable[[Template], PromptFormat]:

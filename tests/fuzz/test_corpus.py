@@ -2,13 +2,22 @@
 
 import time
 import tracemalloc
+from collections.abc import Iterator
 
 import pytest
 
 from tests.fuzz.targets import CORPUS, TARGETS, answer
+from tests.hub.client import client_put_back
 
 SECONDS = 5.0
 MEMORY = 64 << 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hub_client() -> Iterator[None]:
+    """The target `hub_answer` answers all requests of the process itself."""
+    with client_put_back():
+        yield
 
 
 def test_every_target_has_a_corpus() -> None:

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, constants, file_download, get_session, hf_hub_download
-from huggingface_hub.utils import _http
-from huggingface_hub.utils._http import close_session, default_client_factory, set_client_factory
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 
 from streamquant.files.listener import Listener
 from streamquant.files.worker import Stopped
@@ -23,6 +21,7 @@ from streamquant.hub.repo import open_repo
 from streamquant.hub.target import Destination, Target
 from streamquant.quant.errors import StreamquantError
 from tests.hub import WRITE_TOKEN, Fault, Hub, rate_limit
+from tests.hub.client import client_put_back
 from tests.hub.protocol import ROUTES, Answer, Call, Route, json_answer
 
 REPO = "ORG/M"
@@ -46,7 +45,6 @@ class Heard(Listener):
 @pytest.fixture(autouse=True)
 def ours(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Our client, for a Hub with one small repository; no wait takes its time."""
-    close_session()
     hub.add_repo(REPO, {"config.json": b"{}", "model.safetensors": bytes(100_000)})
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
@@ -54,15 +52,10 @@ def ours(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     monkeypatch.setattr(errors, "FIRST_WAIT", 0.001)
     monkeypatch.setattr(errors, "ATTEMPTS", 2)
-    for module in (_http, file_download):
-        monkeypatch.setattr(module, "time", time)  # to be put back: set_up_client changes it
-    set_up_client.cache_clear()
-    set_up_client()
     monkeypatch.setattr(client, "wait", lambda _seconds, _stop: None)
-    yield
-    close_session()
-    set_client_factory(default_client_factory)
-    set_up_client.cache_clear()
+    with client_put_back():
+        set_up_client()
+        yield
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants, file_download
-from huggingface_hub.utils import _http
-from huggingface_hub.utils._http import close_session, default_client_factory, set_client_factory
+from huggingface_hub import constants
 
 from streamquant.convert.conversion import convert
 from streamquant.convert.options import ConversionOptions, RunOptions
@@ -22,7 +20,7 @@ from streamquant.publish.upload import push
 from streamquant.publish.upload.options import PushOptions
 from tests.conftest import TINY_PRE, Shelf
 from tests.hub import WRITE_TOKEN, Hub
-from tests.hub.client import keep_client
+from tests.hub.client import client_put_back, keep_client
 
 ANYWAY = PushOptions(without_report=True)
 GGUF = "ORG/Tiny-GGUF"
@@ -55,26 +53,20 @@ class Heard(Listener):
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub in this process that the client talks to as alice, who may write to ORG; waits are short."""
-    close_session()  # that of other tests, with another factory
     keep_client(monkeypatch)
-    with Hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-        monkeypatch.delenv("HF_OIDC_RESOURCE", raising=False)
-        monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
-        for module in (_http, file_download):
-            monkeypatch.setattr(module, "time", module.time)  # to be put back: set_up_client changes it
-        monkeypatch.setattr(client, "wait", lambda _seconds, _stop: None)
-        monkeypatch.setattr(push, "refresh_card", _plain_card)
-        client.set_up_client.cache_clear()
-        yield hub
-    _end_uploads()  # which the end of their Hub ends, while they do not sleep between attempts
-    close_session()
-    set_client_factory(default_client_factory)
-    client.set_up_client.cache_clear()
+    with client_put_back():
+        with Hub() as hub:
+            monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+            monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+            monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+            monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+            monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+            monkeypatch.delenv("HF_OIDC_RESOURCE", raising=False)
+            monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
+            monkeypatch.setattr(client, "wait", lambda _seconds, _stop: None)
+            monkeypatch.setattr(push, "refresh_card", _plain_card)
+            yield hub
+        _end_uploads()  # which the end of their Hub ends, while they do not sleep between attempts
 
 
 def _end_uploads() -> None:
