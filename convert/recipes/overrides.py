@@ -14,6 +14,7 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES
 
+from streamquant.convert.recipes.patterns import Pattern, compile_pattern
 from streamquant.quant.errors import UsageError
 from streamquant.quant.formats import FORMATS
 
@@ -47,17 +48,17 @@ class Overrides:
         return self != NO_OVERRIDES
 
     @cached_property
-    def _compiled(self) -> tuple[tuple[re.Pattern[str], str, str], ...]:
-        return tuple((compile_pattern(pattern), pattern, name) for pattern, name in self.tensor_types)
+    def _compiled(self) -> tuple[tuple[Pattern, str], ...]:
+        return tuple((compile_ecmascript(pattern), name) for pattern, name in self.tensor_types)
 
     def match(self, name: str) -> tuple[str, str] | None:
         """(pattern, type) of the first pattern found in a GGUF name."""
-        return next(((pattern, kind) for found, pattern, kind in self._compiled if found.search(name)), None)
+        return next(((pattern.text, kind) for pattern, kind in self._compiled if pattern.search(name)), None)
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
         """The patterns that are found in none of the names, and the exact names that are not among them."""
         names = list(names)
-        patterns = [text for found, text, _ in self._compiled if not any(found.search(name) for name in names)]
+        patterns = [pattern.text for pattern, _ in self._compiled if not any(map(pattern.search, names))]
         return [*patterns, *(name for name in self.tensors if name not in names)]
 
     def record(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def parse_rule(text: str, where: str = "--tensor-type") -> tuple[str, str]:
     if not pattern or not equals or not name:
         raise UsageError("not a rule", where=where, found=f"{text!r:.200}", required="REGEX=TYPE, like attn_v=q8_0")
     pattern = pattern.lower()
-    compile_pattern(pattern, where)
+    compile_ecmascript(pattern, where)
     return pattern, parse_type(name, where)
 
 
@@ -171,10 +172,11 @@ def parse_type(name: object, where: str) -> str:
     return str(found)
 
 
-def compile_pattern(pattern: str, where: str = "--tensor-type") -> re.Pattern[str]:
-    """An ECMAScript pattern as llama-quantize takes it -> Python's.
+def compile_ecmascript(pattern: str, where: str = "--tensor-type") -> Pattern:
+    """An ECMAScript pattern as llama-quantize takes it.
 
-    The two agree on all that is of use in a tensor's name; what only one of them knows is refused. Raises UsageError.
+    Python's agree with it on all that is of use in a tensor's name; what only one of them knows is refused. Raises
+    UsageError.
     """
     try:
         if len(pattern) > MAX_PATTERN:
@@ -183,8 +185,8 @@ def compile_pattern(pattern: str, where: str = "--tensor-type") -> re.Pattern[st
             raise re.error(f"{only_python[0]!r} is not ECMAScript")
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # [[:alpha:]], which Python reads otherwise
-            return re.compile(pattern, re.ASCII)
-    except (re.error, FutureWarning, OverflowError, RecursionError) as error:
+            return compile_pattern(pattern, where, ascii_only=True)
+    except (re.error, FutureWarning) as error:
         raise UsageError(
             "pattern does not compile", where=where, found=f"{pattern!r:.200}: {error}", required="an ECMAScript regex"
         ) from error

@@ -20,6 +20,7 @@ from streamquant.model.activations import E4M3_MULTIPLE, through_e4m3
 from streamquant.model.problem import Problem
 from streamquant.model.variants.decoding import check_finite, missing_tensor, rows_per_block, wrong_shape
 from streamquant.model.variants.folder import QUANTIZATION_KEYS, FolderVariant
+from streamquant.model.variants.targets import Targets
 from streamquant.model.variants.variant import VariantTensor
 from streamquant.quant.errors import StreamquantError
 
@@ -58,6 +59,15 @@ class CompressedVariant(FolderVariant):
         super().__init__(checkpoint)
         key = next(key for key in QUANTIZATION_KEYS if checkpoint.config.get(key) is not None)
         self._quantization = self._read_quantization(checkpoint.config[key], key)
+        self._schemes = {
+            target: scheme for scheme in self._quantization.config_groups.values() for target in scheme.targets
+        }
+        where = f"{self.path / 'config.json'}, {key}"
+        try:
+            self._targets = Targets(self._schemes, f"{where}, targets")
+            self._ignore = Targets(self._quantization.ignore or (), f"{where}, ignore")
+        except re.error as error:
+            raise _refused(f"{where}, targets or ignore", error) from error
         self._modules: dict[str, Module] = {}
         self._quantizers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         """Of modules whose inputs are quantized in the same way the same, so that q, k and v can share the result."""
@@ -138,20 +148,10 @@ class CompressedVariant(FolderVariant):
 
     def _scheme(self, module: str, kind: TensorKind) -> Any:
         """The scheme of a module, as compressed-tensors' apply_quantization_config finds it; None: not quantized."""
-        import torch
-        from compressed_tensors.utils.match import match_targets
-
-        blank = torch.nn.Embedding if kind is TensorKind.EMBEDDING else torch.nn.Linear
-        with torch.device("meta"):
-            instance = blank(1, 1)
-        targets = {target: scheme for scheme in self._quantization.config_groups.values() for target in scheme.targets}
-        try:
-            if match_targets(module, instance, self._quantization.ignore):
-                return None
-            matched = match_targets(module, instance, targets)
-        except re.error as error:
-            raise _refused(f"{self.path / 'config.json'}, targets or ignore", error) from error
-        return targets[matched[0]] if matched else None
+        if self._ignore.first(module, kind) is not None:
+            return None
+        target = self._targets.first(module, kind)
+        return None if target is None else self._schemes[target]
 
     def _published(self, module: str) -> str:
         """What the files call a module."""
