@@ -7,7 +7,7 @@ model*.safetensors without one (index_tensors of conversion/base.py).
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,7 @@ def find_weights(place: Place) -> Weights:
     elif SINGLE_FILE in place.names:
         weights = Weights((SINGLE_FILE,), passed_over=INDEX in place.names)
     elif INDEX in place.names:
-        weight_map = read_weight_map(place)
-        weights = Weights(tuple(sorted(set(weight_map.values()))), weight_map)
+        weights = _indexed(place, INDEX)
     else:
         weights = _numbered(place)
     if CONFIG not in place.names:
@@ -72,7 +71,24 @@ def find_weights(place: Place) -> Weights:
 
 def read_weight_map(place: Place, index: str = INDEX) -> dict[str, str]:
     """Tensor name -> file name, by the index, which is there. Raises StreamquantError if it names a file elsewhere."""
-    weight_map = place.read(index).get("weight_map")
+    return _weight_map(place, index, place.read(index))
+
+
+def _indexed(place: Place, index: str) -> Weights:
+    """The weights that an index names, with a note where transformers does not load it. Raises StreamquantError."""
+    record = place.read(index)
+    weight_map = _weight_map(place, index, record)
+    notes: tuple[str, ...] = (
+        f'WARNING: {index} has no "metadata": the model is converted, but transformers does not load it; '
+        '"metadata": {} is enough for it',
+    )
+    if isinstance(record.get("metadata"), dict):
+        notes = ()
+    return Weights(tuple(sorted(set(weight_map.values()))), weight_map, notes, index=index)
+
+
+def _weight_map(place: Place, index: str, record: Mapping[str, Any]) -> dict[str, str]:
+    weight_map = record.get("weight_map")
     where = f"{place.where}/{index}, weight_map"
     if not isinstance(weight_map, dict) or not weight_map:
         raise StreamquantError("broken index", where=where, required="an object: tensor name -> file name")
@@ -127,8 +143,8 @@ def _named_by_config(place: Place, named: object) -> Weights:
     notes = (f"config.json names {named} as the weights: it is converted, as transformers loads it{warning}",)
     if not named.endswith(_INDEX):
         return Weights((named,), notes=notes if named != SINGLE_FILE else ())
-    weight_map = read_weight_map(place, named)
-    return Weights(tuple(sorted(set(weight_map.values()))), weight_map, notes if named != INDEX else (), index=named)
+    weights = _indexed(place, named)
+    return replace(weights, notes=(*(notes if named != INDEX else ()), *weights.notes))
 
 
 def _numbered(place: Place) -> Weights:

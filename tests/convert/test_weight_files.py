@@ -36,6 +36,25 @@ def both(tmp_path: Path) -> Path:
     return folder
 
 
+def test_what_an_index_without_metadata_costs(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = write_model(tmp_path / "Tiny", shards=2)
+    assert "metadata" not in notes_of(folder)
+    record = json.loads((folder / INDEX).read_text())
+    for metadata, loads in (({}, True), (None, False), ([], False)):
+        (folder / INDEX).write_text(json.dumps({**record, "metadata": metadata}))
+        assert ("transformers does not load it" not in notes_of(folder)) is loads
+        if loads:
+            AutoModelForCausalLM.from_pretrained(folder)
+        else:
+            with pytest.raises(TypeError):
+                AutoModelForCausalLM.from_pretrained(folder)
+    del record["metadata"]
+    (folder / INDEX).write_text(json.dumps(record))
+    assert f'WARNING: {INDEX} has no "metadata"' in notes_of(folder)
+
+
 # An index beside model.safetensors
 
 
