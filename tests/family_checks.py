@@ -160,6 +160,26 @@ def check_verifies(folder: Path, source: Path, sqnr_db: float = 25) -> None:
         assert result.total.sqnr_db > sqnr_db
 
 
+def check_loads_in_transformers(folder: Path, source: Path, loader: Any = AutoModelForCausalLM) -> None:
+    """An FP8 folder's modules all have their weights, and what transformers computes with it is what we emulate.
+
+    transformers does not quantize the inputs of experts, whose tensors it fuses, and a little noise chooses others; and
+    a model that also sees stays in BF16. These must be nearer to the emulation than to the source.
+    """
+    model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    left = {name for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in info[kind]}
+    assert {name for name in left if name != "lm_head.weight" and not name.startswith("mtp.")} == set()
+    with torch.inference_mode():
+        found = model(torch.from_numpy(some_tokens())).logits.float()
+    variant, original = open_variant(folder), all_logits(open_variant(source), some_tokens(), Setting())
+    emulated = all_logits(variant, some_tokens(), Setting())
+    if variant.description.family.experts is None and variant.description.family.multimodal is None:
+        assert is_close(found, emulated)
+    else:
+        assert (found - emulated).square().mean() < 0.7 * (found - original).square().mean()
+    assert (found - original).square().mean() < 0.2 * original.square().mean()
+
+
 def check_importance(source: Path, gguf: Path, without: Collection[str] = ()) -> None:
     """An importance matrix has an entry for each matrix of the layers, experts together, but for these endings."""
     variant = open_variant(source)

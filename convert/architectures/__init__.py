@@ -28,6 +28,7 @@ from streamquant.convert.architectures.families.qwen.qwen2_moe import QWEN2_MOE
 from streamquant.convert.architectures.families.qwen.qwen3 import QWEN3
 from streamquant.convert.architectures.families.qwen.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_VL, QWEN3_5_VL
 from streamquant.convert.architectures.families.qwen.qwen3_moe import QWEN3_MOE
+from streamquant.convert.architectures.families.qwen.qwen3_next import QWEN3_NEXT
 from streamquant.convert.architectures.families.seed_oss import SEED_OSS
 from streamquant.convert.architectures.families.smollm3 import SMOLLM3
 from streamquant.convert.architectures.family import Experts, Family, TensorKind, VocabularyRules
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 FAMILIES = (
-    *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE, QWEN3_5_VL, QWEN3_5_MOE_VL),
+    *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, QWEN3_5_VL, QWEN3_5_MOE_VL),
     *(SEED_OSS, GPT_OSS, MINIMAX_M2, GLM4_MOE, QWEN2_MOE, DOTS1, OLMOE),
     *(MISTRAL3, MINISTRAL3_VL, MINISTRAL3, SMOLLM3, OLMO2, GEMMA3, GEMMA3_VL),
     *(DEEPSEEK_V3, GLM4_MOE_LITE),

@@ -122,7 +122,8 @@ class LlamaCpp:
     steps: tag of layers -> the loader takes every so many-th for one of them, whatever config.json says.
     yarn_keys: further numbers of yarn, which is then the only rope if it is not optional, with the one value that each
     may have, None: any; the loader reads all numbers of yarn. known_by is the key that a GGUF of the family has and
-    others of its architecture have not. query_scalar: the key of the number whose root divides the scores, which the
+    others of its architecture have not. alike: two sizes in config.json of which the loader reads the first for both.
+    query_scalar: the key of the number whose root divides the scores, which the
     loader takes to be head_dim, or hidden_size / heads in a model of so many layers.
     """
 
@@ -140,6 +141,7 @@ class LlamaCpp:
     yarn_is_optional: bool = False
     known_by: str | None = None
     query_scalar: tuple[str, int] | None = None
+    alike: tuple[str, str] | None = None
 
     @property
     def rope_types(self) -> frozenset[str]:

@@ -155,7 +155,7 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     notes += [*window_notes(family, window, sizes), *unread_notes(family, config), *other_value_notes(family, config)]
     metadata = common_metadata(family, config, sizes, rope)
     sources = KeySources(family.gguf_arch, config, sizes.size, tags, metadata, rope.numbers)
-    notes += [*refused_notes(family, sizes, tied), *step_notes(family, tags)]
+    notes += [*refused_notes(family, config, sizes), *step_notes(family, tags)]
     notes += [*latent_notes(family, config, sizes), *left_out_notes(family, sizes)]
     notes += query_scalar_notes(family, config, sizes)
     if tied:
@@ -398,13 +398,17 @@ def unread_notes(family: Family, config: ConfigValues) -> Iterator[str]:
             )
 
 
-def refused_notes(family: Family, sizes: Dimensions, tied: bool) -> Iterator[str]:
+def refused_notes(family: Family, config: ConfigValues, sizes: Dimensions) -> Iterator[str]:
     """A warning where llama.cpp's loader wants tensors that the model does not have. Seen with llama.cpp 11434."""
     refuses = f"llama.cpp will refuse to load the GGUF: in arch {family.gguf_arch!r} it wants"
     if family.llama_cpp.all_heads and sizes.kv_heads != sizes.heads:
         yield f"WARNING: num_key_value_heads = {sizes.kv_heads}: {refuses} as many as attention heads (wrong shape)"
-    if family.llama_cpp.own_head and tied:
+    if family.llama_cpp.own_head and config.boolean("tie_word_embeddings"):
         yield f"WARNING: tie_word_embeddings: {refuses} an output.weight (not found)"
+    if family.llama_cpp.alike is not None:
+        read, other = family.llama_cpp.alike
+        if config.integer(other) != config.integer(read):
+            yield f"WARNING: {other} = {config.integer(other)}: {refuses} {read}, {config.integer(read)} (wrong shape)"
 
 
 def query_scalar_notes(family: Family, config: ConfigValues, sizes: Dimensions) -> Iterator[str]:

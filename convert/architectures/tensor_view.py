@@ -337,7 +337,7 @@ def _sizes(view: TensorView, left: tuple[_Axis, ...], shape: tuple[int, ...]) ->
     sizes = dict(view.sizes)
     fits = len(left) == len(shape)
     for axis, size in zip(left, shape, strict=False):
-        unknown = [name for name in axis.names() if name not in sizes]
+        unknown = list(dict.fromkeys(name for name in axis.names() if name not in sizes))
         if len(unknown) > 1:
             raise ValueError(f"of {view.pattern!r} the sizes of {unknown} are not known")
         if unknown:  # the size of an axis is linear in each of its names

@@ -1,4 +1,4 @@
-"""Qwen 3.5 and 3.6: linear attention, fused experts, layers for multi-token prediction, the model around them.
+"""Qwen3-Next, Qwen 3.5 and 3.6: linear attention, fused experts, multi-token prediction, the model around them.
 
 Checkpoints are made by transformers' own classes. Whole files are compared with llama.cpp's newest converter, logits
 with transformers' and llama.cpp's.
@@ -34,6 +34,8 @@ from tests.family_checks import (
     OUTTYPES,
     add_tokenizer,
     check_equals_llama_quantize,
+    check_importance,
+    check_loads_in_transformers,
     check_verifies,
     divergence,
     gguf_logits,
@@ -67,12 +69,21 @@ MOE = {
     **{"model_type": "qwen3_5_moe_text", "num_experts": 5, "num_experts_per_tok": 2, "linear_num_value_heads": 6},
     **{"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
 }
+NEXT = {
+    **{**MOE, "model_type": "qwen3_next", "linear_num_value_heads": 4},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+}
 CASES: dict[str, dict[str, Any]] = {
     "dense": {**DENSE, "tie_word_embeddings": True},
     "dense-wrapped": {**DENSE, "linear_num_value_heads": 2, "mtp": "config", "is_wrapped": True},
     "moe": {**MOE, "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"]},
     "moe-fused": {**MOE, "mtp": "tensors", "is_fused": True},
     "moe-wrapped": {**MOE, "is_fused": True, "is_wrapped": True, "mtp": "lost"},
+    "next": {**NEXT, "mtp": "tensors"},
+    "next-tied": {
+        **{**NEXT, "linear_num_key_heads": 3, "linear_num_value_heads": 3, "tie_word_embeddings": True},
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
 }
 WITHOUT_MTP = [case for case in CASES if CASES[case].get("mtp") not in ("config", "tensors")]
 ALONE = [case for case in CASES if "is_wrapped" not in CASES[case]]
@@ -144,7 +155,9 @@ LARGER = {"hidden_size": 256, "head_dim": 128, "linear_key_head_dim": 64, "linea
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("settings", [{**DENSE, "intermediate_size": 512}, {**MOE, "moe_intermediate_size": 256}])
+@pytest.mark.parametrize(
+    "settings", [{**DENSE, "intermediate_size": 512}, *({**of, "moe_intermediate_size": 256} for of in (MOE, NEXT))]
+)
 @pytest.mark.usefixtures("llama_quantize")
 @pytest.mark.timeout(3600)
 def test_equals_llama_quantize(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -172,12 +185,12 @@ def test_what_was_made_computes_what_the_original_does(sources: Path, converted:
 
 
 @requires_llama_cpp
-@pytest.mark.parametrize("case", ["dense", "moe-fused"])
+@pytest.mark.parametrize("case", ["dense", "moe-fused", "next", "next-tied"])
 def test_llama_cpp_computes_the_same(sources: Path, converted: Path, case: str) -> None:
     assert divergence(sources / case, gguf_of(converted, case, "F32")) < LARGEST_DIVERGENCE
 
 
-@pytest.mark.parametrize("case", ["dense", "moe-wrapped"])
+@pytest.mark.parametrize("case", ["dense", "moe-wrapped", "next"])
 def test_what_was_made_verifies_against_the_source(sources: Path, converted: Path, case: str) -> None:
     for folder in (f"{case}-GGUF", f"{case}-FP8-dynamic"):
         check_verifies(converted / folder, sources / case)
@@ -266,6 +279,49 @@ def test_values_of_an_f16_source_are_made_in_float32(sources: Path, tmp_path: Pa
     assert tensors["output_norm.weight"][0].name == "F32"
 
 
+@pytest.mark.parametrize(
+    ("case", "values", "message"),
+    [
+        ("next", {"norm_topk_prob": False}, "computes as if it were True"),
+        ("next", {"linear_key_head_dim": 16}, "linear_value_head_dim = 32: llama.cpp will refuse to load"),
+        ("dense", {"linear_key_head_dim": 16}, "linear_value_head_dim = 32: llama.cpp will refuse to load"),
+    ],
+)
+def test_what_llama_cpp_does_otherwise_is_a_warning(
+    sources: Path, case: str, values: dict[str, Any], message: str
+) -> None:
+    config = open_checkpoint(sources / case).config
+    notes = [describe({**config, **more}).notes for more in (values, {})]
+    assert [any(n.startswith("WARNING") and message in n for n in own) for own in notes] == [True, False]
+
+
+def test_one_projection_of_qwen3_next_becomes_two(sources: Path, converted: Path) -> None:
+    """llama.cpp has queries, keys and values of all heads in one tensor and their gates in another; FP8 one."""
+    name = "model.layers.0.linear_attn.in_proj_qkvz.weight"
+    stored = load_file(sources / "next" / "model.safetensors")[name].float().numpy()
+    by_head = stored.reshape(2, 32 + 32 + 64 + 64, 64)
+    parts = np.split(by_head, [32, 64, 128], axis=1)
+    expected = {
+        "blk.0.attn_qkv.weight": np.concatenate([part.reshape(-1, 64) for part in parts[:3]]),
+        "blk.0.attn_gate.weight": parts[3].reshape(-1, 64),
+    }
+    _, found = read_gguf(gguf_of(converted, "next", "F32"))
+    assert {key: found[key][2] for key in expected} == {key: value.tobytes() for key, value in expected.items()}
+    made = dict(tensors_of(converted / "next-FP8-dynamic"))
+    assert made[name].dtype == torch.float8_e4m3fn
+    assert made[name.replace("qkvz", "ba")].dtype == torch.bfloat16
+
+
+def test_importance_of_every_matrix(sources: Path, converted: Path) -> None:
+    check_importance(sources / "next-tied", gguf_of(converted, "next-tied", "F32"), without=["ssm_conv1d.weight"])
+
+
+@pytest.mark.parametrize("case", ["dense", "moe", "next", "next-tied"])
+def test_fp8_folders_load_in_transformers(sources: Path, converted: Path, case: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    check_loads_in_transformers(converted / f"{case}-FP8-dynamic", sources / case)
+
+
 EXPERTS = "model.layers.0.mlp.experts"
 
 
@@ -282,6 +338,13 @@ EXPERTS = "model.layers.0.mlp.experts"
         ("dense", {}, {"layer_types": ["full_attention"] * 5}, "a list of 5 layers in a model of 4"),
         ("dense", {}, {"layer_types": ["mamba"] * 4}, "unknown type"),
         ("dense", {}, {"linear_num_value_heads": 3}, "does not divide into heads"),
+        ("next", {}, {"linear_num_value_heads": 3}, "does not divide into heads"),
+        ("next", {"model.layers.0.linear_attn.in_proj_qkvz.weight": (256, 64)}, {}, "shape does not fit config.json"),
+        ("next", {"model.layers.0.linear_attn.in_proj_ba.weight": None}, {}, "lacks tensors"),
+        ("next", {"model.layers.0.mlp.gate.weight": (4, 64)}, {}, "shape does not fit config.json"),
+        ("next", {f"{EXPERTS}.4.up_proj.weight": None}, {}, "lacks tensors"),
+        ("next", {}, {"decoder_sparse_step": 2}, "layers of another kind"),
+        ("next", {}, {"mlp_only_layers": [1]}, "layers of another kind"),
         ("dense", {}, {"attn_output_gate": False}, "layers of another kind"),
         ("dense", {"model.layers.0.linear_attn.conv1d.weight": (256, 4)}, {}, "shape does not fit config.json"),
     ],

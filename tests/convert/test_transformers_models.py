@@ -29,6 +29,7 @@ from tests.family_checks import (
     OUTTYPES,
     check_equals_llama_quantize,
     check_importance,
+    check_loads_in_transformers,
     check_verifies,
     divergence,
     gguf_logits,
@@ -204,14 +205,7 @@ def test_what_was_made_verifies_against_the_source(sources: dict[str, Path], con
 def test_fp8_folders_load_in_transformers(sources: dict[str, Path], converted: Path, name: str) -> None:
     """Every module has its weights, and what has a scale is what our reader takes for quantized."""
     pytest.importorskip("compressed_tensors")
-    folder = converted / f"{name}-FP8-dynamic"
-    model, info = CASES[name].loader.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
-    tied = {"lm_head.weight"}
-    assert {kind: set(keys) - tied for kind, keys in info.items() if set(keys) - tied} == {}
-    with torch.inference_mode():
-        found = model(torch.from_numpy(some_tokens())).logits.float()
-    original = all_logits(open_variant(sources[name]), some_tokens(), Setting())
-    assert (found - original).square().mean() < 0.2 * original.square().mean()
+    check_loads_in_transformers(converted / f"{name}-FP8-dynamic", sources[name], CASES[name].loader)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -89,7 +89,15 @@ def full_attention() -> tuple[LayerTensor, ...]:
     return tuple(replace(row, on=FULL) for row in rows)
 
 
-ATTENTION = (*linear_attention(), *full_attention(), norm("input_layernorm"), norm("post_attention_layernorm"))
+FULL_ATTENTION = (*full_attention(), norm("input_layernorm"), norm("post_attention_layernorm"))
+"""The rows of full attention, and the norms of all layers."""
+ATTENTION = (*linear_attention(), *FULL_ATTENTION)
+MIXTURE = (
+    router("mlp.gate"),
+    *gated_experts(),
+    *feed_forward("mlp.shared_expert", "shared expert"),
+    router("mlp.shared_expert_gate", "one"),
+)
 LAYERS = ListedTypes({"full_attention": FULL, "linear_attention": LINEAR}, interval="full_attention_interval")
 MTP_LAYERS = MtpLayers(
     "mtp_num_hidden_layers",
@@ -118,7 +126,7 @@ DEFAULTS: dict[str, object] = {
     VALUE_HEADS: 32,
     "full_attention_interval": 4,
 }
-KEYS = (
+STATE_KEYS = (
     u32(gguf.Keys.LLM.NEXTN_PREDICT_LAYERS, "mtp_layers"),
     u32(gguf.Keys.SSM.CONV_KERNEL, Field("linear_conv_kernel_dim")),
     u32(gguf.Keys.SSM.STATE_SIZE, Field(KEY_DIM)),
@@ -128,10 +136,16 @@ KEYS = (
     Key("{arch}.attention.recurrent_layers", gguf.GGUFValueType.BOOL, PerLayer({LINEAR: True}, False)),
     u32(gguf.Keys.LLM.FULL_ATTENTION_INTERVAL, Field("full_attention_interval")),
     u32(gguf.Keys.Rope.DIMENSION_COUNT, "rotary"),
-    Key(gguf.Keys.Rope.DIMENSION_SECTIONS, gguf.GGUFValueType.INT32, Otherwise((11, 11, 10, 0))),
 )
-"""What the converter writes behind the keys about experts; llama.cpp refuses a file without sections, images or not."""
+"""What the converter writes behind the keys about experts."""
+KEYS = (*STATE_KEYS, Key(gguf.Keys.Rope.DIMENSION_SECTIONS, gguf.GGUFValueType.INT32, Otherwise((11, 11, 10, 0))))
+"""llama.cpp refuses a file without sections, images or not."""
+MIXTURE_KEYS = (
+    u32(gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, "expert_intermediate"),
+    u32(gguf.Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, Field("shared_expert_intermediate_size")),
+)
 UNQUANTIZED = (r"re:.*linear_attn\.in_proj_[ab]$", r"re:.*linear_attn\.conv1d$")
+UNQUANTIZED_ROUTERS = ("re:.*mlp.gate$", "re:.*shared_expert_gate$")
 QWEN3_5 = Family(
     hf_architecture="Qwen3_5ForCausalLM",
     model_type="qwen3_5_text",
@@ -145,20 +159,13 @@ QWEN3_5 = Family(
     unquantized=UNQUANTIZED,
     partial_rotary=0.25,
     norm_value=PLUS_ONE,
-    llama_cpp=LlamaCpp(arch=gguf.MODEL_ARCH.QWEN35, keys=KEYS),
+    llama_cpp=LlamaCpp(arch=gguf.MODEL_ARCH.QWEN35, keys=KEYS, alike=(KEY_DIM, VALUE_DIM)),
 )
 QWEN3_5_MOE = replace(
     QWEN3_5,
     hf_architecture="Qwen3_5MoeForCausalLM",
     model_type="qwen3_5_moe_text",
-    layer=(
-        *ATTENTION,
-        router("mlp.gate"),
-        *gated_experts(),
-        *feed_forward("mlp.shared_expert", "shared expert"),
-        router("mlp.shared_expert_gate", "one"),
-        *NEXTN,
-    ),
+    layer=(*ATTENTION, *MIXTURE, *NEXTN),
     sizes={**SIZES, "shared expert": (("shared_expert_intermediate_size",),)},
     defaults={
         **DEFAULTS,
@@ -176,15 +183,8 @@ QWEN3_5_MOE = replace(
         intermediate="moe_intermediate_size",
         is_fused=True,
     ),
-    unquantized=(*UNQUANTIZED, "re:.*mlp.gate$", "re:.*shared_expert_gate$"),
-    llama_cpp=LlamaCpp(
-        arch=gguf.MODEL_ARCH.QWEN35MOE,
-        keys=(
-            u32(gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, "expert_intermediate"),
-            u32(gguf.Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, Field("shared_expert_intermediate_size")),
-            *KEYS,
-        ),
-    ),
+    unquantized=(*UNQUANTIZED, *UNQUANTIZED_ROUTERS),
+    llama_cpp=LlamaCpp(arch=gguf.MODEL_ARCH.QWEN35MOE, keys=(*MIXTURE_KEYS, *KEYS), alike=(KEY_DIM, VALUE_DIM)),
 )
 
 
