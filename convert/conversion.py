@@ -23,7 +23,6 @@ from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.device import choose_device, inner_loop
 from streamquant.convert.run.journal import WORK_FOLDER, Journal
 from streamquant.convert.run.stream import CONVERTING, RunResources, head_of, run
-from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint, fetch_side_files
 from streamquant.convert.source.open import pin, unpin
 from streamquant.convert.source.shards import LocalShards
@@ -161,7 +160,7 @@ def disk_of(plan: Plan, options: RunOptions, room: int | None = None) -> Disk:
     what it has delivered. Raises UsageError for a spool smaller than a shard.
     """
     source = plan.checkpoint
-    spool = spool_limit(source, options.spool_gib) if isinstance(source, HubCheckpoint) else 0
+    spool = spool_limit(source, options.spool_gib, plan.readings) if isinstance(source, HubCheckpoint) else 0
     everything = plan.nbytes + spool
     if room is None:
         return Disk(everything, spool)
@@ -217,7 +216,7 @@ class _Job:
             if isinstance(checkpoint, HubCheckpoint):
                 pin(out, checkpoint.hub)  # for as long as this run is unfinished
         with contextlib.ExitStack() as stack:
-            shards = stack.enter_context(contextlib.closing(self._shards(checkpoint)))
+            shards = stack.enter_context(contextlib.closing(self._shards(plan)))
             room = self.delivery.room if self.delivery is not None and self.delivery.delete else None
             check_disk(plan, out, disk_of(plan, self.options, room))
             schemes = [variant.recipe.scheme for variant in plan.variants if variant.recipe.scheme is not None]
@@ -237,10 +236,11 @@ class _Job:
                 shards.remove()
         return written.resumed_chunks
 
-    def _shards(self, checkpoint: Checkpoint) -> Spool | LocalShards:
+    def _shards(self, plan: Plan) -> Spool | LocalShards:
         """The bytes of the source."""
+        checkpoint = plan.checkpoint
         if isinstance(checkpoint, HubCheckpoint):
-            limit = spool_limit(checkpoint, self.options.spool_gib)
+            limit = spool_limit(checkpoint, self.options.spool_gib, plan.readings)
             return Spool(checkpoint, self.out / SPOOL, limit, self.listener)
         return LocalShards(checkpoint)
 

@@ -5,6 +5,7 @@ texts printed. Unlike in files/records.py, unknown keys are left alone, and the 
 what to do if it does not.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -69,6 +70,13 @@ class JsonRecord:
         if type(value) is not int or not 0 <= value <= LARGEST:
             raise self.broken(key, value, "a whole number that is not negative")
         return value
+
+    def magnitude(self, key: str) -> float:
+        """A finite number that is not negative."""
+        value = self.take(key)
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise self.broken(key, value, "a finite number that is not negative")
+        return float(value)
 
     def flag(self, key: str) -> bool:
         """true or false; false if there is none."""

@@ -109,6 +109,9 @@ class Format:
     """The dtype of a source whose bytes are those of this format, so that they can be copied."""
     encode_on_gpu: GpuEncoder | None = None
     """The same encoder on a GPU, where there is one: the bytes are those of `encode_into`."""
+    encode_from_amax: Callable[[Rows, Encoded, float], int] | None = None
+    """The encoder of a format with a scale for the whole tensor: as `encode_into`, and given the largest magnitude of
+    the tensor, or of those that share its scale. `encode_into` takes that of its rows, as if they were all."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -134,6 +137,8 @@ class Format:
 
     def encode(self, rows: Rows, importance: Importance | None = None) -> Encoded:
         """float32[r, n], float32[n] or None -> one uint8[entries, bytes] per part. Both must be finite.
+
+        A format with a scale for the whole tensor takes the rows for all that there are.
 
         Raises ValueError for another dtype or shape, or a row length that does not fit the format.
         """

@@ -1,6 +1,6 @@
 """The one table of all number formats. A new format is a line here; the shared checks of tests/quant then run on it."""
 
-from streamquant.quant import fp8, integers, microscaling
+from streamquant.quant import fp8, integers, microscaling, nvfp4
 from streamquant.quant.format import Format, StoredType
 from streamquant.quant.ggml import floats, iquants, kquants, legacy, small
 
@@ -15,6 +15,7 @@ FORMATS: dict[str, Format] = {
         *fp8.FORMATS,
         *integers.FORMATS,
         *microscaling.FORMATS,
+        *nvfp4.FORMATS,
     )
 }
 """By name: F32, F16, BF16 and GGML's names as ggml spells them; those for compressed-tensors end with a dtype."""

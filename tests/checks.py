@@ -19,9 +19,10 @@ Errors = NDArray[np.float64]
 SEARCHED = {"Q2_K": 1.0, "Q3_K": 0.5, "Q4_K": 0.3, "Q5_K": 0.15, "Q6_K": 0.07, "IQ4_NL": 0.25, "IQ4_XS": 0.3}
 """Formats whose scales come from a search, and how far a weight may move, as a part of its super-block's largest."""
 SAFETENSORS_BYTES = {"F8_E4M3": 1, "U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
-NOT_IDEMPOTENT = ("INT", "MXFP4_", "MXFP8_")
+NOT_IDEMPOTENT = ("INT", "MXFP4_", "MXFP8_", "NVFP4_")
 """Of formats with other bytes for values that they have rounded, as their reference: the largest magnitude of a group
-is no code of INT, what E4M3 rounds to 448 takes the next power of two as scale, and the -0.0 of E2M1 becomes its 0."""
+is no code of INT, what E4M3 rounds to 448 takes the next power of two as scale, the -0.0 of E2M1 becomes its 0, and the
+largest value of an NVFP4 tensor is another one than that of its weights."""
 
 
 def source_dtype(format_: Format) -> str:
@@ -136,16 +137,24 @@ def check_decode_is_pure(format_: Format) -> None:
 def check_groups_are_independent(format_: Format) -> None:
     """Any run of whole groups, the last one complete or not, encodes alone to its slice of the whole.
 
-    What is there once for the whole tensor is no matter of groups.
+    What is there once for the whole tensor is no matter of groups; what it takes is found before.
     """
     group = format_.rows_per_group
     rows = sample(format_, "student_t2", 3 * group + max(1, group // 3))
-    whole = format_.encode(rows)
+    whole, amax = format_.encode(rows), float(abs(rows).max())
+
+    def encode(some: Rows) -> Encoded:
+        if format_.encode_from_amax is None:
+            return format_.encode(some)
+        out = format_.allocate(*some.shape)
+        assert format_.encode_from_amax(some, out, amax) == -1
+        return out
+
     groups = -(-len(rows) // group)
     for first in range(groups):
         for last in range(first + 1, groups + 1):
             run = slice(first * group, min(last * group, len(rows)))
-            alone = format_.encode(rows[run])
+            alone = encode(rows[run])
             for part, of_run, of_whole in zip(format_.parts, alone, whole, strict=True):
                 if part.rows_per_entry != WHOLE:
                     expected = of_whole[run.start // part.rows_per_entry : part.entries(run.stop)]
@@ -354,6 +363,24 @@ def _mx(dtype: str, offset: int, rows: Rows) -> Errors:
     return (scale * moved + 1e-6 * abs(blocks) + 2.0**-149).reshape(rows.shape)
 
 
+def _nvfp4(dtype: str, rows: Rows) -> Errors:
+    """Half a step of E2M1 at a scale that E4M3 and the source dtype round, or what is above 6 of the largest scale."""
+    w = rows.astype(np.float64)
+    groups = w.reshape(rows.shape[0], -1, 16)
+    amax, tensor = abs(groups).max(axis=-1, keepdims=True), abs(w).max()
+    g = 2688 / tensor if tensor > 2688 / 3.39e38 else 1.0  # infinite below
+    precision, _, _ = _source(dtype)
+    roundings = 2.0 ** -(precision - 1) if tensor > 1e37 else 2.0**-precision
+    s = g * amax / 6
+    relative = np.where(s < 2.0**-6, 2.0**-10 / np.maximum(s, 2.0**-10), 2.0**-4) + 4 * roundings
+    scale = np.where(s < 2.0**-10, 0.125, s) / g * (1 + relative)
+    q = abs(groups) / np.maximum(scale / (1 + relative), 1e-300)
+    step = np.where(q < 2 * (1 - relative), 0.25, np.where(q < 4 * (1 - relative), 0.5, 1.0))
+    beyond = np.maximum(abs(groups) - 6 * np.maximum(s / g * (1 - relative), 0), 0)
+    bound: Errors = np.maximum(scale * step, np.where(s < 2.0**-10, 0, beyond)) + 1e-6 * abs(groups) + 2.0**-149
+    return bound.reshape(rows.shape)
+
+
 def _searched(step: float, width: int, rows: Rows) -> Errors:
     """Formats with a search trade single weights for the sum of squares: within `step` of the block's largest."""
     blocks = rows.reshape(rows.shape[0], -1, width).astype(np.float64)
@@ -386,6 +413,7 @@ BOUNDS: Mapping[str, Callable[[Rows], Errors]] = {
         for dtype in ("BF16", "F16", "F32")
     },
     **{f"MXFP4_{dtype}": partial(_mx, dtype, 2) for dtype in ("BF16", "F16", "F32")},
+    **{f"NVFP4_{dtype}": partial(_nvfp4, dtype) for dtype in ("BF16", "F16", "F32")},
     **{f"MXFP8_{dtype}": partial(_mx, dtype, 8) for dtype in ("BF16", "F16", "F32")},
 }
 """By format: float32[r, n] -> how far each weight may be after decode(encode()), from the definition of the format."""

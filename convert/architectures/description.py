@@ -43,6 +43,9 @@ class TensorRule:
     """The number of its decoder layer; -1 outside of them."""
     is_mtp: bool = False
     """Whether its layer is one for multi-token prediction, which is not computed when a text is read."""
+    merged: str | None = None
+    """The matrix that runtimes make of it and its neighbours, by a name of the model's: they want one scale for all of
+    it, where a format has a scale for the whole tensor. None: it stays alone."""
     parts: "tuple[TensorRule, ...]" = ()
     """Where GGUF cuts it into several tensors, the rule of each; gguf_name and view are those of the first then."""
 

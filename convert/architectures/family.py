@@ -49,6 +49,15 @@ class TensorKind(enum.Enum):
         return self in (TensorKind.LINEAR, TensorKind.EXPERT)
 
 
+MERGED: Mapping[str, str] = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+    **dict.fromkeys(("w1", "w3"), "w13"),
+    **dict.fromkeys(("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+}
+"""A linear layer -> the matrix that runtimes make of it and its neighbours (packed_modules_mapping of vLLM's models;
+FUSED_LAYER_NAMES in llm-compressor's observers/helpers.py has all but the last)."""
+
 EXPERT_NUMBER = "{expert}"
 """Stands in the suffix of a tensor of which every expert has one."""
 
@@ -85,6 +94,8 @@ class LayerTensor:
     optional: bool = False
     """Whether a checkpoint may lack it."""
     view: ViewRow | None = None
+    merged: str | None = None
+    """The matrix that runtimes make of it and its neighbours, one of each expert; None: it stays alone."""
     parts: "tuple[tuple[str, ViewRow], ...]" = ()
     """Where llama.cpp cuts it into several tensors: the suffix by which each is named, and what it is of this one."""
 
@@ -260,11 +271,21 @@ def linear(
     path: str, shape: tuple[Size, Size], *, rope: Literal["query", "key"] | None = None, bias: str | bool = False
 ) -> tuple[LayerTensor, ...]:
     """The rows of a layer table for one projection; bias is True, False, or the boolean of config.json it hangs on."""
-    weight = LayerTensor(f"{path}.weight", TensorKind.LINEAR, shape, rope)
+    weight = LayerTensor(f"{path}.weight", TensorKind.LINEAR, shape, rope, merged=_merged(path))
     if bias is False:
         return (weight,)
     when = bias if isinstance(bias, str) else None
     return weight, LayerTensor(f"{path}.bias", TensorKind.BIAS, shape[:1], rope, when)
+
+
+def _merged(path: str) -> str | None:
+    """What a linear layer becomes a part of.
+
+    >>> _merged("mlp.experts.{expert}.up_proj"), _merged("mlp.down_proj")
+    ('mlp.experts.{expert}.gate_up_proj', None)
+    """
+    block, dot, name = path.rpartition(".")
+    return f"{block}{dot}{MERGED[name]}" if name in MERGED else None
 
 
 def feed_forward(path: str, size: Size = "intermediate", *, on: str | None = None) -> tuple[LayerTensor, ...]:
@@ -284,7 +305,7 @@ def norm(path: str, size: Size = "hidden", *, on: str | None = None, when: str |
 
 def experts(path: str, shape: tuple[Size, Size], *, on: str | None = None) -> LayerTensor:
     """The row of a layer table for one projection of all experts; EXPERT_NUMBER stands in the path."""
-    return LayerTensor(f"{path}.weight", TensorKind.EXPERT, shape, on=on)
+    return LayerTensor(f"{path}.weight", TensorKind.EXPERT, shape, on=on, merged=_merged(path))
 
 
 def gated_experts(*, on: str | None = None) -> tuple[LayerTensor, ...]:

@@ -492,7 +492,8 @@ def make_rules(
                 name = f"model.layers.{number}.{tensor.suffix}"
                 looked_up = f"model.layers.{number}.{tensor.parts[0][0]}" if tensor.parts else name
                 rule = replace(make_rule(names, looked_up, tensor.kind, shape, required=required), hf_name=name)
-                rule = replace(rule, layer=number, is_mtp=is_mtp)
+                merged = None if tensor.merged is None else f"model.layers.{number}.{tensor.merged}"
+                rule = replace(rule, layer=number, is_mtp=is_mtp, merged=merged)
                 view = rope_view(heads, len(shape)) if heads else read_view(family, tensor, sizes)
                 yield cut(rule, tensor, names, sizes) if tensor.parts else with_view(rule, view)
     yield with_view(make_rule(names, "model.norm.weight", TensorKind.NORM, (sizes.hidden,)), norm_view(family))
@@ -547,7 +548,11 @@ def expert_rules(
     stacked = make_rule(names, name.replace(f"{EXPERT_NUMBER}.", ""), tensor.kind, shape)
     for expert in range(count):
         slot = ExpertSlot(expert, count)
-        yield replace(stacked, hf_name=name.replace(EXPERT_NUMBER, str(expert)), expert=slot, layer=layer)
+        merged = None
+        if tensor.merged is not None:
+            merged = f"model.layers.{layer}.{tensor.merged}".replace(EXPERT_NUMBER, str(expert))
+        hf_name = name.replace(EXPERT_NUMBER, str(expert))
+        yield replace(stacked, hf_name=hf_name, expert=slot, layer=layer, merged=merged)
 
 
 def make_rule(

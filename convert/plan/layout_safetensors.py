@@ -1,5 +1,7 @@
 """The layout of a checkpoint of safetensors: shards of safetensors, without gaps, every tensor aligned."""
 
+from dataclasses import replace
+
 from streamquant.convert.plan.layout import Entry, Layout, split, too_large
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
 from streamquant.convert.recipes.block_runtimes import BlockRuntimes, block_runtimes
@@ -29,6 +31,7 @@ class SafetensorsLayout(Layout):
         tensors: list[OutputTensor] = []
         for path, group in self._shards(recipe):
             tensors += self._place(f"{folder}/{path}", group)
+        tensors = self._with_shared_scales(tensors)
         source = {**self.draft.checkpoint.tensors, **self.draft.wholes}
         if recipe.scheme is None and all(t.format == source[t.sources[0]].format.encoded_as for t in tensors):
             self.draft.notes.append(f"{recipe.spec}: the source is in BF16 already: this is a copy of it")
@@ -37,6 +40,46 @@ class SafetensorsLayout(Layout):
             self.draft.notes.append(blocks.note(recipe.spec))
         paths = tuple(range(first, len(self.draft.files)))
         return VariantPlan(recipe, folder, paths, tuple(tensors), (), (), blocks=blocks)
+
+    def _sets_together(self, shards: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
+        """The shards, layers that share a scale in that of the first of them: q, or gate.
+
+        model_free_ptq of llm-compressor does the same (get_dependencies of ModelFreePtqConverter).
+        """
+        first: dict[str, str] = {}
+        place = {name: number for number, name in enumerate(self.draft.model.rules)}
+        sharing = [
+            (place[entry.sources[0].name], entry.sources[0].name, path)
+            for path, group in shards.items()
+            for entry in group
+            if FORMATS[entry.choice.format].encode_from_amax is not None
+        ]
+        for _, name, path in sorted(sharing):
+            first.setdefault(self._merged(name), path)
+        moved: dict[str, list[Entry]] = {path: [] for path in shards}
+        for path, group in shards.items():
+            for entry in group:
+                is_shared = FORMATS[entry.choice.format].encode_from_amax is not None
+                moved[first[self._merged(entry.sources[0].name)] if is_shared else path].append(entry)
+        return moved
+
+    def _with_shared_scales(self, tensors: list[OutputTensor]) -> list[OutputTensor]:
+        """The tensors, those with a scale for the whole tensor told whose largest magnitude it is of: of all that
+        runtimes merge into one matrix, in whatever shards they lie."""
+        merged: dict[str, list[str]] = {}
+        for tensor in tensors:
+            if FORMATS[tensor.format].encode_from_amax is not None:
+                merged.setdefault(self._merged(tensor.sources[0]), []).append(tensor.sources[0])
+        return [
+            replace(tensor, amax_of=tuple(sorted(merged[self._merged(tensor.sources[0])])))
+            if FORMATS[tensor.format].encode_from_amax is not None
+            else tensor
+            for tensor in tensors
+        ]
+
+    def _merged(self, name: str) -> str:
+        """What a source tensor becomes a part of; itself where it stays alone."""
+        return self.draft.model.rules[name].merged or name
 
     def _block_runtimes(self, tensors: list[OutputTensor]) -> BlockRuntimes | None:
         """Which programs run the variant, where tensors have a scale for each block; None where none has."""
@@ -63,7 +106,8 @@ class SafetensorsLayout(Layout):
             entry = Entry(name, (tensor,), choices.get(tensor.name, kept), tensor.shape)
             shards[tensor.file].append(entry)
         if max_shard_size is None:
-            return [(path, group) for path, group in shards.items() if group]  # one may have had scales alone
+            together = self._sets_together(shards)
+            return [(path, group) for path, group in together.items() if group]  # one may have had scales alone
         entries = [entry for shard in shards.values() for entry in shard]
         self.draft.notes += too_large(recipe, entries, max_shard_size)
         groups = split(entries, max_shard_size)

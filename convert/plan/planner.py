@@ -22,9 +22,11 @@ from streamquant.convert.recipes.mix import UNQUANTIZED
 from streamquant.convert.recipes.overrides import Overrides
 from streamquant.convert.recipes.recipe import Recipe
 from streamquant.convert.source.checkpoint import Checkpoint
+from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.convert.source.side_files import check_own
 from streamquant.convert.source.tensor import SourceTensor
 from streamquant.convert.source.weights import CONFIG
+from streamquant.files.sizes import human_bytes
 from streamquant.quant.errors import UsageError
 from streamquant.quant.formats import FORMATS
 
@@ -63,7 +65,28 @@ def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: Conver
     if checkpoint.ignored_files:
         notes.append(f"not part of the checkpoint, left alone: {', '.join(checkpoint.ignored_files)}")
     matrices = tuple(_matrices([*checkpoint.tensors.values(), *draft.wholes.values()], variants))
-    return Plan(checkpoint, model, options, tuple(draft.files), variants, matrices, tuple(notes))
+    plan = Plan(checkpoint, model, options, tuple(draft.files), variants, matrices, tuple(notes))
+    return replace(plan, notes=(*notes, *_visit_notes(plan)))
+
+
+def _visit_notes(plan: Plan) -> Iterator[str]:
+    """Which variants need the largest magnitudes of weights before they are made, and what that costs."""
+    specs = ", ".join(v.recipe.spec for v in plan.variants if any(tensor.amax_of for tensor in v.tensors))
+    if not specs:
+        return
+    source = plan.checkpoint.tensors
+    sets = {output.amax_of for matrix in plan.matrices for output in matrix.outputs if output.amax_of}
+    largest = max(sum(source[name].nbytes for name in names) for names in sets)
+    yield (
+        f"{specs}: the largest weight of each linear layer, or of those that runtimes merge, is found before they are"
+        f" encoded: {human_bytes(plan.visited_bytes)} are read once more, from memory where {human_bytes(largest)} of"
+        " it are free for files"
+    )
+    scattered = [names for names in sets if len({file for name in names for file in source[name].files}) > 1]
+    if scattered and isinstance(plan.checkpoint, HubCheckpoint):
+        yield (
+            f"{specs}: {len(scattered)} of these sets of layers lie in several shards, which are in the spool together"
+        )
 
 
 def _overrides_notes(recipes: Sequence[Recipe], overrides: Overrides, model: ModelDescription) -> list[str]:

@@ -7,7 +7,7 @@ again.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -60,6 +60,9 @@ class OutputTensor:
     regions: tuple[Region, ...]
     importance: str | None = None
     """The entry of the importance matrix that its encoder is given: float32[sources * n]."""
+    amax_of: tuple[str, ...] = ()
+    """The source tensors whose largest magnitude its encoder is given, itself among them, where its format has a scale
+    for the whole tensor: those that runtimes merge with it share one."""
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +108,11 @@ class Placement:
     def view(self) -> TensorView | None:
         """What becomes of the source in it; None where it stays as it is."""
         return self.tensor.view
+
+    @property
+    def amax_of(self) -> tuple[str, ...]:
+        """The source tensors whose largest magnitude its encoder is given; most formats need none."""
+        return self.tensor.amax_of
 
     @property
     def importance(self) -> tuple[str, int, int] | None:
@@ -211,6 +219,25 @@ class Plan:
         """All chunks in the order of the source on disk."""
         return tuple(_chunks(self.matrices))
 
+    @cached_property
+    def visits(self) -> Mapping[int, tuple[int, ...]]:
+        """Number of a chunk -> the chunks whose largest magnitude has to be found before it is encoded, itself among
+        them; nothing for a chunk that needs none, or comes after another of those that share a scale."""
+        return _visits(self.matrices, self.chunks)
+
+    @property
+    def visited_bytes(self) -> int:
+        """Bytes of the source that are read once more for their largest magnitude."""
+        visited = {self.chunks[number].matrix for numbers in self.visits.values() for number in numbers}
+        return sum(self.matrices[number].source.nbytes for number in visited)
+
+    @property
+    def readings(self) -> Iterator[tuple[str, ...]]:
+        """The shards that are read together, in the order in which they are: of each visit, and of each chunk."""
+        for number in range(len(self.chunks)):
+            for other in (*self.visits.get(number, ()), number):
+                yield self.matrices[self.chunks[other].matrix].source.files
+
     @property
     def name(self) -> str:
         """The model's name in file names."""
@@ -280,7 +307,14 @@ class Plan:
             files.append([file.path, file.size, literals])
         first = min(variant.files)
         tensors = [
-            [*t.sources, t.name, t.format, t.view and t.view.json(), [[r.file - first, r.offset] for r in t.regions]]
+            [
+                *t.sources,
+                t.name,
+                t.format,
+                t.view and t.view.json(),
+                [[r.file - first, r.offset] for r in t.regions],
+                *([[*t.amax_of]] if t.amax_of else ()),
+            ]
             for t in variant.tensors
         ]
         more = self.options_of(variant).fingerprint()
@@ -339,6 +373,22 @@ def _chunks(matrices: tuple[Matrix, ...]) -> Iterator[Chunk]:
         step = matrix.rows_within(CHUNK_BYTES * matrix.n * part.rows_per_entry // part.bytes_per_entry(matrix.n))
         for first in range(0, matrix.rows, step):
             yield Chunk(index, first, min(first + step, matrix.rows))
+
+
+def _visits(matrices: tuple[Matrix, ...], chunks: Sequence[Chunk]) -> dict[int, tuple[int, ...]]:
+    """See Plan.visits."""
+    of_source: dict[str, list[int]] = {}
+    for number, chunk in enumerate(chunks):
+        of_source.setdefault(matrices[chunk.matrix].source.name, []).append(number)
+    visits: dict[int, tuple[int, ...]] = {}
+    seen: set[str] = set()
+    for number, chunk in enumerate(chunks):
+        wanted = dict.fromkeys(name for output in matrices[chunk.matrix].outputs for name in output.amax_of)
+        found = [other for name in wanted if name not in seen for other in of_source[name]]
+        seen |= wanted.keys()
+        if found:
+            visits[number] = tuple(found)
+    return visits
 
 
 def _worker_bytes(matrix: Matrix) -> int:

@@ -26,7 +26,7 @@ from streamquant.convert.recipes.mix import (
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides
 from streamquant.convert.recipes.recipe_file import RecipeFile
 from streamquant.convert.source.tensor import SourceTensor
-from streamquant.quant import fp8, integers, microscaling
+from streamquant.quant import fp8, integers, microscaling, nvfp4
 from streamquant.quant.errors import UsageError
 from streamquant.quant.format import Format
 from streamquant.quant.formats import copy_of
@@ -336,6 +336,21 @@ def _mx(name: str, formats: Mapping[str, Format], bits: int) -> Recipe:
     return replace(recipe, details=details, weights=f"MXFP{bits}", hardware=hardware, runtimes=MX_RUNTIMES)
 
 
+def _nvfp4(name: str) -> Recipe:
+    """A preset of NVIDIA's FP4."""
+    details = (
+        "Weights of linear layers are NVFP4: E2M1 with an FP8 scale for each 16 columns of a row, and a scale for all "
+        f"that runtimes merge into one matrix; activations are not quantized. {PLAIN_REST}"
+    )
+    hardware = (
+        "NVIDIA GPUs from Turing on run it, with Marlin kernels that widen the weights as they go; Blackwell has FP4 "
+        "arithmetic, which needs FP4 activations too."
+    )
+    about = "E2M1, an FP8 scale per 16 weights and one per matrix; activations not quantized"
+    recipe = _compressed(name, nvfp4.BY_DTYPE, name.upper(), about, "")
+    return replace(recipe, details=details, weights="NVFP4", hardware=hardware, runtimes=MX_RUNTIMES)
+
+
 ALIASES = {
     **{"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"},
     **{str(int(_file_type(name))): name for name in DEFAULTS},
@@ -389,6 +404,7 @@ RECIPES: dict[str, Recipe] = {
         _mx("mxfp8a16", microscaling.FP8, 8),
         _mx("mxfp4", microscaling.FP4, 4),
         _mx("mxfp4a16", microscaling.FP4, 4),
+        _nvfp4("nvfp4a16"),
         Recipe(
             "bf16",
             SAFETENSORS,

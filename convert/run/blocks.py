@@ -66,24 +66,51 @@ class Scratch:
         return before != span
 
 
-Encode = Callable[[Plan, Chunk, Descriptors, frozenset[int], Scratch], Iterator[list[Piece]]]
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What an inner loop knows beside the rows of a block."""
+
+    plan: Plan
+    largest: Callable[[tuple[str, ...]], float]
+    """The largest magnitude in some source tensors, of those that the plan visits (convert/run/statistics.py)."""
+
+
+Encode = Callable[[Known, Chunk, Descriptors, frozenset[int], Scratch], Iterator[list[Piece]]]
 """An inner loop: `encode_chunk`, or what does the same on a GPU."""
 
 
 def encode_chunk(
-    plan: Plan, chunk: Chunk, shards: Descriptors, wanted: frozenset[int], scratch: Scratch
+    known: Known, chunk: Chunk, shards: Descriptors, wanted: frozenset[int], scratch: Scratch
 ) -> Iterator[list[Piece]]:
     """Read a chunk and yield its encoded pieces, block by block.
 
     `wanted` are the outputs (indices into Matrix.outputs) to encode. The pieces of a block are valid until the next
     is asked for. Raises StreamquantError for a NaN, an infinity, or a weight too large for a format; ShortShardError.
     """
-    matrix = plan.matrices[chunk.matrix]
+    matrix = known.plan.matrices[chunk.matrix]
+    for rows in _blocks(matrix, chunk):
+        raw = read_rows(matrix, rows, shards, scratch)
+        yield from encode_block(known, matrix, rows, raw, wanted, scratch)
+
+
+def _blocks(matrix: Matrix, chunk: Chunk) -> Iterator[range]:
     step = matrix.rows_within(BLOCK_WEIGHTS)
     for first in range(chunk.first, chunk.last, step):
-        rows = range(first, min(first + step, chunk.last))
-        raw = read_rows(matrix, rows, shards, scratch)
-        yield from encode_block(plan, matrix, rows, raw, wanted, scratch)
+        yield range(first, min(first + step, chunk.last))
+
+
+def largest_magnitude(matrix: Matrix, chunk: Chunk, shards: Descriptors, scratch: Scratch) -> float:
+    """The largest magnitude in a chunk, as its encoder is given the weights.
+
+    Raises StreamquantError for a NaN or an infinity; ShortShardError.
+    """
+    found = np.float32(0)
+    for rows in _blocks(matrix, chunk):
+        values = widen_rows(matrix, rows, read_rows(matrix, rows, shards, scratch), scratch)
+        found = max(found, np.float32(floats_cpu.largest_magnitude(values.reshape(-1))))
+    if any(output.amax_of and rounds_first(matrix, output.format) for output in matrix.outputs):
+        found = _rounded(np.full((1, 1), found), scratch)[0, 0]
+    return float(found)
 
 
 def read_rows(matrix: Matrix, rows: range, shards: Descriptors, scratch: Scratch) -> Raw:
@@ -115,22 +142,23 @@ def widen_rows(matrix: Matrix, rows: range, raw: Raw, scratch: Scratch) -> NDArr
 
 def shared_encodings(matrix: Matrix, wanted: frozenset[int]) -> Iterator[tuple[Placement, list[int]]]:
     """Outputs that store the matrix in the same way share one encoding: the first of each, and the numbers of all."""
-    groups: dict[tuple[str, TensorView | None, tuple[str, int, int] | None], list[int]] = {}
+    groups: dict[tuple[str, TensorView | None, tuple[str, int, int] | None, tuple[str, ...]], list[int]] = {}
     for number, output in enumerate(matrix.outputs):
         if number in wanted:
-            groups.setdefault((output.format, output.view, output.importance), []).append(number)
+            way = (output.format, output.view, output.importance, output.amax_of)
+            groups.setdefault(way, []).append(number)
     for numbers in groups.values():
         yield matrix.outputs[numbers[0]], numbers
 
 
 def encode_block(
-    plan: Plan, matrix: Matrix, rows: range, raw: Raw, wanted: frozenset[int], scratch: Scratch
+    known: Known, matrix: Matrix, rows: range, raw: Raw, wanted: frozenset[int], scratch: Scratch
 ) -> Iterator[list[Piece]]:
     """Encode the rows whose source bytes are `raw`; as `encode_chunk`."""
     values = widen_rows(matrix, rows, raw, scratch)
     for output, numbers in shared_encodings(matrix, wanted):
         if matrix.encodes_by_matrix(output):
-            yield from _by_matrix(plan, matrix, rows.start, values, numbers, scratch)
+            yield from _by_matrix(known, matrix, rows.start, values, numbers, scratch)
             continue
         moved = matrix.moved(output, rows.start, rows.stop)
         if not moved.runs:
@@ -139,10 +167,10 @@ def encode_block(
             parts = copied(matrix, len(rows), raw)
             encoded: Encoded = tuple(_in_order(part, moved, scratch) for part in parts)
         elif _is_picked(matrix, output, moved, values):
-            encoded = _encode(plan, matrix, output, _picked(values, rows.start, moved, scratch), scratch)
+            encoded = _encode(known, matrix, output, _picked(values, rows.start, moved, scratch), scratch)
         else:
             # Formats look at one row at a time, so that encoded rows may change places: they are the shorter ones.
-            encoded = _encode(plan, matrix, output, _Rows(values, rows), scratch)
+            encoded = _encode(known, matrix, output, _Rows(values, rows), scratch)
             if moved.rows is not None:
                 encoded = tuple(_in_order(part, moved, scratch) for part in encoded)
         yield pieces(matrix, numbers, moved, encoded)
@@ -165,7 +193,7 @@ def _picked(rows: NDArray[np.float32], first: int, moved: MovedRows, scratch: Sc
 
 
 def _by_matrix(
-    plan: Plan, matrix: Matrix, first: int, rows: NDArray[np.float32], numbers: list[int], scratch: Scratch
+    known: Known, matrix: Matrix, first: int, rows: NDArray[np.float32], numbers: list[int], scratch: Scratch
 ) -> Iterator[list[Piece]]:
     """As encode_block, for one output of a tensor whose matrices (those of heads) have an importance each."""
     output = matrix.outputs[numbers[0]]
@@ -173,7 +201,7 @@ def _by_matrix(
     for at in range(0, rows.shape[0], step):
         moved = matrix.moved(output, first + at, first + at + step)
         taken = _picked(rows[at : at + step], first + at, moved, scratch)
-        encoded = _encode(plan, matrix, output, taken, scratch, (first + at) // step)
+        encoded = _encode(known, matrix, output, taken, scratch, (first + at) // step)
         yield pieces(matrix, numbers, moved, encoded)
 
 
@@ -222,7 +250,7 @@ class _Rows:
 
 
 def _encode(
-    plan: Plan, matrix: Matrix, output: Placement, rows: _Rows, scratch: Scratch, number_of_matrix: int = 0
+    known: Known, matrix: Matrix, output: Placement, rows: _Rows, scratch: Scratch, number_of_matrix: int = 0
 ) -> Encoded:
     """Encode into scratch. Raises StreamquantError if a weight or scale does not fit the format."""
     format_ = FORMATS[output.format]
@@ -231,7 +259,11 @@ def _encode(
     for number, part in enumerate(format_.parts):
         entries, size = part.entries(values.shape[0]), part.bytes_per_entry(values.shape[1])
         encoded.append(scratch.take(f"encoded {number}", entries * size).reshape(entries, size))
-    overflow = format_.encode_into(values, tuple(encoded), plan.importance(output, number_of_matrix))
+    if format_.encode_from_amax is not None:
+        overflow = format_.encode_from_amax(values, tuple(encoded), known.largest(output.amax_of))
+    else:
+        importance = known.plan.importance(output, number_of_matrix)
+        overflow = format_.encode_into(values, tuple(encoded), importance)
     if overflow >= 0:
         column = int(abs(values[overflow]).argmax())
         raise _too_large(matrix, output, rows, (overflow, column), values[overflow, column])

@@ -24,7 +24,7 @@ import numpy as np
 from streamquant.convert.architectures.tensor_view import MovedRows
 from streamquant.convert.plan.records import Chunk, Matrix, Placement, Plan
 from streamquant.convert.run import blocks
-from streamquant.convert.run.blocks import Bytes, Descriptors, Encode, Piece, Raw, Scratch
+from streamquant.convert.run.blocks import Bytes, Descriptors, Encode, Known, Piece, Raw, Scratch
 from streamquant.quant import gpu
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.quant.format import NO_OVERFLOW
@@ -90,15 +90,15 @@ class DeviceEncoder:
         self._compared: set[tuple[str, bool]] = set()
 
     def __call__(
-        self, plan: Plan, chunk: Chunk, shards: Descriptors, wanted: frozenset[int], scratch: Scratch
+        self, known: Known, chunk: Chunk, shards: Descriptors, wanted: frozenset[int], scratch: Scratch
     ) -> Iterator[list[Piece]]:
         """Read a chunk and yield its encoded pieces, block by block, as `blocks.encode_chunk` does."""
-        matrix = plan.matrices[chunk.matrix]
+        matrix = known.plan.matrices[chunk.matrix]
         step = matrix.rows_within(BLOCK_WEIGHTS)
         before: _Slot | None = None
         for number, first in enumerate(range(chunk.first, chunk.last, step)):
             slot = self._slots()[number % 2]
-            slot.start(plan, matrix, range(first, min(first + step, chunk.last)), shards, wanted)
+            slot.start(known, matrix, range(first, min(first + step, chunk.last)), shards, wanted)
             if before is not None:
                 yield from before.finish(scratch)
             before = slot
@@ -156,19 +156,19 @@ class _Slot:
         self._host = _PinnedScratch(device)
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream() if device == "cuda" else None
-        self._plan: Plan
+        self._known: Known
         self._matrix: Matrix
         self._rows = range(0)
         self._raw: Raw
         self._flags: torch.Tensor
         self._encodings: list[_Encoding] = []
 
-    def start(self, plan: Plan, matrix: Matrix, rows: range, shards: Descriptors, wanted: frozenset[int]) -> None:
+    def start(self, known: Known, matrix: Matrix, rows: range, shards: Descriptors, wanted: frozenset[int]) -> None:
         """Read the rows and queue everything else. Raises ShortShardError, StreamquantError as `read_rows` does."""
         import torch
 
         self._wait()
-        self._plan, self._matrix, self._rows = plan, matrix, rows
+        self._known, self._matrix, self._rows = known, matrix, rows
         self._raw = blocks.read_rows(matrix, rows, shards, self._host)
         groups = list(blocks.shared_encodings(matrix, wanted))
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
@@ -212,7 +212,7 @@ class _Slot:
         r, n = rows.shape
         sizes = [(part.entries(r), part.bytes_per_entry(n)) for part in FORMATS[output.format].parts]
         parts = tuple(torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes)
-        importance = self._plan.importance(output)
+        importance = self._known.plan.importance(output)
         weights = None if importance is None else torch.tensor(importance).to(self._device)
         gpu.encode(output.format, rows, parts, overflow, weights)
         return tuple(self._to_host(f"encoded {number} {index}", part) for index, part in enumerate(parts))
@@ -256,7 +256,7 @@ class _Slot:
         return self._matrix.moved(self._matrix.outputs[output], self._rows.start, self._rows.stop)
 
     def _on_cpu(self, outputs: Iterable[int], scratch: Scratch) -> Iterator[list[Piece]]:
-        return blocks.encode_block(self._plan, self._matrix, self._rows, self._raw, frozenset(outputs), scratch)
+        return blocks.encode_block(self._known, self._matrix, self._rows, self._raw, frozenset(outputs), scratch)
 
     def _compare(self, outputs: list[int], pieces: list[Piece], scratch: Scratch) -> None:
         """Raise StreamquantError if the first bytes of a format are not the CPU's."""

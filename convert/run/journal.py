@@ -1,6 +1,7 @@
 """What is done of a conversion: a file of JSON lines that survives kill -9, and is believed only as far as it can be.
 
-    {"journal": 2, "fingerprint": "...", "variants": {}} the plan that this journal belongs to
+    {"journal": 3, "fingerprint": "...", "variants": {}} the plan that this journal belongs to
+    {"amax": "...", "value": 0.25}                       the largest magnitude of a source tensor, before its chunks
     {"chunk": 17, "hashes": ["...", ...]}                written; a hash of each run of bytes, checked on resume
     {"file": "...", "sha256": "...", "tensors": {...}}   complete, on disk, about to get its final name
     {"source": "...", "sha256": "..."}                   a source shard, read to its end
@@ -28,7 +29,9 @@ from streamquant.quant.errors import StreamquantError
 
 WORK_FOLDER = ".streamquant"
 JOURNAL = "journal.jsonl"
-VERSION = 2
+VERSION = 3
+READ = (2, VERSION)
+"""The versions that are gone on with: in 2 there was no amax."""
 _BROKEN = "cannot read the journal of an unfinished run"
 _HINT = "remove the output folder and start again"
 _CHECK = b',"check":"'
@@ -63,18 +66,22 @@ class Progress:
     """By path."""
     sources: dict[str, str] = field(default_factory=dict)
     """Source file name -> sha256."""
+    amax: dict[str, float] = field(default_factory=dict)
+    """Source tensor -> its largest magnitude."""
 
     def add(self, line: JsonRecord) -> None:
         """Take over a line of the journal. Raises StreamquantError if it is none."""
-        match [key for key in ("chunk", "file", "source") if line.take(key) is not None]:
+        match [key for key in ("chunk", "file", "source", "amax") if line.take(key) is not None]:
             case ["chunk"]:
                 self.chunks[line.count("chunk")] = [*line.texts("hashes")]
             case ["file"]:
                 self.files[line.text("file")] = FinishedFile(line.text("sha256"), line.text_map("tensors"))
             case ["source"]:
                 self.sources[line.text("source")] = line.text("sha256")
+            case ["amax"]:
+                self.amax[line.text("amax")] = line.magnitude("value")
             case kinds:
-                raise line.broken(None, kinds, "a chunk, a file or a source")
+                raise line.broken(None, kinds, "a chunk, a file, a source or an amax")
 
 
 class Journal:
@@ -142,6 +149,10 @@ class Journal:
         """Record the hash of a source file."""
         self._append({"source": name, "sha256": sha256})
 
+    def amax(self, name: str, value: float) -> None:
+        """Record the largest magnitude of a source tensor; before any chunk that was encoded by it."""
+        self._append({"amax": name, "value": value})
+
     def remove(self) -> None:
         """The run is complete: forget it."""
         self.path.unlink(missing_ok=True)
@@ -200,7 +211,7 @@ class _Line:
     def head(self) -> Head:
         """The first line."""
         line = self._parse(self.text)
-        if (version := line.count("journal")) != VERSION:
+        if (version := line.count("journal")) not in READ:
             raise StreamquantError(
                 "cannot read the journal of an unfinished run",
                 where=str(self.path),

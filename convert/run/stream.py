@@ -16,11 +16,12 @@ from operator import itemgetter
 from pathlib import Path
 
 from streamquant.convert.plan.records import Plan, Region, extents
-from streamquant.convert.run.blocks import Encode, Piece, Scratch, ShortShardError
+from streamquant.convert.run.blocks import Encode, Known, Piece, Scratch, ShortShardError, largest_magnitude
 from streamquant.convert.run.delivery import Delivery
 from streamquant.convert.run.hashes import output_hashes, source_hashes
 from streamquant.convert.run.journal import FinishedFile, Head, Journal, Progress
 from streamquant.convert.run.output_files import OutputFiles
+from streamquant.convert.run.statistics import Magnitudes
 from streamquant.convert.run.workers import Workers
 from streamquant.convert.source.shards import Shards
 from streamquant.files.hashing import ChangedBytesError, quick_hash
@@ -119,6 +120,8 @@ class _Run:
         self._plan, self._files, self._journal, self._resources = plan, files, journal, resources
         self._shards = resources.shards
         self._written_before = progress.chunks
+        self._magnitudes = Magnitudes(plan, progress.amax, journal.amax)
+        self._known = Known(plan, self._magnitudes.largest)
         self._resumed = 0
         self._lock = threading.Lock()
         self._sources = dict(progress.sources)
@@ -131,12 +134,18 @@ class _Run:
         self._readers = {name: int(name in unknown) for name in names}
         """Chunks and hashes that are still to read a shard."""
         shards_of = [plan.matrices[chunk.matrix].source.files for chunk in plan.chunks]
-        for name in chain.from_iterable(shards_of):
-            self._readers[name] += 1
-        left = (files for number, files in enumerate(shards_of) if number not in self._written_before)
-        wanted = dict.fromkeys(chain.from_iterable(left))
+        wanted: dict[str, None] = {}
+        tasks = []
+        for number, shards in enumerate(shards_of):
+            visits = [other for other in plan.visits.get(number, ()) if self._magnitudes.is_wanted(other)]
+            visited = [shards_of[other] for other in visits]
+            for name in chain.from_iterable((*visited, shards)):
+                self._readers[name] += 1
+            left = visited if number in self._written_before else (*visited, shards)
+            wanted.update(dict.fromkeys(chain.from_iterable(left)))
+            tasks += [*(partial(self._visit, other) for other in visits), partial(self._chunk, number)]
         self._shards.expect([*wanted, *(name for name in unknown if name not in wanted)])
-        self._workers = Workers((partial(self._chunk, number) for number in range(len(plan.chunks))), self._interrupt)
+        self._workers = Workers(iter(tasks), self._interrupt)
 
     def run(self) -> None:
         """Do everything. Raises the first error of a worker."""
@@ -145,7 +154,8 @@ class _Run:
         self._workers.run(self._resources.jobs)
 
     def _interrupt(self) -> None:
-        """Workers that wait for a shard, or for room, end as well."""
+        """Workers that wait for a shard, a visit, or for room, end as well."""
+        self._magnitudes.stop()
         self._shards.stop()
         if self._resources.delivery is not None:
             self._resources.delivery.stop()
@@ -158,6 +168,17 @@ class _Run:
         return Written(files, tensors, dict(self._sources), self._resumed)
 
     # Chunks
+
+    def _visit(self, number: int, scratch: Scratch) -> None:
+        """Find the largest magnitude of a chunk, which comes later."""
+        self._stop_if_asked()
+        chunk = self._plan.chunks[number]
+        matrix = self._plan.matrices[chunk.matrix]
+        with self._reading():
+            value = largest_magnitude(matrix, chunk, self._shards.open, scratch)
+        self._magnitudes.add(number, value)
+        for name in matrix.source.files:
+            self._has_read(name)
 
     def _chunk(self, number: int, scratch: Scratch) -> None:
         chunk = self._plan.chunks[number]
@@ -207,7 +228,7 @@ class _Run:
         if wanted:
             chunk = self._plan.chunks[number]
             with self._reading():
-                for pieces in self._resources.encode(self._plan, chunk, self._shards.open, wanted, scratch):
+                for pieces in self._resources.encode(self._known, chunk, self._shards.open, wanted, scratch):
                     self._stop_if_asked()
                     for piece in pieces:
                         files.write(piece.file, piece.data, piece.offset)

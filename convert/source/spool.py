@@ -15,12 +15,11 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.files.listener import SILENT, Listener
 from streamquant.files.safetensors_file import read_header
@@ -36,9 +35,10 @@ CLOSE_SECONDS = 2.0
 GIB = 2**30
 
 
-def spool_limit(checkpoint: HubCheckpoint, gib: float | None) -> int:
+def spool_limit(checkpoint: HubCheckpoint, gib: float | None, readings: Iterable[tuple[str, ...]] | None = None) -> int:
     """Bytes that the spool of a checkpoint may hold: what was asked for, or some shards; never more than all of them.
 
+    `readings` are the shards that a run reads together, in its order (Plan.readings); default: those of each tensor.
     Shards in the cache of the Hub's client need no room. Raises UsageError if those of the others that are needed at
     the same time do not fit.
     """
@@ -46,7 +46,9 @@ def spool_limit(checkpoint: HubCheckpoint, gib: float | None) -> int:
     if not fetched:
         return 0
     largest, total = max(fetched.values()), sum(fetched.values())
-    sets = [frozenset((name,)) for name in fetched] + [*_needed_together(checkpoint)]
+    if readings is None:
+        readings = (tensor.files for tensor in checkpoint.tensors.values())
+    sets = [frozenset((name,)) for name in fetched] + [*needed_together(readings)]
     together = max(sets, key=lambda names: sum(fetched.get(name, 0) for name in names))
     least = sum(fetched.get(name, 0) for name in together)
     if gib is None:
@@ -63,14 +65,14 @@ def spool_limit(checkpoint: HubCheckpoint, gib: float | None) -> int:
     return min(total, limit)
 
 
-def _needed_together(checkpoint: Checkpoint) -> Iterator[frozenset[str]]:
-    """The shards that have to be there at a time, if tensors are read in the order of the checkpoint.
+def needed_together(readings: Iterable[tuple[str, ...]]) -> Iterator[frozenset[str]]:
+    """The shards that have to be there at a time, if these are read in their order.
 
-    One, but where codes and their scales lie in different shards: a shard is there from the first tensor that needs it
-    to the last, so a reader of the first unfinished tensor, whose shards are fetched before all others, never waits for
-    room that only a later one could give.
+    One, but where codes and their scales lie in different shards, or tensors that share a scale: a shard is there from
+    the first tensor that needs it to the last, so a reader of the first unfinished tensor, whose shards are fetched
+    before all others, never waits for room that only a later one could give.
     """
-    files = [tensor.files for tensor in checkpoint.tensors.values()]
+    files = [*readings]
     last = {name: number for number, names in enumerate(files) for name in names}
     here: set[str] = set()
     for number, names in enumerate(files):

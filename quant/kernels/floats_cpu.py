@@ -63,3 +63,12 @@ def encode_f16(rows: NDArray[np.float32], out: NDArray[np.uint16]) -> int:
         if largest >= np.uint32(0x477FF000) and first_overflow < 0:
             first_overflow = i
     return first_overflow
+
+
+@kernel
+def largest_magnitude(x: NDArray[np.float32]) -> np.float32:
+    """The largest magnitude in float32[k], finite; 0 where k is 0."""
+    largest = np.uint32(0)
+    for j in range(x.size):  # magnitudes order like the integers that store them
+        largest = max(largest, np.uint32(float_bits(x[j]) & ABS))
+    return np.float32(bits_float(largest))

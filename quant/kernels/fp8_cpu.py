@@ -118,7 +118,7 @@ def encode_tiles(rows: NDArray[np.float32], codes: NDArray[np.uint8], scales: ND
 
 
 @helper
-def _e4m3_value(code: np.uint8) -> np.float32:
+def e4m3_value(code: np.uint8) -> np.float32:
     """The value of a code that is not NaN; below 2**-6 codes are multiples of 2**-9."""
     a = np.uint32(code & np.uint8(0x7F))
     normal = np.uint32((a << np.uint32(20)) + np.uint32(120 << 23))
@@ -148,7 +148,7 @@ def decode(
             start, stop = tile * width, min((tile + 1) * width, n)
             some, scaled, scale = codes[i, start:stop], out[i, start:stop], row[tile]
             for j in range(some.size):
-                x = np.float32(_e4m3_value(some[j]) * scale)
+                x = np.float32(e4m3_value(some[j]) * scale)
                 largest = max(largest, np.uint32(float_bits(x) & ABS))
                 scaled[j] = x
         if largest_code == np.uint8(0x7F):

@@ -113,6 +113,28 @@ def test_kill_resume_kill(whole: Reference, zygote: Zygote, tmp_path: Path) -> N
     assert checksums(out) == whole.sums
 
 
+FOLDERS = ("--to", "nvfp4a16", "--to", "w4a16-g32")
+"""A scale that has to be found first, and one for each group."""
+
+
+def test_kill_9_of_folders_and_resume(pristine_sharded: Path, zygote: Zygote, tmp_path: Path) -> None:
+    """Crash between visits and chunks, after an amax and before it: the resumed run finds the same scales."""
+    source, whole = pristine_sharded, tmp_path / "whole"
+    zygote.run("convert", source, *FOLDERS, "--out", whole).done()
+    sums, last = checksums(whole), set()
+    out = tmp_path / "out"
+    command = ("convert", source, *FOLDERS, "--out", out, "--jobs", 1)
+    for point in (20, 60, *range(76, 90, 2), 110):
+        assert zygote.start(*command, set=TINY_CHUNKS, die_at=point).wait().code == -signal.SIGKILL
+        journal = out / ".streamquant" / "journal.jsonl"
+        lines = journal.read_bytes().splitlines() if journal.exists() else []
+        last |= {line[2:6] for line in lines[-1:]}
+        zygote.run(*command, set=TINY_CHUNKS).done()
+        assert checksums(out) == sums, point
+        shutil.rmtree(out)
+    assert {b"amax", b"chun"} <= last, "no run was killed between a visit and its chunk"
+
+
 def changes_of(zygote: Zygote, command: tuple[object, ...], out: Path, tmp_path: Path) -> int:
     """How often a command changes the file system."""
     count = tmp_path / "count"
@@ -280,6 +302,12 @@ GARBAGE_LINES = [
     b'{"file":"x","sha256":"","tensors":[]}',
     b'{"source":{},"sha256":""}',
     b'{"source":"x","sha256":7}',
+    b'{"amax":"x"}',
+    b'{"amax":3,"value":0.5}',
+    b'{"amax":"x","value":"0.5"}',
+    b'{"amax":"x","value":true}',
+    b'{"amax":"x","value":-0.5}',
+    b'{"amax":"x","value":1e999}',
     b"\xff",
     b"[" * 100_000,
 ]

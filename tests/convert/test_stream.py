@@ -22,7 +22,7 @@ from tests.attacks.harness import checksums, write_model
 from tests.listeners import Hears
 
 GGUF = ["gguf:Q8_0,Q4_0,F16,F32,BF16"]
-FP8 = ["fp8-dynamic", "fp8-block"]
+FP8 = ["fp8-dynamic", "fp8-block", "nvfp4a16"]
 
 
 @pytest.fixture(scope="module")

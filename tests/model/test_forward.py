@@ -191,7 +191,7 @@ def test_fp8_as_transformers_runs_it(tmp_path: Path, scheme: str, dtype: str) ->
 def test_integers_and_mx_as_transformers_runs_them(tmp_path: Path, dtype: str) -> None:
     """Of each scheme the logits of transformers, which decompresses the weights and quantizes the inputs.
 
-    MX weights of a BF16 source become BF16 there, whatever the dtype of the model, so that F32 does not run.
+    MX and NVFP4 weights of a BF16 source become BF16 there, whatever the dtype of the model, so that F32 does not run.
     """
     from streamquant.convert.conversion import convert
     from streamquant.convert.options import RunOptions
@@ -204,7 +204,7 @@ def test_integers_and_mx_as_transformers_runs_them(tmp_path: Path, dtype: str) -
     # With compressed-tensors 0.20, which packs zero points as 0.19 does, transformers 5.24 makes room for unpacked ones
     # and refuses every such folder, the library's own too.
     schemes += ["w4a16-asym-g32"] if importlib.metadata.version("compressed-tensors").startswith("0.19.") else []
-    schemes += ["mxfp4", "mxfp4a16", "mxfp8"] if dtype == "bfloat16" else []
+    schemes += ["mxfp4", "mxfp4a16", "mxfp8", "nvfp4a16"] if dtype == "bfloat16" else []
     convert(make_plan(open_checkpoint(source), parse_variants(schemes)), tmp_path / "out", RunOptions(jobs=2))
     tokens = some_tokens(512)
     setting = dataclasses.replace(F32 if dtype == "float32" else BF16, batch_tokens=4096)

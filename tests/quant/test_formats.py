@@ -14,7 +14,7 @@ from tests.checks import BOUNDS, CHECKS
 
 def bf16_or_long(format_: Format) -> object:
     """compressed-tensors' formats differ in nothing but the rounding from one source dtype to the next."""
-    is_alike = format_.name.startswith(("INT", "MXFP")) and format_.source_dtype in ("F16", "F32")
+    is_alike = format_.name.startswith(("INT", "MXFP", "NVFP")) and format_.source_dtype in ("F16", "F32")
     return pytest.param(format_, marks=pytest.mark.long if is_alike else ())
 
 

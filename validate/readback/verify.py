@@ -25,7 +25,17 @@ from streamquant.convert.manifest import (
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, Plan
 from streamquant.convert.recipes.imatrix import ImportanceMatrix
-from streamquant.convert.run.blocks import Bytes, Piece, Scratch, encode_block, read_rows, widen_rows
+from streamquant.convert.run.blocks import (
+    Bytes,
+    Known,
+    Piece,
+    Scratch,
+    encode_block,
+    largest_magnitude,
+    read_rows,
+    widen_rows,
+)
+from streamquant.convert.run.statistics import Magnitudes
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.files.hashing import FileHash
 from streamquant.files.listener import SILENT, Listener
@@ -231,8 +241,11 @@ def _compare(plan: Plan, result: VerifiedVariant, listener: Listener) -> None:
             file.name: stack.enter_context((checkpoint.folder / file.name).open("rb")).fileno()
             for file in checkpoint.files
         }
-        comparison = _Comparison(plan, result, listener, sources, outputs)
-        for chunk in plan.chunks:
+        magnitudes = Magnitudes(plan)
+        comparison = _Comparison(Known(plan, magnitudes.largest), result, listener, sources, outputs)
+        for number, chunk in enumerate(plan.chunks):
+            for visit in plan.visits.get(number, ()):
+                magnitudes.add(visit, comparison.largest(plan.chunks[visit]))
             comparison.compare(chunk)
 
 
@@ -240,7 +253,7 @@ def _compare(plan: Plan, result: VerifiedVariant, listener: Listener) -> None:
 class _Comparison:
     """What is compared, and the open files of both sides."""
 
-    plan: Plan
+    known: Known
     result: VerifiedVariant
     listener: Listener
     sources: Mapping[str, int]
@@ -248,6 +261,15 @@ class _Comparison:
     outputs: Sequence[int]
     """A descriptor for each file of the plan."""
     encoding: Scratch = field(default_factory=Scratch)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the variant."""
+        return self.known.plan
+
+    def largest(self, chunk: Chunk) -> float:
+        """The largest magnitude in a chunk."""
+        return largest_magnitude(self.plan.matrices[chunk.matrix], chunk, self.sources.__getitem__, self.encoding)
 
     def compare(self, chunk: Chunk) -> None:
         """Encode a chunk again, compare it with the file, and add up the error of what the file holds."""
@@ -259,7 +281,7 @@ class _Comparison:
         for first in range(chunk.first, chunk.last, step):
             rows = range(first, min(first + step, chunk.last))
             raw = read_rows(matrix, rows, shards, self.encoding)
-            for pieces in encode_block(self.plan, matrix, rows, raw, wanted, self.encoding):
+            for pieces in encode_block(self.known, matrix, rows, raw, wanted, self.encoding):
                 stored = [self._stored(piece) for piece in pieces]
                 for piece, found in zip(pieces, stored, strict=True):
                     if not np.array_equal(piece.data, found):
