@@ -57,9 +57,9 @@ class InputSums:
             squares = x.flatten(0, -2).float().square().sum(0)
             self._last = x, squares.double().cpu().numpy()
         for stored in rule.stored:
-            self._add(stored, self._last[1], x.shape[:-1].numel())
+            self.add(stored, self._last[1], x.shape[:-1].numel())
 
-    def _add(self, rule: TensorRule, squares: NDArray[np.float64], tokens: int) -> None:
+    def add(self, rule: TensorRule, squares: NDArray[np.float64], tokens: int) -> None:
         """Add sums of squares float64[n] to those of a stored tensor, or of one expert in it."""
         weight, matrices, number = rule.gguf_name, 1, 0
         if rule.expert is not None:

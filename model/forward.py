@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 DType = Literal["bf16", "f32"]
+Attention = Literal["sdpa", "eager"]
 Tokens = NDArray[np.int64]
 """int64[chunks, context]: token ids, each row a text of its own from position 0."""
 
@@ -59,6 +60,9 @@ class Setting:
     what is free, as two layers are held, and their files are mapped."""
     scratch: Path | None = None
     """Folder of that file, None for the system's. It is removed at the end, and by the system after a crash."""
+    attention: Attention = "sdpa"
+    """transformers' implementation; a class that does not have sdpa takes eager in either case. In BF16 the two differ
+    in the last digits: what must have the numbers of llm-compressor takes its eager."""
 
 
 def default_setting(device: str = "auto") -> Setting:
@@ -75,6 +79,18 @@ def default_setting(device: str = "auto") -> Setting:
 InputObserver = Callable[[str, "torch.Tensor"], None]
 """Gets the HF name of a linear layer ("model.layers.0.mlp.up_proj") and its input, [chunks, tokens, n]; of an expert
 [tokens, n], those that it was chosen for."""
+CacheObserver = Callable[[int, "torch.Tensor", "torch.Tensor"], None]
+"""Gets a layer and what it would put into a key-value cache, keys after rope and values: [chunks, heads, tokens, n]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Where a lane goes on that was interrupted."""
+
+    layer: int
+    """The first layer to run."""
+    fill: "Callable[[torch.Tensor], None]"
+    """Puts the hidden states before that layer into [chunks, context, hidden_size]."""
 
 
 @dataclass(eq=False)
@@ -90,6 +106,12 @@ class Lane:
     """Gets name, first row and float32 rows of every tensor while it is decoded, in the reading thread."""
     on_layer: "Callable[[int, torch.Tensor], None] | None" = None
     """Gets a layer and the hidden states after it, [chunks, context, hidden_size]; -1 is the embeddings."""
+    on_cache: CacheObserver | None = None
+    lengths: "NDArray[np.int64] | None" = None
+    """int64[chunks]: tokens of each chunk that are run, None: all. Chunks of one length, one after another, make a
+    batch; what stands behind the tokens of a chunk is not computed."""
+    beginning: Beginning | None = None
+    """None: at the embeddings."""
     hidden: "torch.Tensor | None" = field(default=None, init=False)
     """[chunks, context, hidden_size] after the last layer that ran; before the final norm."""
     bytes_read: int = field(default=0, init=False)
@@ -123,12 +145,12 @@ def run_layers(lanes: Sequence[Lane], tokens: Tokens, setting: Setting, listener
     models = [_Model(lane, tokens.shape, setting) for lane in lanes]
     with torch.inference_mode():
         for model in models:
-            model.embed(tokens)
+            model.begin(tokens)
         steps = [
             (layer, number)
             for layer in range(max((model.layers for model in models), default=0))
             for number, model in enumerate(models)
-            if layer < model.layers
+            if model.first_layer <= layer < model.layers
         ]
         last_of_layer = dict(steps)
         for (layer, number), weights in _ahead(steps, lambda step: models[step[1]].read(step[0])):
@@ -198,14 +220,23 @@ class _Model:
         self.lane, self.setting = lane, setting
         self.dtype, self.device = lane.torch_dtype(setting), torch.device(setting.device)
         self.batch = lane.batch(setting, shape[1])
-        self.skeleton = build_skeleton(lane.variant)
+        self.skeleton = build_skeleton(lane.variant, setting.attention)
         self.layers = lane.variant.description.layer_count
+        self.first_layer = 0 if lane.beginning is None else lane.beginning.layer
         self.layer_limit = free_memory(setting.device) // 6 if setting.layer_limit is None else setting.layer_limit
         size = (shape[0], shape[1], lane.variant.config["hidden_size"])
         lane.hidden = allocate_hidden(size, self.dtype, setting)
         positions = torch.arange(shape[1], device=self.device)[None]
         self.rotary = rotary_tables(self.skeleton, lane.variant, positions, self.dtype)
         self.positions = positions
+
+    def begin(self, tokens: Tokens) -> None:
+        """The hidden states before the first layer that is run."""
+        if self.lane.beginning is None:
+            self.embed(tokens)
+        else:
+            assert self.lane.hidden is not None
+            self.lane.beginning.fill(self.lane.hidden)
 
     def embed(self, tokens: Tokens) -> None:
         """The hidden states before the first layer; only the rows that occur are read."""
@@ -272,7 +303,7 @@ class _Model:
             self._fill(layer, module, weights)
             with ExitStack() as hooks:
                 self._hook(hooks, module.named_modules(), layer)
-                for rows, output in self._outputs(layer, module, hidden):
+                for rows, output in self._outputs(layer, module, range(len(hidden))):
                     rows.copy_(output)
         module.to("meta")
 
@@ -293,21 +324,41 @@ class _Model:
         types = getattr(self.skeleton.config, "layer_types", None)
         return self.rotary[types[layer] if types is not None and None not in self.rotary else None]
 
+    def _batches(self, chunks: range) -> Iterator[tuple[int, int, int]]:
+        """(first chunk, last, tokens of each) of the batches of some chunks."""
+        if self.lane.lengths is None:
+            for first in chunks[:: self.batch]:
+                yield first, min(first + self.batch, chunks.stop), self.positions.shape[1]
+            return
+        first = chunks.start
+        while first < chunks.stop:
+            length, last = int(self.lane.lengths[first]), first + 1
+            while last < min(first + self.batch, chunks.stop) and self.lane.lengths[last] == length:
+                last += 1
+            yield first, last, length
+            first = last
+
     def _outputs(
-        self, layer: int, module: Any, hidden: "torch.Tensor"
+        self, layer: int, module: Any, chunks: range, *, observed: bool = True
     ) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
         """(rows of hidden states, what the layer makes of them), batch by batch."""
-        mask = causal_mask(self.skeleton.config, layer, self.positions)
-        if self.skeleton.config._attn_implementation == "eager":
-            mask = added_mask(mask, self.positions, self.dtype)
-        for first in range(0, len(hidden), self.batch):
-            rows = hidden[first : first + self.batch]
+        config, hidden, watch = self.skeleton.config, self.lane.hidden, self.lane.on_cache
+        assert hidden is not None
+        kinds = getattr(config, "layer_types", None)
+        is_linear = kinds is not None and kinds[layer] == "linear_attention"  # it has neither mask nor key-value cache
+        whole = None if is_linear else causal_mask(config, layer, self.positions)
+        if config._attn_implementation == "eager" and not is_linear:
+            whole = added_mask(whole, self.positions, self.dtype)
+        cos, sin = self._rotary_of(layer)
+        for first, last, length in self._batches(chunks):
+            rows = hidden[first:last, :length]
             output = module(
                 rows.to(self.device),
-                attention_mask=mask,
-                position_ids=self.positions,
+                attention_mask=None if whole is None else whole[..., :length, :length],
+                position_ids=self.positions[:, :length],
                 use_cache=False,
-                position_embeddings=self._rotary_of(layer),
+                position_embeddings=(cos[:, :length], sin[:, :length]),
+                past_key_values=_WatchedCache(layer, watch) if observed and not is_linear and watch else None,
             )
             yield rows, output[0] if isinstance(output, tuple) else output
 
@@ -325,11 +376,11 @@ class _Model:
         chunk_bytes = 2 * prod(hidden.shape[1:]) * self.dtype.itemsize  # what the experts are asked, and their answer
         share = max(1, self.layer_limit // chunk_bytes // self.batch) * self.batch
         for first in range(0, len(hidden), share):
-            part, asked = hidden[first : first + share], ExpertCalls()
+            part, asked = range(first, min(first + share, len(hidden))), ExpertCalls()
             with ExitStack() as hooks, asked.noted(block):
                 self._fill(layer, module, weights)
                 self._hook(hooks, module.named_modules(), layer, observed=False)
-                for _ in self._outputs(layer, module, part):
+                for _ in self._outputs(layer, module, part, observed=False):
                     pass
             # Observers of weights see every expert once; others are read where tokens go.
             numbers = sorted(stored) if first == 0 and self.lane.on_weight is not None else asked.reached()
@@ -392,10 +443,27 @@ class _Model:
                 hooks.callback(linear.register_forward_pre_hook(before).remove)
 
 
-def build_skeleton(variant: Variant) -> Any:
+class _WatchedCache:
+    """Stands for the key-value cache of a layer: what would be put into it is shown, and given back as it is.
+
+    As QuantizedKVCache of compressed_tensors/modeling/kvcache.py, by which llm-compressor observes keys and values.
+    """
+
+    def __init__(self, layer: int, watch: CacheObserver) -> None:
+        self._layer, self._watch = layer, watch
+
+    def update(
+        self, keys: "torch.Tensor", values: "torch.Tensor", *_: Any, **__: Any
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """As transformers' Cache.update, without anything from before."""
+        self._watch(self._layer, keys, values)
+        return keys, values
+
+
+def build_skeleton(variant: Variant, attention: Attention = "sdpa") -> Any:
     """transformers' model of the variant's class on the meta device: no weights, no memory.
 
-    Attention: sdpa; eager for a class that does not have it, because of its attention sinks.
+    A class that does not have sdpa, because of its attention sinks, is given eager attention.
     """
     import torch
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
@@ -403,7 +471,8 @@ def build_skeleton(variant: Variant) -> Any:
     settings = {key: value for key, value in variant.config.items() if key not in ("dtype", "torch_dtype")}
     # Some classes have a padding token of their own, which a small vocabulary does not have.
     config = CONFIG_MAPPING[variant.config["model_type"]].from_dict({"pad_token_id": None, **settings})
-    attention = "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
+        attention = "eager"
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     experts = variant.description.family.experts

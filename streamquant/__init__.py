@@ -15,6 +15,7 @@ What each command of the command line does is a function here, with the same nam
     verify       read back what convert wrote, and compare it with the manifest and the model
     recipe       extract the recipe of a GGUF file of any publisher
     imatrix      compute the importance matrix of a model over texts
+    calibrate    measure the inputs, keys and values of a model over texts or chats, for static scales
     validate     measure whether each variant is still the model
     chat_check   compare tokens and chat templates in the engines themselves
     card         write model cards
@@ -24,6 +25,7 @@ What each command of the command line does is a function here, with the same nam
     disk_use          what a conversion by a plan takes on the disk at most
     convert_and_push  convert, and upload each file as soon as it is finished
     read_imatrix      an importance matrix of llama-imatrix, for ConversionOptions
+    read_calibration  a file of calibrate, for ConversionOptions
     read_report       the report of an earlier validation
     write_pages       the pages of a report
 
@@ -32,8 +34,8 @@ help(streamquant.ConversionOptions) describes the fields of one. A function prin
 handlers, the environment and logging as they are: a Listener hears of progress, waits and notes. Every foreseeable
 fault is a StreamquantError, with the exit code of the command line as its attribute `exit_code`.
 
-`streamquant.convert` and `streamquant.validate` are functions and packages at the same time: `import
-streamquant.convert.options` works as well. Only what is documented in docs/api.md is stable between versions.
+`streamquant.calibrate`, `streamquant.convert` and `streamquant.validate` are functions and packages at the same time:
+`import streamquant.convert.options` works as well. Only what is documented in docs/api.md is stable between versions.
 """
 
 from importlib import import_module
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     import inspect as signatures
     from collections.abc import Callable
 
+    from streamquant.api.calibration import calibrate as calibrate
     from streamquant.api.conversion import Formats as Formats
     from streamquant.api.conversion import convert as convert
     from streamquant.api.conversion import disk_use as disk_use
@@ -59,6 +62,8 @@ if TYPE_CHECKING:
     from streamquant.api.validation import chat_check as chat_check
     from streamquant.api.validation import imatrix as imatrix
     from streamquant.api.validation import validate as validate
+    from streamquant.calibrate.calibration import CalibrationOptions as CalibrationOptions
+    from streamquant.calibrate.calibration import CalibrationRun as CalibrationRun
     from streamquant.calibrate.importance import ImportanceOptions as ImportanceOptions
     from streamquant.calibrate.importance import ImportanceRun as ImportanceRun
     from streamquant.convert.conversion import Conversion as Conversion
@@ -66,6 +71,8 @@ if TYPE_CHECKING:
     from streamquant.convert.options import RunOptions as RunOptions
     from streamquant.convert.plan.disk import Disk as Disk
     from streamquant.convert.plan.records import Plan as Plan
+    from streamquant.convert.recipes.calibration import Calibration as Calibration
+    from streamquant.convert.recipes.calibration import read_calibration as read_calibration
     from streamquant.convert.recipes.imatrix import ImportanceMatrix as ImportanceMatrix
     from streamquant.convert.recipes.imatrix import read_imatrix as read_imatrix
     from streamquant.convert.recipes.overrides import Overrides as Overrides
@@ -96,15 +103,18 @@ if TYPE_CHECKING:
     __version__: str
 
 _NAMES = {
+    "api.calibration": ("calibrate",),
     "api.conversion": ("Formats", "convert", "disk_use", "formats", "plan", "recipe"),
     "api.publication": ("card", "convert_and_push", "push", "run"),
     "api.readback": ("inspect", "verify"),
     "api.validation": ("chat_check", "imatrix", "validate"),
+    "calibrate.calibration": ("CalibrationOptions", "CalibrationRun"),
     "calibrate.importance": ("ImportanceOptions", "ImportanceRun"),
     "convert.conversion": ("Conversion",),
     "convert.options": ("ConversionOptions", "RunOptions"),
     "convert.plan.disk": ("Disk",),
     "convert.plan.records": ("Plan",),
+    "convert.recipes.calibration": ("Calibration", "read_calibration"),
     "convert.recipes.imatrix": ("ImportanceMatrix", "read_imatrix"),
     "convert.recipes.overrides": ("Overrides",),
     "convert.recipes.recipe_extract": ("ExtractedRecipe",),
@@ -172,5 +182,5 @@ class _Room(ModuleType):
         return self.__wrapped__(*arguments, **named)
 
 
-for _room in ("convert", "validate"):
+for _room in ("calibrate", "convert", "validate"):
     import_module(f"{__name__}.{_room}").__class__ = _Room

@@ -20,6 +20,7 @@ METHODS = frozenset({
 })  # fmt: skip
 ELSEWHERE = {
     "calibrate/importance.py .mkdir": "the folder of --out, which is the user's own path",
+    "calibrate/calibration.py .mkdir": "the folder of --out, which the user names",
     "convert/conversion.py .mkdir": "--out itself, which was checked",
     "convert/conversion.py shutil.rmtree": "the spool; rmtree follows no link, those above were checked",
     "convert/metadata/model_metadata.py .symlink_to": "makes a link in a new folder; writes through none",

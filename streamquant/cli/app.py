@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from streamquant.cli import convert, formats, imatrix, publish, readback, validate
+from streamquant.cli import calibrate, convert, formats, imatrix, publish, readback, validate
 from streamquant.cli.console import check_printed, guarded_streams, print_result, say
 from streamquant.files.writing import os_errors_told
 from streamquant.quant.errors import StreamquantError
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "recipe": readback.recipe_command,
     "validate": validate.validate_command,
     "imatrix": imatrix.imatrix_command,
+    "calibrate": calibrate.calibrate_command,
     "chat-check": validate.chat_check_command,
     "report": validate.report_command,
     "push": publish.push_command,
