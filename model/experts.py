@@ -30,7 +30,9 @@ def module_name(stored: str, experts: Experts | None) -> str:
     """
     if experts is None or not stored.startswith(f"{experts.stored_path}."):
         return stored
-    return experts.path + stored.removeprefix(experts.stored_path)
+    local = stored.removeprefix(f"{experts.stored_path}.")
+    module, _, last = local.rpartition(".")
+    return f"{experts.path}.{experts.renamed.get(module, module)}.{last}"
 
 
 def make_experts(fused: Any, experts: Experts) -> "torch.nn.Module":

@@ -248,6 +248,7 @@ class _Model:
             with errors_of(self.lane.variant):
                 rows = self.lane.variant.rows(EMBEDDINGS, ids.tolist()).to(self.dtype)
             scale = getattr(self.skeleton.model.embed_tokens, "scalar_embed_scale", None)  # of Gemma
+            scale = getattr(self.skeleton.model, "embedding_multiplier", scale)
             rows = rows if scale is None else rows * torch.tensor(scale).to(self.dtype)
             picked = rows[torch.from_numpy(inverse.reshape(-1))]
             self.lane.hidden[first : first + self.batch] = picked.reshape(-1, tokens.shape[1], rows.shape[1])
@@ -320,7 +321,7 @@ class _Model:
                     found=f"no {left[0]!r} in layer {layer}",
                 )
 
-    def _rotary_of(self, layer: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    def _rotary_of(self, layer: int) -> "tuple[torch.Tensor, torch.Tensor] | None":
         types = getattr(self.skeleton.config, "layer_types", None)
         return self.rotary[types[layer] if types is not None and None not in self.rotary else None]
 
@@ -349,7 +350,7 @@ class _Model:
         whole = None if is_linear else causal_mask(config, layer, self.positions)
         if config._attn_implementation == "eager" and not is_linear:
             whole = added_mask(whole, self.positions, self.dtype)
-        cos, sin = self._rotary_of(layer)
+        rotary = self._rotary_of(layer)
         for first, last, length in self._batches(chunks):
             rows = hidden[first:last, :length]
             output = module(
@@ -357,7 +358,7 @@ class _Model:
                 attention_mask=None if whole is None else whole[..., :length, :length],
                 position_ids=self.positions[:, :length],
                 use_cache=False,
-                position_embeddings=(cos[:, :length], sin[:, :length]),
+                position_embeddings=None if rotary is None else tuple(table[:, :length] for table in rotary),
                 past_key_values=_WatchedCache(layer, watch) if observed and not is_linear and watch else None,
             )
             yield rows, output[0] if isinstance(output, tuple) else output
@@ -470,7 +471,9 @@ def build_skeleton(variant: Variant, attention: Attention = "sdpa") -> Any:
 
     settings = {key: value for key, value in variant.config.items() if key not in ("dtype", "torch_dtype")}
     # Some classes have a padding token of their own, which a small vocabulary does not have.
-    config = CONFIG_MAPPING[variant.config["model_type"]].from_dict({"pad_token_id": None, **settings})
+    class_of_config = CONFIG_MAPPING[variant.config["model_type"]]
+    settings = class_of_config._decode_special_floats({"pad_token_id": None, **settings})  # infinity, as it saves it
+    config = class_of_config.from_dict(settings)
     if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
         attention = "eager"
     with torch.device("meta"):
@@ -483,11 +486,13 @@ def build_skeleton(variant: Variant, attention: Attention = "sdpa") -> Any:
 
 def rotary_tables(
     skeleton: Any, variant: Variant, positions: "torch.Tensor", dtype: "torch.dtype"
-) -> "dict[str | None, tuple[torch.Tensor, torch.Tensor]]":
+) -> "dict[str | None, tuple[torch.Tensor, torch.Tensor] | None]":
     """Type of layers -> cos and sin [1, context, head_dim], None where all have one rope: by transformers' rotary
-    module, with the frequencies of the file if it has its own (GGUF)."""
+    module, with the frequencies of the file if it has its own (GGUF). None in a model without rope."""
     import torch
 
+    if not variant.description.has_rope:
+        return {None: None}
     module = type(skeleton.model.rotary_emb)(config=skeleton.config)
     types: list[str | None] = getattr(module, "layer_types", [None])
     for kind in types:
@@ -505,7 +510,11 @@ def rotary_tables(
 
 
 def inverse_frequencies(variant: Variant) -> "tuple[torch.Tensor, float]":
-    """(float32[head_dim / 2], factor): the rotation per position of a variant, as it will be computed."""
+    """(float32[head_dim / 2], factor): the rotation per position of a variant, as it will be computed; none without."""
+    import torch
+
+    if not variant.description.has_rope:
+        return torch.empty(0), 1.0
     own = variant.rotary()
     if own is not None:
         return own
@@ -593,7 +602,9 @@ class Head:
 
         variant = lane.variant
         self.dtype, self.device = lane.torch_dtype(setting), torch.device(setting.device)
-        self.norm = build_skeleton(variant).model.norm
+        skeleton = build_skeleton(variant)
+        self.norm = skeleton.model.norm
+        self.divisor = getattr(skeleton.config, "logits_scaling", 1.0)
         observe = lane.on_weight
         name = variant.head_name
         on_block = None if observe is None else lambda first, block: observe(name, first, block)
@@ -619,12 +630,12 @@ class Head:
             if self.quantize is not None:
                 x = self.quantize(x[None])[0]
             if self.dtype == torch.float32:
-                return torch.nn.functional.linear(x, self.weight)
+                return torch.nn.functional.linear(x, self.weight) / self.divisor
             x = x.float()
             out = torch.empty((len(x), len(self.weight)), dtype=torch.float32, device=self.device)
             for first in range(0, len(self.weight), 8192):
                 torch.matmul(x, self.weight[first : first + 8192].float().T, out=out[:, first : first + 8192])
-            return out
+            return out / self.divisor
 
 
 def scored_positions(context: int) -> tuple[int, int]:

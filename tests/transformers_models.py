@@ -32,6 +32,8 @@ class Case:
     """Whether its vocabulary is a tokenizer.model."""
     is_refused: bool = False
     """Whether llama.cpp does not load it, which is a warning in the plan."""
+    loads_in_fp8: bool = True
+    """Whether transformers loads a tensor for each expert in FP8 into its class."""
 
     @property
     def is_wrapped(self) -> bool:

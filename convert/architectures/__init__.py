@@ -16,6 +16,8 @@ from streamquant.convert.architectures.families.dots1 import DOTS1
 from streamquant.convert.architectures.families.gemma3 import GEMMA3, GEMMA3_VL
 from streamquant.convert.architectures.families.glm4_moe import GLM4_MOE
 from streamquant.convert.architectures.families.gpt_oss import GPT_OSS
+from streamquant.convert.architectures.families.granite.granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
+from streamquant.convert.architectures.families.granite.granite_hybrid import GRANITE_HYBRID
 from streamquant.convert.architectures.families.llama import LLAMA
 from streamquant.convert.architectures.families.minimax_m2 import MINIMAX_M2
 from streamquant.convert.architectures.families.mistral.mistral import MISTRAL
@@ -58,11 +60,12 @@ FAMILIES = (
     *(SEED_OSS, GPT_OSS, MINIMAX_M2, GLM4_MOE, QWEN2_MOE, DOTS1, OLMOE),
     *(MISTRAL3, MINISTRAL3_VL, MINISTRAL3, SMOLLM3, OLMO2, GEMMA3, GEMMA3_VL),
     *(DEEPSEEK_V3, GLM4_MOE_LITE),
+    *(*GRANITE_HYBRID, GRANITE, GRANITE_MOE_SHARED, GRANITE_MOE),
 )
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
     {name: next(f for f in FAMILIES if f.hf_architecture == name) for name in (f.hf_architecture for f in FAMILIES)}
 )
-"""Of families with one class, which are told by the model type of their text model, the first."""
+"""Of families with one class, which are told by the model type of their text model or by other keys, the first."""
 
 
 def family_of(config: Mapping[str, object]) -> Family | None:
@@ -77,8 +80,9 @@ def _family_called(name: str, config: Mapping[str, object]) -> Family:
     """The family of a class that is known; a class around several text models is as many families."""
     text = config.get("text_config")
     model_type = (text if isinstance(text, Mapping) else config).get("model_type")
-    own = (family for family in FAMILIES if family.hf_architecture == name and family.model_type == model_type)
-    return next(own, ARCHITECTURES[name])
+    own = [family for family in FAMILIES if family.hf_architecture == name and family.model_type == model_type]
+    meant = (family for family in own if family.is_meant_by is None or family.is_meant_by(config))
+    return next(meant, ARCHITECTURES[name])
 
 
 def describe(config: Mapping[str, object]) -> ModelDescription:

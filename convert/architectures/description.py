@@ -114,6 +114,8 @@ class ModelDescription:
     sliding_window: int | None
     """Tokens that a token sees, itself included; None where it sees all before it."""
     tied_embeddings: bool
+    has_rope: bool
+    """Whether queries and keys are rotated at all."""
     rules: Mapping[str, TensorRule]
     """By HF name: every tensor that this model may have, in the order of a state dict."""
     metadata: Mapping[str, GGUFValue]

@@ -5,7 +5,7 @@ converter and loader do for its architecture. from_config.py reads a config.json
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -134,8 +134,9 @@ class LlamaCpp:
     yarn_keys: further numbers of yarn, which is then the only rope if it is not optional, with the one value that each
     may have, None: any; the loader reads all numbers of yarn. known_by is the key that a GGUF of the family has and
     others of its architecture have not. alike: two sizes in config.json of which the loader reads the first for both.
-    query_scalar: the key of the number whose root divides the scores, which the
-    loader takes to be head_dim, or hidden_size / heads in a model of so many layers.
+    query_scalar: the key of the number whose root divides the scores, which the loader takes to be head_dim, or
+    hidden_size / heads in a model of so many layers. counts_experts: the converter writes how many experts there are
+    where there are none. needed are the booleans of config.json without whose biases llama.cpp ends.
     """
 
     arch: gguf.MODEL_ARCH
@@ -153,6 +154,8 @@ class LlamaCpp:
     known_by: str | None = None
     query_scalar: tuple[str, int] | None = None
     alike: tuple[str, str] | None = None
+    counts_experts: bool = False
+    needed: tuple[str, ...] = ()
 
     @property
     def rope_types(self) -> frozenset[str]:
@@ -183,6 +186,10 @@ class Experts:
     """Whether checkpoints may store those of a layer in one tensor (convert/source/fused_experts.py)."""
     by_turns: bool = False
     """Whether that has gate and up by turns, by columns, with biases, or in MXFP4; else gate before up."""
+    fused_names: tuple[str, str] | None = None
+    """What checkpoints call that of gate and up, and that of down, in the block; None: transformers' names for them."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """A module of the block in checkpoints -> its name in transformers, where that is another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +242,10 @@ class Family:
     rotary_key: where config.json says the rotated part of a head in dimensions, which transformers does not read.
     activation: the key of config.json, and the one value that llama.cpp computes with. sliding_theta: the key of the
     rope_theta of layers with a window, which have a rope of their own, and its default.
+    is_meant_by says whether a config.json of the class is one of this family's, where a class is several families, and
+    fixed are the keys by which it is told, for what is read from a GGUF. intermediate is the key of the feed-forward
+    size. rope_switch: the key of config.json, and the value with which queries and keys are rotated. quotients: a key
+    that config.json may have -> the sizes of which it must be the quotient.
     default_rope: the rope_parameters of the configuration class where config.json has none; `truncate: false` in it
     means that the class does not round yarn's bounds, which llama.cpp always does.
     """
@@ -260,6 +271,11 @@ class Family:
     rotary_key: str | None = None
     activation: tuple[str, str] = ("hidden_act", "silu")
     sliding_theta: tuple[str, float] | None = None
+    is_meant_by: Callable[[Mapping[str, object]], bool] | None = None
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    intermediate: str = "intermediate_size"
+    rope_switch: tuple[str, str] | None = None
+    quotients: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)
 
     @property
     def gguf_arch(self) -> str:

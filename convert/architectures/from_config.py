@@ -93,6 +93,7 @@ class Dimensions:
             "head_dim": self.head_dim,
             "rotary": self.rotary,
             "vocabulary": self.vocabulary,
+            "context": self.context,
             "experts": self.experts,
             "expert_intermediate": self.expert_intermediate,
             "mtp_layers": self.mtp_layers,
@@ -170,6 +171,7 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
         norm_epsilon=epsilon,
         sliding_window=window,
         tied_embeddings=tied,
+        has_rope=has_rope(family, config),
         rules=MappingProxyType({rule.hf_name: rule for rule in make_rules(family, config, sizes, tags)}),
         metadata=MappingProxyType(metadata),
         added_metadata=MappingProxyType(key_values(family.llama_cpp.keys, sources)),
@@ -223,6 +225,8 @@ def read_dimensions(family: Family, config: ConfigValues) -> Dimensions:
         )
     head_dim = read_head_dim(family, config, hidden, heads)
     is_written = "head_dim" in family.defaults or config.values.get("head_dim") is not None
+    if "head_dim" in family.quotients:
+        is_written = False
     if family.latent is not None:
         is_written = family.latent.is_written_early
         if kv_heads != heads:
@@ -248,13 +252,26 @@ def read_dimensions(family: Family, config: ConfigValues) -> Dimensions:
         mtp_layers=0 if family.mtp is None else family.mtp.count(config, MAX_LAYERS - layers),
         mtp_in_gguf=family.mtp is None or family.mtp.in_gguf,
     )
-    return replace(sizes, own={name: total(terms, sizes, config) for name, terms in family.sizes.items()})
+    sizes = replace(sizes, own={name: total(terms, sizes, config) for name, terms in family.sizes.items()})
+    check_quotients(family, config, sizes)
+    return sizes
+
+
+def check_quotients(family: Family, config: ConfigValues, sizes: Dimensions) -> None:
+    """Refuse a key that is not the quotient which llama.cpp takes for it; "auto" is what transformers computes too."""
+    for key, (whole, parts) in family.quotients.items():
+        quotient, rest = divmod(sizes.size(whole), sizes.size(parts))
+        if rest or (config.values.get(key) not in (None, "auto") and config.integer(key) != quotient):
+            raise config.refuse(
+                key, "sizes that do not fit together", required=f"{sizes.size(whole)} / {sizes.size(parts)}"
+            )
 
 
 def read_intermediate(family: Family, config: ConfigValues) -> int:
     """The feed-forward size of dense layers; 0 for a mixture of experts whose config.json has none."""
-    without = family.experts is not None and "intermediate_size" not in family.defaults
-    return 0 if without and "intermediate_size" not in config else config.integer("intermediate_size")
+    key = family.intermediate
+    without = family.experts is not None and key not in family.defaults
+    return 0 if without and key not in config else config.integer(key)
 
 
 def total(terms: Terms, sizes: Dimensions, config: ConfigValues) -> int:
@@ -265,7 +282,9 @@ def total(terms: Terms, sizes: Dimensions, config: ConfigValues) -> int:
             return factor
         if factor in sizes.common:
             return sizes.size(factor)
-        return (config.integer_or_null(factor) or 0) if factor in config.nullable else config.integer(factor)
+        if factor in config.nullable:
+            return config.integer_or_null(factor) or 0
+        return config.integer(factor, least=0 if config.defaults.get(factor) == 0 else 1)
 
     result = sum(math.prod(map(value, factors)) for factors in terms)
     if result > LARGEST_INTEGER:
@@ -334,6 +353,11 @@ def read_head_dim(family: Family, config: ConfigValues, hidden: int, heads: int)
     return head_dim
 
 
+def has_rope(family: Family, config: ConfigValues) -> bool:
+    """Whether queries and keys are rotated at all."""
+    return family.rope_switch is None or config.raw(family.rope_switch[0]) == family.rope_switch[1]
+
+
 def check_rope_type(family: Family, config: ConfigValues, rope: RopeSettings) -> None:
     """Refuse a rope type that llama.cpp cannot run for this architecture."""
     if rope.rope_type not in family.llama_cpp.rope_types:
@@ -386,15 +410,21 @@ def window_notes(family: Family, window: int | None, sizes: Dimensions) -> Itera
 
 
 def unread_notes(family: Family, config: ConfigValues) -> Iterator[str]:
-    """A warning where the reference converter writes biases that make llama.cpp refuse the file.
+    """A warning where the reference converter writes biases that make llama.cpp refuse the file, or lacks some.
 
-    Seen with llama.cpp 11434: "done_getting_tensors: wrong number of tensors".
+    Seen with llama.cpp 11434: "done_getting_tensors: wrong number of tensors", and a segmentation fault.
     """
     for key in family.llama_cpp.unread:
         if config.boolean(key):
             yield (
                 f"WARNING: {key} = true: llama.cpp does not read all of these biases in arch {family.gguf_arch!r} "
                 "and will refuse to load the GGUF (wrong number of tensors)"
+            )
+    for key in family.llama_cpp.needed:
+        if not config.boolean(key):
+            yield (
+                f"WARNING: {key} = false: llama.cpp will refuse to load the GGUF: in arch {family.gguf_arch!r} it wants"
+                " these biases (it crashes)"
             )
 
 
@@ -580,7 +610,8 @@ def common_metadata(
         attention.HEAD_COUNT: sizes.heads,
         attention.HEAD_COUNT_KV: sizes.kv_heads,
     }
-    experts = {llm.EXPERT_COUNT: sizes.experts, llm.EXPERT_USED_COUNT: sizes.experts_used} if sizes.experts else {}
+    has_counts = bool(sizes.experts) or family.llama_cpp.counts_experts
+    experts = {llm.EXPERT_COUNT: sizes.experts, llm.EXPERT_USED_COUNT: sizes.experts_used} if has_counts else {}
     widths = (attention.KEY_LENGTH, attention.VALUE_LENGTH) if sizes.head_dim_is_written else ()
     numbers = {
         gguf.Keys.Rope.FREQ_BASE: rope.theta,

@@ -19,7 +19,9 @@ class Field:
     values: Mapping[str, int] | None = None
     """For a text that GGUF has a number for."""
     only_true: bool = False
-    """Whether false is no key."""
+    """Whether false, or 0, is no key."""
+    is_factor: bool = False
+    """Whether it must be there, and 0 is an error: llama.cpp would take it for no such key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,19 @@ class Constant:
     """The same value for every model."""
 
     value: int | float | bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The one value where a key of config.json has this text, the other where it has another, or none.
+
+    Values are names of sizes, or the numbers and booleans themselves. Of booleans, the text is read back.
+    """
+
+    key: str
+    text: str
+    then: str | int | bool
+    otherwise: str | int | bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +95,10 @@ class GgufKey:
 
     name: str
     type: GGUFValueType
-    value: str | Field | RopeNumber | Constant | Counted | Product | Otherwise | PerLayer
+    value: str | Field | RopeNumber | Constant | Choice | Counted | Product | Otherwise | PerLayer
 
 
-def u32(name: str, value: str | Field | Constant | Counted | Product) -> GgufKey:
+def u32(name: str, value: str | Field | Constant | Choice | Counted | Product) -> GgufKey:
     """A count."""
     return GgufKey(name, GGUFValueType.UINT32, value)
 
@@ -93,7 +108,7 @@ def f32(name: str, value: Field | RopeNumber | Constant) -> GgufKey:
     return GgufKey(name, GGUFValueType.FLOAT32, value)
 
 
-def flag(name: str, value: Field | Constant) -> GgufKey:
+def flag(name: str, value: Field | Constant | Choice) -> GgufKey:
     """A boolean."""
     return GgufKey(name, GGUFValueType.BOOL, value)
 
@@ -138,6 +153,9 @@ def key_values(rows: Iterable[GgufKey], sources: KeySources) -> dict[str, GGUFVa
             case RopeNumber(key=key, times=times):
                 if key in sources.rope:
                     found[name] = GGUFValue(times * sources.rope[key], row.type)
+            case Choice(key=key, text=text, then=then, otherwise=other):
+                chosen = then if config.has_value(key) and config.text(key) == text else other
+                found[name] = GGUFValue(size(chosen) if isinstance(chosen, str) else chosen, row.type)
             case Constant(value=value):
                 found[name] = GGUFValue(value, row.type)
             case Counted(tag=tag):
@@ -148,7 +166,9 @@ def key_values(rows: Iterable[GgufKey], sources: KeySources) -> dict[str, GGUFVa
                 if name not in sources.known:
                     found[name] = GGUFValue(list(otherwise_list), GGUFValueType.ARRAY, row.type)
             case Field() as of_config:
-                if config.has_value(of_config.key) and not (of_config.only_true and config.raw(of_config.key) is False):
+                if (of_config.is_factor or config.has_value(of_config.key)) and not (
+                    of_config.only_true and not config.raw(of_config.key)
+                ):
                     found[name] = GGUFValue(_read(config, of_config, row.type), row.type)
             case str(of):
                 if size(of):
@@ -168,7 +188,10 @@ def _read(config: ConfigValues, of: Field, kind: GGUFValueType) -> int | float |
         case GGUFValueType.BOOL:
             return config.boolean(of.key)
         case GGUFValueType.FLOAT32:
-            return config.number(of.key, above=-LARGEST_FLOAT32)
+            number = config.number(of.key, above=-LARGEST_FLOAT32)
+            if of.is_factor and number == 0:
+                raise config.refuse(of.key, "a factor of 0, which llama.cpp takes for none", required="another number")
+            return number
         case GGUFValueType.STRING:
             return config.text(of.key)
     return config.integer(of.key, least=0)

@@ -27,6 +27,8 @@ def gguf_name(names: gguf.TensorNameMap, hf_name: str) -> str:
     # The biases of routers are named otherwise before they are looked up (ModelBase.filter_tensors).
     looked_up = hf_name.replace("e_score_correction_bias", "e_score_correction.bias")
     looked_up = looked_up.replace(".dt_bias", ".dt_proj.bias")  # Qwen3NextModel.modify_tensors of conversion/qwen.py
+    if looked_up.endswith("_proj.weight"):  # of Granite's experts, which the converter names itself
+        looked_up = looked_up.replace(".block_sparse_moe.experts.", ".mlp.experts.")
     if looked_up.endswith(".sinks"):  # GptOssModel.filter_tensors
         looked_up += ".weight"
     found = names.get_name(looked_up, try_suffixes=SUFFIXES)

@@ -137,6 +137,19 @@ class Switch:
 
 
 @dataclass(frozen=True, slots=True)
+class SizeSwitch:
+    """All layers have one tag or the other: by whether a size of config.json is 0."""
+
+    key: str
+    given: str
+    absent: str
+
+    def tags(self, config: ConfigValues, count: int) -> list[str]:
+        """See LayerKinds.tags."""
+        return [self.given if config.integer(self.key, least=0) else self.absent] * count
+
+
+@dataclass(frozen=True, slots=True)
 class MtpLayers:
     """The layers behind the last one that predict further tokens (multi-token prediction; llama.cpp: nextn).
 

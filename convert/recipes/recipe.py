@@ -169,10 +169,17 @@ def _joined(own: Overrides, given: Overrides) -> Overrides:
     )
 
 
+def _of_first_layer(model: ModelDescription, key: str) -> int:
+    """A count, of which a GGUF may have one for each layer: llama-quantize looks at the first."""
+    name = f"{model.gguf_arch}.{key}"
+    of_layers = model.added_metadata.get(name)
+    if of_layers is not None and isinstance(of_layers.value, list):
+        return int(of_layers.value[0])
+    return int(model.metadata[name].value)
+
+
 def _mix_model(model: ModelDescription) -> MixModel:
-    heads = {
-        key: int(model.metadata[f"{model.gguf_arch}.attention.{key}"].value) for key in ("head_count", "head_count_kv")
-    }
+    heads = {key: _of_first_layer(model, f"attention.{key}") for key in ("head_count", "head_count_kv")}
     experts = model.metadata.get(gguf.Keys.LLM.EXPERT_COUNT.format(arch=model.gguf_arch))
     expert_count = int(experts.value) if experts is not None else 0
     return MixModel(model.gguf_arch, model.block_count, heads["head_count"], heads["head_count_kv"], expert_count)

@@ -31,6 +31,7 @@ _BLOCK_BYTES = MXFP4_BLOCK // 2
 _FUSED = re.compile(
     rf"(?P<path>(?:.*\.)?experts)\.(?P<name>gate_up_proj|down_proj)(?:\.weight|(?P<kind>{_BLOCKS}|{_SCALES}|{_BIAS}))?"
 )
+_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,10 @@ class _Fused:
 
 def _fused(name: str, experts: Experts) -> _Fused | None:
     """None for the name of any other tensor."""
+    if experts.fused_names is not None:
+        path, _, last = name.removesuffix(_WEIGHT).rpartition(".")
+        is_stored = path.endswith(f".{experts.stored_path}") and last in experts.fused_names and name.endswith(_WEIGHT)
+        return _Fused(f"{path}.experts", last == experts.fused_names[1], "") if is_stored else None
     match = _FUSED.fullmatch(name)
     kind = "" if match is None else match["kind"] or ""
     if match is None or (kind and not experts.by_turns):

@@ -15,12 +15,20 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 from numpy.typing import NDArray
 
 from streamquant.convert.architectures import FAMILIES, ROPE_FREQS, Family, describe, family_of
 from streamquant.convert.architectures.family import LatentAttention
-from streamquant.convert.architectures.gguf_keys import EXPERT_GROUPS, Counted, Field, PerLayer, Product, RopeNumber
+from streamquant.convert.architectures.gguf_keys import (
+    EXPERT_GROUPS,
+    Choice,
+    Counted,
+    Field,
+    PerLayer,
+    Product,
+    RopeNumber,
+)
 from streamquant.convert.architectures.layers import ListedTypes
 from streamquant.convert.recipes.mix import MAIN_TYPES
 from streamquant.files.gguf_file import GgufTensor
@@ -100,11 +108,12 @@ class Keys:
         found = self.metadata.get(key, "no such key")
         return StreamquantError(what, where=f"{self.path}, key {key!r}", found=str(found)[:100], required=required)
 
-    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """An integer of at least `least`; without it the default, or an error."""
+    def count(self, name: str, default: int | None = None, *, least: int = 1, of_some: bool = False) -> int:
+        """An integer of at least `least`; without it the default, or an error. of_some: layers without it have 0."""
         value = self.metadata.get(f"{self.arch}.{name}", default)
-        if isinstance(value, list) and value and all(item == value[0] for item in value):
-            value = value[0]  # one value for each layer
+        if isinstance(value, list) and value:  # one value for each layer
+            values = [item for item in value if not of_some or item != 0] or value
+            value = values[0] if all(item == values[0] for item in values) else value
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
             raise self.refuse(name, "a hyperparameter that is missing or cannot be", "a positive integer")
         return value
@@ -201,7 +210,7 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
         **read_intermediate(family, keys),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        **(read_latent(latent, keys, heads) if latent is not None else read_heads(keys, heads, head_dim)),
+        **(read_latent(latent, keys, heads) if latent is not None else read_heads(family, keys, heads, head_dim)),
         "vocab_size": embeddings.shape[0],
         "max_position_embeddings": keys.count("context_length"),
         "rope_parameters": {
@@ -214,7 +223,8 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
         **{key: value for key, value in no_window.items() if key in family.defaults},
         **({} if family.mtp is None else {family.mtp.key: mtp_layers}),
         **read_experts(family, keys),
-        **read_fields(family, keys),
+        **read_fields(family, keys, {"hidden_size": hidden}),
+        **family.fixed,
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         **read_layer_types(family, keys, layers),
         **read_query_scalar(family, layers, (hidden, heads, head_dim)),
@@ -243,9 +253,14 @@ def read_yarn_keys(family: Family, keys: Keys) -> dict[str, Any]:
     }
 
 
-def read_heads(keys: Keys, heads: int, head_dim: int) -> dict[str, int]:
+def read_heads(family: Family, keys: Keys, heads: int, head_dim: int) -> dict[str, int]:
     """The heads of keys and values, and the length of all."""
-    return {"num_key_value_heads": keys.count("attention.head_count_kv", heads), "head_dim": head_dim}
+    of_some = any(
+        isinstance(row.value, PerLayer) and row.name == gguf.Keys.Attention.HEAD_COUNT_KV
+        for row in family.llama_cpp.keys
+    )
+    kv_heads = keys.count("attention.head_count_kv", heads, of_some=of_some)
+    return {"num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
 def read_latent(latent: LatentAttention, keys: Keys, heads: int) -> dict[str, Any]:
@@ -297,10 +312,10 @@ def read_sliding_theta(family: Family, keys: Keys) -> dict[str, float]:
 
 def read_intermediate(family: Family, keys: Keys) -> dict[str, int]:
     """The feed-forward size of dense layers; a mixture of experts that has no such layers may have no such key."""
-    may_lack = family.experts is not None and "intermediate_size" not in family.defaults
+    may_lack = family.experts is not None and family.intermediate not in family.defaults
     if may_lack and f"{keys.arch}.feed_forward_length" not in keys.metadata:
         return {}
-    return {"intermediate_size": keys.count("feed_forward_length")}
+    return {family.intermediate: keys.count("feed_forward_length")}
 
 
 def read_experts(family: Family, keys: Keys) -> dict[str, Any]:
@@ -317,9 +332,9 @@ def read_experts(family: Family, keys: Keys) -> dict[str, Any]:
     }
 
 
-def read_fields(family: Family, keys: Keys) -> dict[str, Any]:
-    """The keys of config.json that the family's file writes into the GGUF as they are."""
-    found: dict[str, Any] = {}
+def read_fields(family: Family, keys: Keys, known: Mapping[str, int]) -> dict[str, Any]:
+    """The keys of config.json that the family's file writes into the GGUF as they are; `known` are some of all."""
+    found: dict[str, Any] = dict(known)
     for row in (*EXPERT_GROUPS, *family.llama_cpp.keys):
         value = keys.metadata.get(row.name.format(arch=keys.arch))
         if isinstance(row.value, Product):
@@ -328,10 +343,12 @@ def read_fields(family: Family, keys: Keys) -> dict[str, Any]:
             if type(first) is not int or first < 1 or of_both % first:
                 raise keys.refuse(row.name.removeprefix("{arch}."), "a product of heads and their size", f"of {first}")
             found[row.value.second] = of_both // first
+        if isinstance(row.value, Choice) and row.value.then is True:
+            found[row.value.key] = row.value.text if value is True else None
         if isinstance(row.value, Counted):
             found[row.value.key] = keys.count(row.name.removeprefix("{arch}."), 0, least=0)
         if isinstance(row.value, Field) and row.value.only_true:
-            found[row.value.key] = False  # unless the GGUF has it
+            found[row.value.key] = False if row.type is GGUFValueType.BOOL else 0  # unless the GGUF has it
         if not isinstance(row.value, Field) or value is None:
             continue
         of_number = {number: text for text, number in (row.value.values or {}).items()}
@@ -356,7 +373,8 @@ def read_layer_types(family: Family, keys: Keys, layers: int) -> dict[str, list[
             known = isinstance(values, list) and len(values) >= layers
             if not known or not all(type(value) is type(row.value.otherwise) for value in values):
                 raise keys.refuse(row.name.removeprefix("{arch}."), "not a value for each layer", f"{layers} values")
-            found[kinds.key] = [spelled[by_value[value]] for value in values[:layers]]
+            of_size = next((tag for tag in tags if isinstance(row.value.by_tag[tag], str)), None)
+            found[kinds.key] = [spelled[by_value.get(value, of_size or "")] for value in values[:layers]]
     return found
 
 

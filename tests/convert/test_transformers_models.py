@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from streamquant.convert.architectures import describe
 from streamquant.convert.options import ConversionOptions
@@ -31,6 +31,7 @@ from tests.family_checks import (
     check_importance,
     check_loads_in_transformers,
     check_verifies,
+    convert_case,
     divergence,
     gguf_logits,
     gguf_of,
@@ -76,7 +77,59 @@ TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+FACTORS = {
+    **{"embedding_multiplier": 12.0, "attention_multiplier": 0.05, "residual_multiplier": 0.22},
+    **{"logits_scaling": 6.0, "rope_parameters": THETA},
+}
+MOE = {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 96}
+HYBRID = {
+    **{**FACTORS, "model_type": "granitemoehybrid", "num_hidden_layers": 4, "shared_intermediate_size": 160},
+    **{"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 16},
+}
+PUBLISHED_LAYERS = ["mamba", "mamba", "attention", "mamba"]
+"""As Granite 4 is published; the converter does not know transformers' spelling."""
+GRANITE: Mapping[str, Case] = {
+    "granite": Case({**FACTORS, "model_type": "granite", "tie_word_embeddings": True}),
+    "granite-biased": Case(
+        {
+            **{**FACTORS, "model_type": "granite", "attention_bias": True, "mlp_bias": True, "hidden_size": 96},
+            **{"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
+        }
+    ),
+    "granite-moe": Case(
+        {**FACTORS, **MOE, "model_type": "granitemoe", "tie_word_embeddings": True}, loads_in_fp8=False
+    ),
+    "granite-moe-shared": Case(
+        {**FACTORS, **MOE, "model_type": "granitemoeshared", "shared_intermediate_size": 80}, loads_in_fp8=False
+    ),
+    "granite-hybrid": Case(
+        {**HYBRID, **MOE, "shared_intermediate_size": 80, "layer_types": PUBLISHED_LAYERS},
+        stored={"layer_types": PUBLISHED_LAYERS, "position_embedding_type": "nope"},
+        loads_in_fp8=False,
+    ),
+    "granite-hybrid-dense": Case(
+        {
+            **{**HYBRID, "num_local_experts": 0, "num_experts_per_tok": 0, "tie_word_embeddings": True},
+            **{"intermediate_size": 160, "hidden_size": 96, "num_attention_heads": 6, "mamba_n_heads": 6},
+            "layer_types": PUBLISHED_LAYERS,
+        },
+        stored={"layer_types": PUBLISHED_LAYERS, "time_step_limit": ...},
+    ),
+    "granite-attention": Case(
+        {
+            **{**HYBRID, "num_local_experts": 0, "num_experts_per_tok": 0, "position_embedding_type": "rope"},
+            **{"intermediate_size": 160, "layer_types": ["attention"] * 4, "tie_word_embeddings": True},
+        },
+        stored={"layer_types": ["attention"] * 4},
+    ),
+    "granite-attention-moe": Case(
+        {**HYBRID, **MOE, "position_embedding_type": "rope", "layer_types": ["attention"] * 4},
+        stored={"layer_types": ["attention"] * 4},
+        loads_in_fp8=False,
+    ),
+}
 CASES: Mapping[str, Case] = {
+    **GRANITE,
     "ministral3": Case({**MINISTRAL, "num_attention_heads": 3, "num_key_value_heads": 1}),
     "ministral3-wrapped": Case(
         {
@@ -131,6 +184,8 @@ def sources(shelf: Shelf) -> dict[str, Path]:
     return {name: folder / name for name in CASES}
 
 
+OF_A_STATE = ("ssm_conv1d.weight", "ssm_a", "ssm_d", "ssm_norm.weight")
+"""Tensors of Mamba-2 layers with two dimensions that no input is multiplied with."""
 PUBLISHED = ("ministral3-wrapped",)
 """Cases that are made in FP8 too, as they are published."""
 
@@ -201,7 +256,7 @@ def test_what_was_made_verifies_against_the_source(sources: dict[str, Path], con
         check_verifies(converted / folder, sources[name])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.loads_in_fp8])
 def test_fp8_folders_load_in_transformers(sources: dict[str, Path], converted: Path, name: str) -> None:
     """Every module has its weights, and what has a scale is what our reader takes for quantized."""
     pytest.importorskip("compressed_tensors")
@@ -212,7 +267,7 @@ def test_fp8_folders_load_in_transformers(sources: dict[str, Path], converted: P
 def test_importance_has_an_entry_for_every_matrix_of_the_layers(
     sources: dict[str, Path], converted: Path, name: str
 ) -> None:
-    check_importance(sources[name], gguf_of(converted, name, "F32"))
+    check_importance(sources[name], gguf_of(converted, name, "F32"), without=OF_A_STATE)
 
 
 @pytest.mark.long
@@ -232,6 +287,10 @@ def larger(case: Case) -> Case:
     own = dict(config["text_config"] if case.is_wrapped else config)
     if "query_pre_attn_scalar" in own:
         sizes["query_pre_attn_scalar"] = 64
+    if "shared_intermediate_size" in own:
+        sizes["shared_intermediate_size"] = 512
+    if "mamba_n_heads" in own:
+        sizes["mamba_n_heads"] = 8
     own |= sizes
     config = {**config, "text_config": own} if case.is_wrapped else own
     return Case(config, case.stored, case.spread)
@@ -272,6 +331,22 @@ def changed(source: Path, folder: Path, **values: Any) -> Path:
             "a rope scaling of layers with a window",
         ),
         ("mistral3", {"model_type": "mistral4"}, "not the model type"),
+        ("granite", {"logits_scaling": 0}, "a factor of 0"),
+        ("granite", {"residual_multiplier": None}, "null where"),
+        ("granite", {"head_dim": 32}, "sizes that do not fit together"),
+        ("granite-moe", {"num_local_experts": 6}, "shape does not fit"),
+        ("granite-moe", {"intermediate_size": 80}, "shape does not fit"),
+        ("granite-moe-shared", {"shared_intermediate_size": 0}, "does not explain"),
+        ("granite-hybrid", {"layer_types": [*PUBLISHED_LAYERS, "mamba"]}, "a list of 5 layers in a model of 4"),
+        ("granite-hybrid", {"layer_types": [*PUBLISHED_LAYERS[:3], "moe"]}, "layer 3 is of an unknown type"),
+        ("granite-hybrid", {"layer_types": ["attention"] * 4}, "does not explain"),
+        ("granite-hybrid", {"layer_types": ...}, "a required key is missing"),
+        ("granite-hybrid", {"mamba_d_head": 32}, "sizes that do not fit together"),
+        ("granite-hybrid", {"mamba_n_heads": 7}, "sizes that do not fit together"),
+        ("granite-hybrid", {"mamba_n_groups": 2}, "layers of another kind"),
+        ("granite-hybrid", {"mamba_expand": 3}, "layers of another kind"),
+        ("granite-hybrid", {"time_step_limit": [0.1, 1.0]}, "layers of another kind"),
+        ("granite-hybrid", {"num_local_experts": 0}, "does not explain"),
     ],
 )
 def test_configs_that_are_refused(
@@ -335,3 +410,114 @@ def test_ropes_of_two_kinds_of_layers_as_transformers_4_spells_them(sources: dic
         **{"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0},
         **{"gemma3.rope.freq_base": 1e6, "gemma3.rope.freq_base_swa": 1e4},
     }
+
+
+# --- Granite --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["granite-hybrid", "granite-attention-moe"])
+def test_layers_may_be_spelled_as_transformers_5_saves_them(
+    sources: dict[str, Path], converted: Path, tmp_path: Path, name: str
+) -> None:
+    """The converter writes a file for that spelling whose layers all count as Mamba layers."""
+    published = json.loads((sources[name] / "config.json").read_text())["layer_types"]
+    spelled = {"mamba": "linear_attention", "attention": "full_attention"}
+    folder = changed(sources[name], tmp_path / name, layer_types=[spelled[kind] for kind in published])
+    convert_case(folder, tmp_path, ["gguf:BF16"])
+    assert gguf_of(tmp_path, name, "BF16").read_bytes() == gguf_of(converted, name, "BF16").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "embedding", "found"),
+    [("granite-hybrid", "rope", (True, 512)), ("granite-hybrid", "nope", (False, 1 << 20))]
+    + [("granite-attention", embedding, (False, 1 << 20)) for embedding in (None, "nope")],
+)
+def test_a_gguf_says_whether_layers_rotate(
+    sources: dict[str, Path], name: str, embedding: str | None, found: tuple[bool, int]
+) -> None:
+    """The converter goes by the kinds of layers; transformers by this key, whatever they are."""
+    config = json.loads((sources[name] / "config.json").read_text())
+    described = describe({**config, "position_embedding_type": embedding})
+    keys = {key.split(".", 1)[-1]: value.value for key, value in described.added_metadata.items()}
+    assert (keys["rope.scaling.finetuned"], keys["context_length"]) == found
+    assert described.has_rope is found[0]
+
+
+@requires_llama_cpp
+def test_a_model_that_does_not_rotate_although_it_has_attention_alone(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Where the converter would have its GGUF rotate."""
+    name = "granite-attention"
+    folder = changed(sources[name], tmp_path / name, position_embedding_type=None)
+    convert_case(folder, tmp_path, ["gguf:F32"])
+    ours = all_logits(open_variant(folder), some_tokens(), Setting())
+    assert torch.equal(ours, resident_logits(folder, some_tokens()))
+    assert is_close(gguf_logits(gguf_of(tmp_path, name, "F32")), ours)
+    assert not is_close(ours, all_logits(open_variant(sources[name]), some_tokens(), Setting()))
+    assert divergence(folder, gguf_of(tmp_path, name, "F32")) < LARGEST_DIVERGENCE
+
+
+def test_biases_that_llama_cpp_crashes_without_are_a_warning(sources: dict[str, Path]) -> None:
+    config = json.loads((sources["granite-hybrid-dense"] / "config.json").read_text())
+    warned = [
+        any("mamba_conv_bias = false: llama.cpp will refuse" in note for note in describe({**config, **more}).notes)
+        for more in ({}, {"mamba_conv_bias": False})
+    ]
+    assert warned == [False, True]
+
+
+def test_experts_of_granite_in_fp8(sources: dict[str, Path], converted: Path) -> None:
+    """A tensor for each expert, under the names that vLLM has for those of the class; the router as it was."""
+    for name, parts in (("granite-moe", ("w1", "w3", "w2")), ("granite-hybrid", ("gate_proj", "up_proj", "down_proj"))):
+        folder = converted / f"{name}-FP8-dynamic"
+        original, made = (load_file(path / "model.safetensors") for path in (sources[name], folder))
+        block = "model.layers.2.block_sparse_moe"
+        assert torch.equal(made[f"{block}.router.layer.weight"], original[f"{block}.router.layer.weight"])
+        whole = (*original[f"{block}.input_linear.weight"].chunk(2, 1), original[f"{block}.output_linear.weight"])
+        for part, weights in zip(parts, whole, strict=True):
+            for expert, weight in enumerate(weights):
+                codes, scale = (made[f"{block}.experts.{expert}.{part}.{key}"] for key in ("weight", "weight_scale"))
+                assert (codes.dtype, codes.shape) == (torch.float8_e4m3fn, weight.shape)
+                assert torch.allclose(codes.float() * scale.float(), weight.float(), atol=0.04)
+        ignored = json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
+        assert "re:.*block_sparse_moe.router" in ignored
+    assert not any("conv1d.weight_scale" in name for name in made)
+
+
+def test_experts_of_a_hybrid_one_at_a_time(sources: dict[str, Path]) -> None:
+    whole, apart = (
+        all_logits(open_variant(sources["granite-hybrid"]), some_tokens(), Setting(layer_limit=limit))
+        for limit in (None, 1)
+    )
+    assert torch.equal(whole, apart)
+
+
+EXPERTS = "model.layers.0.block_sparse_moe"
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("granite-moe", {f"{EXPERTS}.input_linear.weight": (5, 191, 64)}, "a shape that does not divide"),
+        ("granite-moe", {f"{EXPERTS}.input_linear.weight": (4, 192, 64)}, "lacks tensors"),
+        ("granite-moe", {f"{EXPERTS}.output_linear.weight": (5, 96, 64)}, "shape does not fit config.json"),
+        ("granite-moe", {f"{EXPERTS}.experts.1.w1.weight": (96, 64)}, "two tensors are the same tensor"),
+        ("granite-moe", {f"{EXPERTS}.router.layer.weight": (6, 64)}, "shape does not fit config.json"),
+        ("granite-hybrid", {"model.layers.0.mamba.A_log": (7,)}, "shape does not fit config.json"),
+        ("granite-hybrid", {"model.layers.0.mamba.conv1d.weight": (160, 4)}, "shape does not fit config.json"),
+        ("granite-hybrid", {"model.layers.0.mamba.D": None}, "lacks tensors"),
+        ("granite-hybrid", {"model.layers.0.mamba.conv1d.bias": None}, "lacks tensors"),
+        ("granite-hybrid", {"model.layers.0.self_attn.q_proj.weight": (64, 64)}, "does not explain"),
+    ],
+)
+def test_tensors_of_granite_that_do_not_fit(
+    sources: dict[str, Path], tmp_path: Path, name: str, weights: dict[str, tuple[int, ...] | None], message: str
+) -> None:
+    folder = shutil.copytree(sources[name], tmp_path / "Model")
+    stored = load_file(folder / "model.safetensors")
+    for tensor, shape in weights.items():
+        stored.pop(tensor, None)
+        if shape is not None:
+            stored[tensor] = torch.zeros(shape, dtype=torch.bfloat16)
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(StreamquantError, match=message):
+        make_plan(open_checkpoint(folder), parse_variants(["gguf:BF16"]), ConversionOptions(pre=TINY_PRE))

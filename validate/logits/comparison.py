@@ -470,6 +470,8 @@ def differences(original: Variant, variant: Variant) -> list[Problem]:
 
 def _rope_differences(original: Variant, variant: Variant) -> list[Problem]:
     (a, a_factor), (b, b_factor) = inverse_frequencies(original), inverse_frequencies(variant)
+    if not len(a) and not len(b):
+        return []
     if a.shape != b.shape:
         return [Problem("rope", "error", "heads of another width", None, str(2 * len(b)), str(2 * len(a)))]
     problems = []
