@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.model.variants.decoding import check_finite, rows_per_block, wrong_shape
 from streamquant.model.variants.folder import FolderVariant
-from streamquant.model.variants.variant import VariantTensor
+from streamquant.model.variants.variant import Kind, VariantTensor
 from streamquant.quant.errors import StreamquantError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class CheckpointVariant(FolderVariant):
     """A folder of BF16, F16 or F32 safetensors, or a quantized source of `convert` (convert/source/quantized.py)."""
 
-    kind = "checkpoint"
+    kind: Kind = "checkpoint"
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)

@@ -16,10 +16,10 @@ from streamquant.convert.architectures import TensorKind, TensorRule
 from streamquant.convert.recipes.block_runtimes import block_runtimes
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.tensor import SourceTensor
-from streamquant.model.activations import E4M3_MULTIPLE, through_e4m3
 from streamquant.model.problem import Problem
 from streamquant.model.variants.decoding import check_finite, missing_tensor, rows_per_block, wrong_shape
 from streamquant.model.variants.folder import QUANTIZATION_KEYS, FolderVariant
+from streamquant.model.variants.inputs import described, input_quantizer
 from streamquant.model.variants.targets import Targets
 from streamquant.model.variants.variant import VariantTensor
 from streamquant.quant.errors import StreamquantError
@@ -116,7 +116,7 @@ class CompressedVariant(FolderVariant):
                 where=where,
                 found=f"quant_method {method!r:.100}",
                 required="quant_method 'compressed-tensors'",
-                hint="of FP8 by ModelOpt, FBGEMM and DeepSeek's scripts nothing is read",
+                hint="beside compressed-tensors, quant_method fp8, modelopt (FP8) and mxfp4 are read",
             )
         for name in ("transform_config", "sparsity_config"):
             value = settings.get(name)
@@ -356,10 +356,6 @@ class CompressedVariant(FolderVariant):
         found = self._modules.get(f"{module}.weight")
         if found is None or found.scheme.input_activations is None:
             return None
-        import torch
-        from compressed_tensors.quantization import QuantizationStatus
-        from compressed_tensors.quantization.lifecycle.forward import forward_quantize
-
         arguments = found.scheme.input_activations
         size = arguments.group_size
         n = self.tensors[f"{module}.weight"].shape[1]
@@ -369,21 +365,9 @@ class CompressedVariant(FolderVariant):
         same = arguments.model_dump_json() if arguments.dynamic is True else module
         if same in self._quantizers:
             return self._quantizers[same]
-        holder = torch.nn.Module()
-        holder.quantization_status = QuantizationStatus.COMPRESSED
-        for local, tensor in found.stored.items():
-            if local.startswith("input_"):
-                setattr(holder, local, self._whole(tensor).float())
-
-        fast = _group_of_fast(arguments, n)
-
-        def quantized(x: "torch.Tensor") -> "torch.Tensor":
-            if fast is not None and x.device.type == "cpu" and x.dtype == torch.float32:
-                return through_e4m3(x, fast(x.shape[-1]))
-            return forward_quantize(holder.to(x.device), x, "input", arguments).to(x.dtype)
-
-        self._quantizers[same] = quantized
-        return quantized
+        scales = {local: self._whole(t).float() for local, t in found.stored.items() if local.startswith("input_")}
+        self._quantizers[same] = input_quantizer(arguments, scales, n)
+        return self._quantizers[same]
 
     def _check_activations(self) -> None:
         """Raise StreamquantError if the inputs of a module cannot be quantized as the config says."""
@@ -426,13 +410,8 @@ class CompressedVariant(FolderVariant):
 
     def activations(self) -> str | None:
         """See Variant.activations."""
-        lines = set()
-        for module in self._modules.values():
-            if module.scheme.input_activations is not None:
-                given = module.scheme.input_activations.model_dump(mode="json")
-                when = {True: "dynamic", False: "static"}.get(given["dynamic"], given["dynamic"])
-                group = f" of {given['group_size']}" if given["group_size"] else ""
-                lines.add(f"{given['type']}{given['num_bits']} per {given['strategy']}{group}, {when}")
+        schemes = (module.scheme.input_activations for module in self._modules.values())
+        lines = {described(arguments) for arguments in schemes if arguments is not None}
         return "; ".join(sorted(lines)) or None
 
 
@@ -440,23 +419,6 @@ def _refused(where: str, error: Exception) -> StreamquantError:
     """What compressed-tensors said of a config that it cannot work with."""
     found = f"{type(error).__name__}: {error}".replace("\n", "; ")[:300]
     return StreamquantError("compressed-tensors refuses the config", where=where, found=found)
-
-
-def _group_of_fast(arguments: Any, n: int) -> Callable[[int], int] | None:
-    """Row length -> values that share a scale, where `through_e4m3` computes as compressed-tensors does; else None."""
-    plain = (
-        arguments.type == "float"
-        and arguments.num_bits == 8
-        and arguments.symmetric
-        and arguments.dynamic is True
-        and arguments.scale_dtype is None
-    )
-    if plain and arguments.strategy == "token" and n % E4M3_MULTIPLE == 0:
-        return lambda length: length
-    size = int(arguments.group_size or 0) if plain and arguments.strategy == "group" else 0
-    if size and n % size == 0 and size % E4M3_MULTIPLE == 0:
-        return lambda _length: size
-    return None
 
 
 def _naive() -> type:

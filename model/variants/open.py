@@ -11,12 +11,13 @@ from streamquant.model.variants.checkpoint import CheckpointVariant
 from streamquant.model.variants.compressed import METHODS, CompressedVariant
 from streamquant.model.variants.folder import QUANTIZATION_KEYS
 from streamquant.model.variants.gguf import GgufVariant
+from streamquant.model.variants.quantized import QuantizedVariant
 from streamquant.model.variants.variant import Variant
 from streamquant.quant.errors import UsageError
 
 
 def open_variant(path: Path) -> Variant:
-    """Open a checkpoint folder, a compressed-tensors folder, a GGUF file, any file of a split set, or its folder.
+    """Open a checkpoint folder, plain or quantized, a GGUF file, any file of a split set, or its folder.
 
     Reads headers only. Raises UsageError if there is no such thing at `path`, StreamquantError for what is broken or
     unknown: a truncated or missing split, a missing tensor, a wrong shape, an architecture or type without a decoder.
@@ -57,7 +58,11 @@ def _open_folder(folder: Path) -> Variant:
     quantization = None if key is None else checkpoint.config[key]
     # A folder that says it is of compressed-tensors is taken at its word: its runtimes do that too, and fail.
     is_compressed = isinstance(quantization, dict) and quantization.get("quant_method") in METHODS
-    if key is not None and (is_compressed or key in as_it_is.config):
+    if not is_compressed and isinstance(quantization, dict):
+        source = as_source(checkpoint)
+        if source.quantized is not None:
+            return QuantizedVariant(checkpoint, source, quantization, f"{folder / CONFIG}, {key}")
+    if is_compressed or key in as_it_is.config:
         config, _ = config_of_mtp_layers(checkpoint.config, checkpoint.tensors)
         return CompressedVariant(replace(checkpoint, config=config))
     return CheckpointVariant(as_it_is)

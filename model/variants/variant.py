@@ -1,8 +1,9 @@
 """Any checkpoint or variant -> float tensors by Hugging Face name, read on demand by byte range.
 
 A variant is what a runtime would see: the file's own hyperparameters, types, scales and rotary frequencies, and nothing
-that is known from elsewhere. Three kinds: a BF16, F16 or F32 checkpoint folder (checkpoint.py), a compressed-tensors
-folder (compressed.py), and a GGUF file or split set (gguf.py). open.py finds out which of them a path is.
+that is known from elsewhere. Four kinds: a BF16, F16 or F32 checkpoint folder (checkpoint.py), a compressed-tensors
+folder (compressed.py), one that another tool quantized (quantized.py), and a GGUF file or split set (gguf.py). open.py
+finds out which of them a path is.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ FINAL_NORM = "model.norm.weight"
 SAMPLE = 4096
 """Bytes of each of the samples of a file's content that a fingerprint covers."""
 
-Kind = Literal["checkpoint", "compressed-tensors", "gguf"]
+Kind = Literal["checkpoint", "compressed-tensors", "quantized", "gguf"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from streamquant.convert.recipes.overrides import Overrides
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.model.forward import Setting, all_logits
-from streamquant.model.variants.open import open_variant
+from streamquant.model.variants.open import open_original, open_variant
 from streamquant.quant.errors import StreamquantError, UsageError
 from streamquant.validate.readback.verify import verify
 from tests.conftest import TINY_PRE, Shelf
@@ -208,6 +208,15 @@ def test_mxfp4_is_decoded_for_other_types(sources: Path, converted: Path, case: 
             kind, shape, raw = made[f"blk.1.ffn_{part}_exps.weight"]
             assert (kind.name, shape) == ("Q4_0", rows.shape)
             assert raw == ggml_encode(rows.reshape(-1, shape[-1]), "Q4_0").tobytes()
+
+
+def test_a_published_folder_is_a_variant_too(sources: Path) -> None:
+    """OpenAI's own against the BF16 model that others make of it."""
+    variant, original = open_variant(sources / "mxfp4"), open_original(sources / "mxfp4")
+    assert (variant.kind, variant.activations(), variant.problems) == ("quantized", None, [])
+    assert variant.tensors.keys() == original.tensors.keys()
+    for name in variant.tensors:
+        assert torch.equal(variant.read(name, torch.float32), original.read(name, torch.float32)), name
 
 
 def test_mxfp4_that_stays_is_said(sources: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamquant.model import activations
-from streamquant.model.variants.compressed import _group_of_fast
+from streamquant.model.variants.inputs import group_of_fast
 from streamquant.quant.formats import FORMATS
 
 
@@ -46,7 +46,7 @@ def test_e4m3_of_odd_lengths_is_left_to_compressed_tensors(
     strategy: str, size: int | None, n: int, group: int | None
 ) -> None:
     arguments = QuantizationArgs(num_bits=8, type="float", strategy=strategy, dynamic=True, group_size=size)
-    found = _group_of_fast(arguments, n)
+    found = group_of_fast(arguments, n)
     assert (found and found(n)) == group
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
+from streamquant.files.strict_json import read_json_object
 from streamquant.quant.errors import StreamquantError, UsageError
 
 Message: TypeAlias = Mapping[str, Any]
@@ -14,6 +15,8 @@ Kind: TypeAlias = Literal["llama.cpp", "transformers", "vllm", "jinja"]
 """`jinja` renders chat templates and does nothing else."""
 FolderEngine: TypeAlias = Literal["vllm", "transformers"]
 """What can run a checkpoint folder."""
+NOT_IN_TRANSFORMERS = ("modelopt",)
+"""Values of quant_method that vLLM loads and transformers does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +153,19 @@ def is_installed(engine: FolderEngine) -> bool:
     return importlib.util.find_spec(engine) is not None
 
 
+def _quant_method(folder: Path) -> object:
+    """What config.json says; None where it says nothing that can be read, which the engine will say better."""
+    try:
+        settings = read_json_object(folder / "config.json").get("quantization_config")
+    except StreamquantError:
+        return None
+    return settings.get("quant_method") if isinstance(settings, dict) else None
+
+
 def engines_for(path: Path, wanted: FolderEngine | None) -> tuple[Kind, ...]:
     """The engines that may run a file or folder, best first: a GGUF file llama.cpp, a folder the wanted engine; if none
-    is wanted, vLLM where it is installed, and transformers where vLLM cannot be used on this machine.
+    is wanted, vLLM where it is installed, and transformers where vLLM cannot be used on this machine and it loads the
+    folder's quantization.
 
     Raises UsageError for anything else.
     """
@@ -161,4 +174,6 @@ def engines_for(path: Path, wanted: FolderEngine | None) -> tuple[Kind, ...]:
         return (kind,)
     if wanted is not None:
         return (wanted,)
+    if _quant_method(path) in NOT_IN_TRANSFORMERS:
+        return ("vllm",)
     return ("vllm", "transformers") if is_installed("vllm") else ("transformers",)
