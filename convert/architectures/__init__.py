@@ -24,6 +24,7 @@ from streamquant.convert.architectures.families.mistral.mistral import MISTRAL
 from streamquant.convert.architectures.families.mistral.mistral3 import MINISTRAL3, MINISTRAL3_VL, MISTRAL3
 from streamquant.convert.architectures.families.mistral.mixtral import MIXTRAL
 from streamquant.convert.architectures.families.olmo2 import OLMO2
+from streamquant.convert.architectures.families.olmo3 import OLMO3
 from streamquant.convert.architectures.families.olmoe import OLMOE
 from streamquant.convert.architectures.families.qwen.qwen2 import QWEN2
 from streamquant.convert.architectures.families.qwen.qwen2_moe import QWEN2_MOE
@@ -58,7 +59,7 @@ __all__ = [
 FAMILIES = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, QWEN3_5_VL, QWEN3_5_MOE_VL),
     *(SEED_OSS, GPT_OSS, MINIMAX_M2, GLM4_MOE, QWEN2_MOE, DOTS1, OLMOE),
-    *(MISTRAL3, MINISTRAL3_VL, MINISTRAL3, SMOLLM3, OLMO2, GEMMA3, GEMMA3_VL),
+    *(MISTRAL3, MINISTRAL3_VL, MINISTRAL3, SMOLLM3, OLMO3, OLMO2, GEMMA3, GEMMA3_VL),
     *(DEEPSEEK_V3, GLM4_MOE_LITE),
     *(*GRANITE_HYBRID, GRANITE, GRANITE_MOE_SHARED, GRANITE_MOE),
 )

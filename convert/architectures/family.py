@@ -136,7 +136,9 @@ class LlamaCpp:
     others of its architecture have not. alike: two sizes in config.json of which the loader reads the first for both.
     query_scalar: the key of the number whose root divides the scores, which the loader takes to be head_dim, or
     hidden_size / heads in a model of so many layers. counts_experts: the converter writes how many experts there are
-    where there are none. needed are the booleans of config.json without whose biases llama.cpp ends.
+    where there are none. needed are the booleans of config.json without whose biases llama.cpp ends,
+    needed_layers tags of which it wants a layer. reads_sliding_theta: whether the loader rotates layers with a window
+    by a theta of their own (Family.sliding_theta).
     """
 
     arch: gguf.MODEL_ARCH
@@ -156,6 +158,8 @@ class LlamaCpp:
     alike: tuple[str, str] | None = None
     counts_experts: bool = False
     needed: tuple[str, ...] = ()
+    needed_layers: tuple[str, ...] = ()
+    reads_sliding_theta: bool = True
 
     @property
     def rope_types(self) -> frozenset[str]:
@@ -241,7 +245,8 @@ class Family:
     norm_value: what the converter makes of norms, but for those whose row has a view of its own.
     rotary_key: where config.json says the rotated part of a head in dimensions, which transformers does not read.
     activation: the key of config.json, and the one value that llama.cpp computes with. sliding_theta: the key of the
-    rope_theta of layers with a window, which have a rope of their own, and its default.
+    rope_theta of layers with a window, which have a rope of their own, None where only rope_parameters has it, and its
+    default.
     is_meant_by says whether a config.json of the class is one of this family's, where a class is several families, and
     fixed are the keys by which it is told, for what is read from a GGUF. intermediate is the key of the feed-forward
     size. rope_switch: the key of config.json, and the value with which queries and keys are rotated. quotients: a key
@@ -270,7 +275,7 @@ class Family:
     default_rope: Mapping[str, object] | None = None
     rotary_key: str | None = None
     activation: tuple[str, str] = ("hidden_act", "silu")
-    sliding_theta: tuple[str, float] | None = None
+    sliding_theta: tuple[str | None, float] | None = None
     is_meant_by: Callable[[Mapping[str, object]], bool] | None = None
     fixed: Mapping[str, object] = field(default_factory=dict)
     intermediate: str = "intermediate_size"

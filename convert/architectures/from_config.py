@@ -29,11 +29,13 @@ from streamquant.convert.architectures.gguf_names import gguf_name
 from streamquant.convert.architectures.layers import MTP, Switch
 from streamquant.convert.architectures.rope import (
     ROPE_FREQS,
+    YARN_TOLERANCE,
     RopeSettings,
     llama3_rope_freqs,
     read_rope,
     rope_scaling_metadata,
     split_by_layer_type,
+    taken_by_yarn,
     with_default_rope,
 )
 from streamquant.convert.architectures.tensor_view import TensorView, rope_view
@@ -156,9 +158,9 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     notes += [*window_notes(family, window, sizes), *unread_notes(family, config), *other_value_notes(family, config)]
     metadata = common_metadata(family, config, sizes, rope)
     sources = KeySources(family.gguf_arch, config, sizes.size, tags, metadata, rope.numbers)
-    notes += [*refused_notes(family, config, sizes), *step_notes(family, tags)]
+    notes += [*refused_notes(family, config, sizes, tags), *step_notes(family, tags)]
     notes += [*latent_notes(family, config, sizes), *left_out_notes(family, sizes)]
-    notes += query_scalar_notes(family, config, sizes)
+    notes += [*query_scalar_notes(family, config, sizes), *sliding_theta_notes(family, rope), *yarn_notes(family, rope)]
     if tied:
         notes.append("tie_word_embeddings: no output.weight unless the checkpoint has lm_head.weight")
     return ModelDescription(
@@ -428,8 +430,13 @@ def unread_notes(family: Family, config: ConfigValues) -> Iterator[str]:
             )
 
 
-def refused_notes(family: Family, config: ConfigValues, sizes: Dimensions) -> Iterator[str]:
-    """A warning where llama.cpp's loader wants tensors that the model does not have. Seen with llama.cpp 11434."""
+def refused_notes(
+    family: Family, config: ConfigValues, sizes: Dimensions, tags: Sequence[frozenset[str]]
+) -> Iterator[str]:
+    """A warning where llama.cpp's loader wants tensors, or layers, that the model does not have.
+
+    Seen with llama.cpp 11434 and 11549.
+    """
     refuses = f"llama.cpp will refuse to load the GGUF: in arch {family.gguf_arch!r} it wants"
     if family.llama_cpp.all_heads and sizes.kv_heads != sizes.heads:
         yield f"WARNING: num_key_value_heads = {sizes.kv_heads}: {refuses} as many as attention heads (wrong shape)"
@@ -439,6 +446,9 @@ def refused_notes(family: Family, config: ConfigValues, sizes: Dimensions) -> It
         read, other = family.llama_cpp.alike
         if config.integer(other) != config.integer(read):
             yield f"WARNING: {other} = {config.integer(other)}: {refuses} {read}, {config.integer(read)} (wrong shape)"
+    for tag in family.llama_cpp.needed_layers:
+        if not any(tag in own for own in tags[: sizes.layers]):
+            yield f"WARNING: layer_types without {tag}: {refuses} layers of that kind (it ends when it loads the file)"
 
 
 def query_scalar_notes(family: Family, config: ConfigValues, sizes: Dimensions) -> Iterator[str]:
@@ -452,6 +462,29 @@ def query_scalar_notes(family: Family, config: ConfigValues, sizes: Dimensions) 
             f"WARNING: {key} = {config.raw(key)}: llama.cpp has no key for it in arch {family.gguf_arch!r} and computes"
             f" as if it were {taken}; the GGUF will answer differently"
         )
+
+
+def sliding_theta_notes(family: Family, rope: RopeSettings) -> Iterator[str]:
+    """A warning where llama.cpp rotates layers with a window by theta of the others."""
+    own = rope.sliding_theta
+    if not family.llama_cpp.reads_sliding_theta and own is not None and own != rope.theta:
+        yield (
+            f"WARNING: rope_theta = {own:g} of layers with a window: llama.cpp does not read it in arch"
+            f" {family.gguf_arch!r} and rotates them by {rope.theta:g}; the GGUF will answer differently"
+        )
+
+
+def yarn_notes(family: Family, rope: RopeSettings) -> Iterator[str]:
+    """A warning where llama.cpp computes with other numbers of yarn, but for what transformers does not know either."""
+    if rope.rope_type != "yarn" or family.llama_cpp.yarn_keys:
+        return
+    for key, taken in taken_by_yarn(rope.numbers["factor"]).items():
+        own = rope.numbers.get(key, taken)
+        if key != "extrapolation_factor" and not math.isclose(own, taken, rel_tol=YARN_TOLERANCE):
+            yield (
+                f"WARNING: {key} = {own:g}: llama.cpp does not read it in arch {family.gguf_arch!r} and computes with"
+                f" {taken:g}; the GGUF will answer differently"
+            )
 
 
 def step_notes(family: Family, tags: Sequence[frozenset[str]]) -> Iterator[str]:

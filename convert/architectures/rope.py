@@ -67,6 +67,9 @@ YARN_NUMBERS: tuple[tuple[str, str], ...] = (
     ("beta_slow", gguf.Keys.Rope.SCALING_YARN_BETA_SLOW),
 )
 
+YARN_TOLERANCE = 1e-4
+"""Share by which a number of yarn may differ from the one that is computed with: publishers round them."""
+
 
 @dataclass(frozen=True, slots=True)
 class RopeSettings:
@@ -118,23 +121,35 @@ def read_rope(
     return RopeSettings(rope_type, theta, numbers, context, tuple(notes), read_sections(settings, notes), share)
 
 
+def taken_by_yarn(factor: float) -> dict[str, float]:
+    """The numbers of yarn with which llama.cpp computes for architectures whose loader does not read them, and
+    transformers where config.json does not say: cos and sin grow with the factor (ggml_rope_yarn of ggml's ops.cpp).
+
+    >>> taken_by_yarn(8.0)["attention_factor"]
+    1.2079441541679836
+    """
+    growth = 0.1 * math.log(max(factor, 1.0)) + 1.0
+    return {"extrapolation_factor": 1.0, "attention_factor": growth, "beta_fast": 32.0, "beta_slow": 1.0}
+
+
 def split_by_layer_type(
-    values: Mapping[str, object], sliding: tuple[str, float] | None
+    values: Mapping[str, object], sliding: tuple[str | None, float] | None
 ) -> tuple[Mapping[str, object], float | None]:
     """(config.json with the rope of the layers that see all, theta of those with a window): Family.sliding_theta.
 
-    transformers 5 has both in rope_parameters, by the type of the layers; 4 has a key for theta of the second. Raises
-    StreamquantError if a scaling is meant for layers with a window: llama.cpp scales the others alone.
+    transformers 5 has both in rope_parameters, by the type of the layers; 4 may have a key for theta of the second.
+    Raises StreamquantError if a scaling is meant for layers with a window: llama.cpp scales the others alone.
     """
     if sliding is None:
         return values, None
-    config = ConfigValues(values, defaults={sliding[0]: sliding[1]})
+    key, default = sliding
+    config = ConfigValues(values, defaults={} if key is None else {key: default})
     both = ConfigValues(config.section("rope_parameters"), prefix="rope_parameters.")
     if not both.values.keys() & {"full_attention", "sliding_attention"}:
-        return values, config.number(sliding[0], above=1.0)
+        return values, default if key is None else config.number(key, above=1.0)
     own = ConfigValues(
         both.section("sliding_attention"),
-        defaults={"rope_theta": sliding[1]},
+        defaults={"rope_theta": default},
         prefix="rope_parameters.sliding_attention.",
     )
     if own.values.get("rope_type", "default") != "default":

@@ -30,6 +30,7 @@ from streamquant.convert.architectures.gguf_keys import (
     RopeNumber,
 )
 from streamquant.convert.architectures.layers import ListedTypes
+from streamquant.convert.architectures.rope import YARN_NUMBERS, YARN_TOLERANCE, taken_by_yarn
 from streamquant.convert.recipes.mix import MAIN_TYPES
 from streamquant.files.gguf_file import GgufTensor
 from streamquant.model.problem import Problem
@@ -37,8 +38,6 @@ from streamquant.quant.errors import StreamquantError
 
 BETA_FAST, BETA_SLOW = 32.0, 1.0
 """llama.cpp's yarn_beta_fast and yarn_beta_slow."""
-UNREAD_YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
-"""Keys that llama.cpp does not read for most architectures -> the value that it takes for them."""
 READ_YARN = {"yarn_beta_fast": BETA_FAST, "yarn_beta_slow": BETA_SLOW, "yarn_log_multiplier": 0.0}
 """Those that it reads for the others, in the order of GgufRope -> the value without the key."""
 
@@ -307,6 +306,8 @@ def read_sliding_theta(family: Family, keys: Keys) -> dict[str, float]:
     """Theta of the layers with a window, where it is their own; without a key llama.cpp takes the family's."""
     if family.sliding_theta is None:
         return {}
+    if not family.llama_cpp.reads_sliding_theta:
+        return {SLIDING_THETA: keys.number("rope.freq_base", 10000.0)}
     return {SLIDING_THETA: keys.number("rope.freq_base_swa", family.sliding_theta[1])}
 
 
@@ -398,9 +399,11 @@ def read_rope(keys: Keys, config: Mapping[str, Any], problems: list[Problem]) ->
     if scaling not in ("none", "linear", "yarn"):
         raise keys.refuse("rope.scaling.type", "a rope scaling without an inverse here", "none, linear or yarn")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
-    for name, taken in UNREAD_YARN.items():
+    for key, taken in taken_by_yarn(factor or 1.0).items():
+        name = dict(YARN_NUMBERS)[key].removeprefix("{arch}.rope.scaling.")
         value = keys.metadata.get(f"{keys.arch}.rope.scaling.{name}")
-        if scaling == "yarn" and not reads_yarn and value is not None and value != taken:
+        same = isinstance(value, int | float) and math.isclose(value, taken, rel_tol=YARN_TOLERANCE)
+        if scaling == "yarn" and not reads_yarn and value is not None and not same:
             problems.append(
                 Problem(
                     "rope",

@@ -285,6 +285,8 @@ def test_values_of_an_f16_source_are_made_in_float32(sources: Path, tmp_path: Pa
         ("next", {"norm_topk_prob": False}, "computes as if it were True"),
         ("next", {"linear_key_head_dim": 16}, "linear_value_head_dim = 32: llama.cpp will refuse to load"),
         ("dense", {"linear_key_head_dim": 16}, "linear_value_head_dim = 32: llama.cpp will refuse to load"),
+        ("next", {"layer_types": ["linear_attention"] * 4}, "without full_attention: llama.cpp will refuse to load"),
+        ("dense", {"layer_types": ["full_attention"] * 4}, "without linear_attention: llama.cpp will refuse to load"),
     ],
 )
 def test_what_llama_cpp_does_otherwise_is_a_warning(

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from gguf.constants import GGUFValueType
+from gguf.gguf_writer import GGUFValue
 from safetensors.torch import load_file, save_file
 
 from streamquant.convert.architectures import describe
@@ -44,6 +46,7 @@ from tests.family_checks import (
 )
 from tests.gguf_peer import OutType, differences, requires_newest_converter
 from tests.peers import requires_llama_cpp
+from tests.small_models import edit_gguf
 from tests.transformers_models import (
     Case,
     quantize_to_static_fp8,
@@ -63,6 +66,12 @@ YARN = {
 MINISTRAL = {"model_type": "ministral3", "head_dim": 32, "rope_parameters": YARN}
 THETA = {"rope_type": "default", "rope_theta": 5e5}
 SMOLLM3 = {"model_type": "smollm3", "num_hidden_layers": 5, "rope_parameters": THETA}
+FULL, SLIDING = "full_attention", "sliding_attention"
+OLMO3 = {"model_type": "olmo3", "num_hidden_layers": 5, "sliding_window": 24}
+YARN_OF_OLMO3 = {
+    **{"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 32},
+    **{"attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0},
+}
 BYTES = 256
 """Tokens that every vocabulary here has."""
 GEMMA3 = {
@@ -151,6 +160,13 @@ CASES: Mapping[str, Case] = {
             **{"num_attention_heads": 6, "num_key_value_heads": 6},
         },
         is_refused=True,
+    ),
+    "olmo3": Case(OLMO3),
+    "olmo3-yarn": Case(
+        {
+            **{**OLMO3, "num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 96},
+            "rope_parameters": {FULL: YARN_OF_OLMO3, SLIDING: {"rope_type": "default", "rope_theta": 5e5}},
+        },
     ),
     # Without tokenizer.model the converter drops the rows of the embeddings behind the tokens: here there are none.
     "gemma3": Case({**GEMMA3, "vocab_size": 261}),
@@ -330,6 +346,10 @@ def changed(source: Path, folder: Path, **values: Any) -> Path:
             {"rope_parameters": {**TWO_ROPES, "sliding_attention": TWO_ROPES["full_attention"]}},
             "a rope scaling of layers with a window",
         ),
+        ("olmo3", {"sliding_window": None}, "null where config.json must have a value"),
+        ("olmo3", {"layer_types": [FULL] * 4}, "a list of 4 layers in a model of 5"),
+        ("olmo3", {"layer_types": ["chunked_attention"] * 5}, "of an unknown type"),
+        ("olmo3", {"rope_parameters": {FULL: THETA, SLIDING: YARN_OF_OLMO3}}, "a rope scaling of layers with a window"),
         ("mistral3", {"model_type": "mistral4"}, "not the model type"),
         ("granite", {"logits_scaling": 0}, "a factor of 0"),
         ("granite", {"residual_multiplier": None}, "null where"),
@@ -357,7 +377,7 @@ def test_configs_that_are_refused(
         make_plan(open_checkpoint(folder), parse_variants(["gguf:BF16"]), ConversionOptions(pre=TINY_PRE))
 
 
-@pytest.mark.parametrize(("name", "theta"), [("smollm3", 2e6), ("olmo2", 5e5), ("ministral3", 1e6)])
+@pytest.mark.parametrize(("name", "theta"), [("smollm3", 2e6), ("olmo2", 5e5), ("olmo3", 5e5), ("ministral3", 1e6)])
 def test_classes_with_a_rope_of_their_own(sources: dict[str, Path], name: str, theta: float) -> None:
     """What transformers' configuration class takes where config.json says nothing."""
     config = json.loads((sources[name] / "config.json").read_text())
@@ -381,23 +401,54 @@ def test_what_llama_cpp_refuses_is_a_warning(sources: dict[str, Path], name: str
     assert any("llama.cpp will refuse to load the GGUF" in note for note in plan.notes)
 
 
+THETA_OF_WINDOWS = {FULL: {**THETA, "rope_theta": 1e4}, SLIDING: THETA}
+MORE_YARN: Mapping[str, float] = {"attention_factor": 1.0, "beta_fast": 8.0}
+
+
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("name", "values", "message"),
     [
-        ({"query_pre_attn_scalar": 64}, "query_pre_attn_scalar = 64"),
-        ({"layer_types": ["full_attention", *["sliding_attention"] * 6]}, "takes every 6. layer for one of"),
+        ("gemma3", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar = 64"),
+        ("gemma3", {"layer_types": [FULL, *[SLIDING] * 6]}, "takes every 6. layer for one of"),
+        ("olmo3", {"layer_types": [FULL] * 5}, "without sliding_attention: llama.cpp will refuse to load the GGUF"),
+        ("olmo3", {"rope_parameters": THETA_OF_WINDOWS}, "rotates them by 10000"),
+        *(
+            ("olmo3-yarn", {"rope_parameters": {FULL: {**YARN_OF_OLMO3, key: value}, SLIDING: THETA}}, f"{key} = ")
+            for key, value in MORE_YARN.items()
+        ),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_a_warning(
-    sources: dict[str, Path], tmp_path: Path, values: dict[str, Any], message: str
+    sources: dict[str, Path], tmp_path: Path, name: str, values: dict[str, Any], message: str
 ) -> None:
     options = ConversionOptions(pre=TINY_PRE)
     plans = [
         make_plan(open_checkpoint(folder), parse_variants(["gguf:BF16"]), options)
-        for folder in (changed(sources["gemma3"], tmp_path / "Model", **values), sources["gemma3"])
+        for folder in (changed(sources[name], tmp_path / "Model", **values), sources[name])
     ]
     warned = [any(note.startswith("WARNING") and message in note for note in plan.notes) for plan in plans]
     assert warned == [True, False]
+
+
+def test_a_rope_of_windows_as_transformers_4_has_it(sources: dict[str, Path]) -> None:
+    """OLMo 3 was published with one theta, and a scaling for the layers that see all alone."""
+    config = json.loads((sources["olmo3-yarn"] / "config.json").read_text())
+    del config["rope_parameters"]
+    scaling = {key: value for key, value in YARN_OF_OLMO3.items() if key != "rope_theta"}
+    found = describe({**config, "rope_theta": 5e5, "rope_scaling": scaling})
+    assert found.metadata == describe(json.loads((sources["olmo3-yarn"] / "config.json").read_text())).metadata
+
+
+def test_numbers_of_yarn_that_a_gguf_is_not_run_with_are_said(
+    sources: dict[str, Path], converted: Path, tmp_path: Path
+) -> None:
+    """attention_factor is what cos and sin grow by: llama.cpp takes 0.1 ln(factor) + 1, not 1."""
+    path = gguf_of(converted, "olmo3-yarn", "F32")
+    assert open_variant(path).problems == []
+    key = "olmo2.rope.scaling.yarn_attn_factor"
+    other = edit_gguf(path, tmp_path / "Model-F32.gguf", keys={key: GGUFValue(1.0, GGUFValueType.FLOAT32)})
+    (problem,) = open_variant(other).problems
+    assert (problem.where, problem.required) == (f"key {key}", "what it uses: 1.20794")
 
 
 def test_ropes_of_two_kinds_of_layers_as_transformers_4_spells_them(sources: dict[str, Path]) -> None:

@@ -159,7 +159,9 @@ QWEN3_5 = Family(
     unquantized=UNQUANTIZED,
     partial_rotary=0.25,
     norm_value=PLUS_ONE,
-    llama_cpp=LlamaCpp(arch=gguf.MODEL_ARCH.QWEN35, keys=KEYS, alike=(KEY_DIM, VALUE_DIM)),
+    llama_cpp=LlamaCpp(
+        arch=gguf.MODEL_ARCH.QWEN35, keys=KEYS, alike=(KEY_DIM, VALUE_DIM), needed_layers=(FULL, LINEAR)
+    ),
 )
 QWEN3_5_MOE = replace(
     QWEN3_5,
@@ -184,7 +186,12 @@ QWEN3_5_MOE = replace(
         is_fused=True,
     ),
     unquantized=(*UNQUANTIZED, *UNQUANTIZED_ROUTERS),
-    llama_cpp=LlamaCpp(arch=gguf.MODEL_ARCH.QWEN35MOE, keys=(*MIXTURE_KEYS, *KEYS), alike=(KEY_DIM, VALUE_DIM)),
+    llama_cpp=LlamaCpp(
+        arch=gguf.MODEL_ARCH.QWEN35MOE,
+        keys=(*MIXTURE_KEYS, *KEYS),
+        alike=(KEY_DIM, VALUE_DIM),
+        needed_layers=(FULL, LINEAR),
+    ),
 )
 
 
