@@ -32,7 +32,8 @@ def module_name(stored: str, experts: Experts | None) -> str:
         return stored
     local = stored.removeprefix(f"{experts.stored_path}.")
     module, _, last = local.rpartition(".")
-    return f"{experts.path}.{experts.renamed.get(module, module)}.{last}"
+    parts = experts.path, experts.renamed.get(module, module), last
+    return ".".join(part for part in parts if part)
 
 
 def make_experts(fused: Any, experts: Experts) -> "torch.nn.Module":

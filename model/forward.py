@@ -27,7 +27,7 @@ from streamquant.files.listener import SILENT, Listener
 from streamquant.model.errors import errors_of
 from streamquant.model.expert_streaming import ExpertCalls
 from streamquant.model.experts import module_name, separate_experts
-from streamquant.model.variants.variant import EMBEDDINGS, FINAL_NORM, Variant
+from streamquant.model.variants.variant import EMBEDDINGS, Variant
 from streamquant.quant.errors import StreamquantError, UsageError
 
 if TYPE_CHECKING:
@@ -346,7 +346,10 @@ class _Model:
         config, hidden, watch = self.skeleton.config, self.lane.hidden, self.lane.on_cache
         assert hidden is not None
         kinds = getattr(config, "layer_types", None)
-        is_linear = kinds is not None and kinds[layer] == "linear_attention"  # it has neither mask nor key-value cache
+        is_linear = kinds is not None and kinds[layer] in (
+            "linear_attention",
+            "conv",
+        )  # it has neither mask nor key-value cache
         whole = None if is_linear else causal_mask(config, layer, self.positions)
         if config._attn_implementation == "eager" and not is_linear:
             whole = added_mask(whole, self.positions, self.dtype)
@@ -493,7 +496,7 @@ def rotary_tables(
 
     if not variant.description.has_rope:
         return {None: None}
-    module = type(skeleton.model.rotary_emb)(config=skeleton.config)
+    module = _rotary_module(skeleton)
     types: list[str | None] = getattr(module, "layer_types", [None])
     for kind in types:
         own = variant.rotary(sliding=kind == "sliding_attention")
@@ -509,6 +512,12 @@ def rotary_tables(
     return {kind: module(like, positions, *(() if kind is None else (kind,))) for kind in types}
 
 
+def _rotary_module(skeleton: Any) -> Any:
+    """transformers' rotary module of a model, with its frequencies: on the meta device they have no values."""
+    module = skeleton.model.rotary_emb if hasattr(skeleton.model, "rotary_emb") else skeleton.model.pos_emb
+    return type(module)(config=skeleton.config)
+
+
 def inverse_frequencies(variant: Variant) -> "tuple[torch.Tensor, float]":
     """(float32[head_dim / 2], factor): the rotation per position of a variant, as it will be computed; none without."""
     import torch
@@ -519,7 +528,7 @@ def inverse_frequencies(variant: Variant) -> "tuple[torch.Tensor, float]":
     if own is not None:
         return own
     skeleton = build_skeleton(variant)
-    module = type(skeleton.model.rotary_emb)(config=skeleton.config)
+    module = _rotary_module(skeleton)
     prefix = "full_attention_" if hasattr(module, "full_attention_inv_freq") else ""
     return getattr(module, f"{prefix}inv_freq").float(), float(getattr(module, f"{prefix}attention_scaling"))
 
@@ -603,13 +612,15 @@ class Head:
         variant = lane.variant
         self.dtype, self.device = lane.torch_dtype(setting), torch.device(setting.device)
         skeleton = build_skeleton(variant)
-        self.norm = skeleton.model.norm
+        final_norm = variant.description.family.final_norm
+        self.norm = skeleton.get_submodule(final_norm)
         self.divisor = getattr(skeleton.config, "logits_scaling", 1.0)
         observe = lane.on_weight
         name = variant.head_name
         on_block = None if observe is None else lambda first, block: observe(name, first, block)
         with errors_of(variant):
-            self.norm.load_state_dict({"weight": variant.read(FINAL_NORM, self.dtype).to(self.device)}, assign=True)
+            weight = variant.read(f"{final_norm}.weight", self.dtype).to(self.device)
+            self.norm.load_state_dict({"weight": weight}, assign=True)
             self.weight = variant.read(name, self.dtype, on_block).to(self.device)
         lane.bytes_read += variant.tensors[name].nbytes
         self.quantize = None

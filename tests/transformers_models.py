@@ -59,7 +59,8 @@ def write_model(folder: Path, case: Case) -> Path:
     if case.is_wrapped:
         settings["text_config"] = {**COMMON, **case.config["text_config"]}
     model = case.loader.from_config(AutoConfig.for_model(**settings)).float()
-    randomize(model.parameters(), case.spread)
+    biases = (tensor for name, tensor in model.named_buffers() if name.endswith("expert_bias"))
+    randomize([*model.parameters(), *biases], case.spread)
     model.to(torch.bfloat16).save_pretrained(folder)
     config = {**json.loads((folder / "config.json").read_text()), **case.stored}
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))

@@ -18,6 +18,7 @@ from streamquant.convert.architectures.families.glm4_moe import GLM4_MOE
 from streamquant.convert.architectures.families.gpt_oss import GPT_OSS
 from streamquant.convert.architectures.families.granite.granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
 from streamquant.convert.architectures.families.granite.granite_hybrid import GRANITE_HYBRID
+from streamquant.convert.architectures.families.lfm2 import LFM2, LFM2_MOE
 from streamquant.convert.architectures.families.llama import LLAMA
 from streamquant.convert.architectures.families.minimax_m2 import MINIMAX_M2
 from streamquant.convert.architectures.families.mistral.mistral import MISTRAL
@@ -62,6 +63,7 @@ FAMILIES = (
     *(MISTRAL3, MINISTRAL3_VL, MINISTRAL3, SMOLLM3, OLMO3, OLMO2, GEMMA3, GEMMA3_VL),
     *(DEEPSEEK_V3, GLM4_MOE_LITE),
     *(*GRANITE_HYBRID, GRANITE, GRANITE_MOE_SHARED, GRANITE_MOE),
+    *(LFM2, LFM2_MOE),
 )
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
     {name: next(f for f in FAMILIES if f.hf_architecture == name) for name in (f.hf_architecture for f in FAMILIES)}

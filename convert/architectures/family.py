@@ -11,6 +11,7 @@ from typing import Literal
 
 import gguf
 
+from streamquant.convert.architectures.config_values import ConfigValues
 from streamquant.convert.architectures.gguf_keys import GgufKey
 from streamquant.convert.architectures.layers import MTP, LayerKinds, MtpLayers
 from streamquant.convert.architectures.tensor_view import ValueMap
@@ -250,7 +251,8 @@ class Family:
     is_meant_by says whether a config.json of the class is one of this family's, where a class is several families, and
     fixed are the keys by which it is told, for what is read from a GGUF. intermediate is the key of the feed-forward
     size. rope_switch: the key of config.json, and the value with which queries and keys are rotated. quotients: a key
-    that config.json may have -> the sizes of which it must be the quotient.
+    that config.json may have -> the sizes of which it must be the quotient. epsilon is the key of the norms' epsilon,
+    final_norm the module of the last norm, feed_forward what makes the feed-forward size of dense layers of the keys.
     default_rope: the rope_parameters of the configuration class where config.json has none; `truncate: false` in it
     means that the class does not round yarn's bounds, which llama.cpp always does.
     """
@@ -281,6 +283,9 @@ class Family:
     intermediate: str = "intermediate_size"
     rope_switch: tuple[str, str] | None = None
     quotients: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)
+    epsilon: str = "rms_norm_eps"
+    final_norm: str = "model.norm"
+    feed_forward: Callable[[ConfigValues], int] | None = None
 
     @property
     def gguf_arch(self) -> str:

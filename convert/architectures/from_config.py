@@ -146,7 +146,7 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     refuse_other_models(family, config)
     sizes = read_dimensions(family, config)
     tied = config.boolean("tie_word_embeddings")
-    epsilon = config.number("rms_norm_eps")
+    epsilon = config.number(family.epsilon)
     rope = read_rope(config, sizes.context, family.partial_rotary, family.llama_cpp.yarn_keys)
     check_rope_type(family, config, rope)
     check_latent_rope(family, config, rope)
@@ -271,6 +271,8 @@ def check_quotients(family: Family, config: ConfigValues, sizes: Dimensions) -> 
 
 def read_intermediate(family: Family, config: ConfigValues) -> int:
     """The feed-forward size of dense layers; 0 for a mixture of experts whose config.json has none."""
+    if family.feed_forward is not None:
+        return family.feed_forward(config)
     key = family.intermediate
     without = family.experts is not None and key not in family.defaults
     return 0 if without and key not in config else config.integer(key)
@@ -559,7 +561,8 @@ def make_rules(
                 rule = replace(rule, layer=number, is_mtp=is_mtp, merged=merged)
                 view = rope_view(heads, len(shape)) if heads else read_view(family, tensor, sizes)
                 yield cut(rule, tensor, names, sizes) if tensor.parts else with_view(rule, view)
-    yield with_view(make_rule(names, "model.norm.weight", TensorKind.NORM, (sizes.hidden,)), norm_view(family))
+    last = make_rule(names, f"{family.final_norm}.weight", TensorKind.NORM, (sizes.hidden,))
+    yield with_view(last, norm_view(family))
     tied = config.boolean("tie_word_embeddings")
     yield make_rule(names, "lm_head.weight", TensorKind.HEAD, matrix, required=not tied)
 
@@ -649,7 +652,7 @@ def common_metadata(
     numbers = {
         gguf.Keys.Rope.FREQ_BASE: rope.theta,
         **({} if rope.sliding_theta is None else {gguf.Keys.Rope.FREQ_BASE_SWA: rope.sliding_theta}),
-        attention.LAYERNORM_RMS_EPS: config.number("rms_norm_eps"),
+        attention.LAYERNORM_RMS_EPS: config.number(family.epsilon),
     }
     return {
         **count_values(arch, counts),

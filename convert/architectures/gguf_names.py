@@ -29,6 +29,10 @@ def gguf_name(names: gguf.TensorNameMap, hf_name: str) -> str:
     looked_up = looked_up.replace(".dt_bias", ".dt_proj.bias")  # Qwen3NextModel.modify_tensors of conversion/qwen.py
     if looked_up.endswith("_proj.weight"):  # of Granite's experts, which the converter names itself
         looked_up = looked_up.replace(".block_sparse_moe.experts.", ".mlp.experts.")
+    if ".feed_forward.experts." in looked_up:  # LFM2MoeModel.modify_tensors of conversion/lfm2.py
+        looked_up = looked_up.removeprefix("model.")
+    if looked_up.endswith(".expert_bias"):  # and its filter_tensors
+        looked_up += ".bias"
     if looked_up.endswith(".sinks"):  # GptOssModel.filter_tensors
         looked_up += ".weight"
     found = names.get_name(looked_up, try_suffixes=SUFFIXES)
@@ -38,6 +42,8 @@ def gguf_name(names: gguf.TensorNameMap, hf_name: str) -> str:
     parts = path.split(".", 3)
     if parts[:2] == ["model", "layers"] and len(parts) == 4 and parts[3] in ADDED:
         return f"blk.{parts[2]}.{ADDED[parts[3]]}.{suffix}"
+    if path == "lm_head":  # an architecture whose models all tie it
+        return f"output.{suffix}"
     raise StreamquantError(
         "the installed package gguf has no name for a tensor",
         where=f"tensor {hf_name!r}",

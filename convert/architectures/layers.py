@@ -94,6 +94,8 @@ class ListedTypes:
     types: Mapping[str, str]
     key: str = "layer_types"
     interval: str | int | None = None
+    numbers: str | None = None
+    """The key of a list of the numbers of the layers that are `nth`, where config.json has no list of types."""
     nth: str = FULL
     rest: str = LINEAR
 
@@ -102,6 +104,11 @@ class ListedTypes:
         if self.interval is not None and not config.has_value(self.key):
             n = self.interval if isinstance(self.interval, int) else config.integer(self.interval)
             return [self.rest if (layer + 1) % n else self.nth for layer in range(count)]
+        if self.numbers is not None and not config.has_value(self.key) and config.has_value(self.numbers):
+            numbers = config.raw(self.numbers)
+            if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < count for n in numbers):
+                raise config.refuse(self.numbers, "not a list of layers", required=f"numbers from 0 to {count - 1}")
+            return [self.nth if layer in numbers else self.rest for layer in range(count)]
         listed = config.raw(self.key)
         if not isinstance(listed, list):
             raise config.refuse(

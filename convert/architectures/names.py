@@ -14,7 +14,7 @@ from collections.abc import Iterable
 _TOOLS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _PARENT = "language_model."
 _IN_FRONT = re.compile(r"(?:module\.|base_model\.model\.)+")
-_BODY = re.compile(r"(?:embed_tokens|layers|norm)\.")
+_BODY = re.compile(r"(?:embed_tokens|layers|norm|embedding_norm)\.")
 _TWICE = re.compile(r"model\.(?=(?:model|lm_head)\.)")
 
 

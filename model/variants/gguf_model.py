@@ -224,7 +224,7 @@ def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, Gg
         **read_experts(family, keys),
         **read_fields(family, keys, {"hidden_size": hidden}),
         **family.fixed,
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        family.epsilon: keys.number("attention.layer_norm_rms_epsilon"),
         **read_layer_types(family, keys, layers),
         **read_query_scalar(family, layers, (hidden, heads, head_dim)),
         **read_sliding_theta(family, keys),

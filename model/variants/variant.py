@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-FINAL_NORM = "model.norm.weight"
 
 SAMPLE = 4096
 """Bytes of each of the samples of a file's content that a fingerprint covers."""

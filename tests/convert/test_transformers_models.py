@@ -137,8 +137,38 @@ GRANITE: Mapping[str, Case] = {
         loads_in_fp8=False,
     ),
 }
+CONVOLUTIONS = ["conv", "full_attention", "conv"]
+LFM2: Mapping[str, Case] = {
+    "lfm2": Case(
+        {
+            **{"model_type": "lfm2", "layer_types": CONVOLUTIONS, "block_auto_adjust_ff_dim": False},
+            "rope_parameters": THETA,
+        }
+    ),
+    "lfm2-adjusted": Case(
+        {
+            **{"model_type": "lfm2", "layer_types": ["full_attention", "conv", "conv"], "hidden_size": 96},
+            **{"num_attention_heads": 3, "num_key_value_heads": 1, "block_multiple_of": 32, "conv_L_cache": 4},
+            **{"block_ffn_dim_multiplier": 1.5, "rope_parameters": THETA},
+        }
+    ),
+    "lfm2-moe": Case(
+        {
+            **{"model_type": "lfm2_moe", "layer_types": CONVOLUTIONS, "num_dense_layers": 1, "num_experts": 5},
+            **{"num_experts_per_tok": 2, "moe_intermediate_size": 96, "rope_parameters": THETA},
+        }
+    ),
+    "lfm2-moe-sparse": Case(
+        {
+            **{"model_type": "lfm2_moe", "layer_types": ["conv", *CONVOLUTIONS], "num_hidden_layers": 4},
+            **{"num_dense_layers": 0, "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 64},
+            **{"rope_parameters": THETA},
+        }
+    ),
+}
 CASES: Mapping[str, Case] = {
     **GRANITE,
+    **LFM2,
     "ministral3": Case({**MINISTRAL, "num_attention_heads": 3, "num_key_value_heads": 1}),
     "ministral3-wrapped": Case(
         {
@@ -200,8 +230,8 @@ def sources(shelf: Shelf) -> dict[str, Path]:
     return {name: folder / name for name in CASES}
 
 
-OF_A_STATE = ("ssm_conv1d.weight", "ssm_a", "ssm_d", "ssm_norm.weight")
-"""Tensors of Mamba-2 layers with two dimensions that no input is multiplied with."""
+OF_A_STATE = ("ssm_conv1d.weight", "ssm_a", "ssm_d", "ssm_norm.weight", "shortconv.conv.weight")
+"""Tensors of Mamba-2 layers and short convolutions with two dimensions that no input is multiplied with."""
 PUBLISHED = ("ministral3-wrapped",)
 """Cases that are made in FP8 too, as they are published."""
 
@@ -236,8 +266,11 @@ def test_equals_the_reference_converter(converted: Path, expected: Path, name: s
 @pytest.mark.parametrize("name", CASES)
 def test_logits(sources: dict[str, Path], converted: Path, name: str) -> None:
     """Streamed they are the resident ones; a GGUF's are the source's, and an FP8 folder's are near."""
-    original = all_logits(open_variant(sources[name]), some_tokens(), Setting())
-    assert torch.equal(original, resident_logits(sources[name], some_tokens(), CASES[name].loader))
+    variant = open_variant(sources[name])
+    original = all_logits(variant, some_tokens(), Setting())
+    # One expert after another: transformers' grouped products round otherwise.
+    more = {"experts_implementation": "eager"} if variant.description.family.experts is not None else {}
+    assert torch.equal(original, resident_logits(sources[name], some_tokens(), CASES[name].loader, **more))
     assert is_close(gguf_logits(gguf_of(converted, name, "F32")), original)
     folder = open_variant(converted / f"{name}-FP8-dynamic")
     assert folder.problems == []
@@ -305,6 +338,8 @@ def larger(case: Case) -> Case:
         sizes["query_pre_attn_scalar"] = 64
     if "shared_intermediate_size" in own:
         sizes["shared_intermediate_size"] = 512
+    if "moe_intermediate_size" in own:
+        sizes["moe_intermediate_size"] = 256
     if "mamba_n_heads" in own:
         sizes["mamba_n_heads"] = 8
     own |= sizes
@@ -367,6 +402,15 @@ def changed(source: Path, folder: Path, **values: Any) -> Path:
         ("granite-hybrid", {"mamba_expand": 3}, "layers of another kind"),
         ("granite-hybrid", {"time_step_limit": [0.1, 1.0]}, "layers of another kind"),
         ("granite-hybrid", {"num_local_experts": 0}, "does not explain"),
+        ("lfm2", {"layer_types": [*CONVOLUTIONS, "conv"]}, "a list of 4 layers in a model of 3"),
+        ("lfm2", {"layer_types": ["conv", "conv", "mamba"]}, "layer 2 is of an unknown type"),
+        ("lfm2", {"layer_types": ..., "full_attn_idxs": [3]}, "not a list of layers"),
+        ("lfm2", {"layer_types": ...}, "null where|a required key is missing"),
+        ("lfm2", {"conv_L_cache": 4}, "shape does not fit"),
+        ("lfm2", {"block_auto_adjust_ff_dim": True}, "shape does not fit"),
+        ("lfm2", {"tie_embedding": False}, "layers of another kind"),
+        ("lfm2-moe", {"num_dense_layers": 4}, "out of range"),
+        ("lfm2-moe", {"use_expert_bias": False}, "layers of another kind"),
     ],
 )
 def test_configs_that_are_refused(
@@ -572,3 +616,32 @@ def test_tensors_of_granite_that_do_not_fit(
     save_file(stored, folder / "model.safetensors")
     with pytest.raises(StreamquantError, match=message):
         make_plan(open_checkpoint(folder), parse_variants(["gguf:BF16"]), ConversionOptions(pre=TINY_PRE))
+
+
+# --- LFM2 -----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_with_attention_may_be_told_by_their_numbers(sources: dict[str, Path]) -> None:
+    config = json.loads((sources["lfm2"] / "config.json").read_text())
+    numbered = {key: value for key, value in config.items() if key != "layer_types"} | {"full_attn_idxs": [1]}
+    assert describe(numbered).rules == describe(config).rules
+    assert describe(numbered).added_metadata["lfm2.attention.head_count_kv"].value == [0, 2, 0]
+
+
+def test_the_feed_forward_is_named_as_publishers_do(sources: dict[str, Path]) -> None:
+    """12288 in LFM2-1.2B, whose matrices have 8192 rows."""
+    config = json.loads((sources["lfm2"] / "config.json").read_text()) | {"block_auto_adjust_ff_dim": True}
+    published = {**config, "block_ff_dim": 12288, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0}
+    assert describe(published).metadata["lfm2.feed_forward_length"].value == 8192
+
+
+def test_short_convolutions_stay_as_they_are_in_fp8(sources: dict[str, Path], converted: Path) -> None:
+    original, made = (
+        load_file(path / "model.safetensors") for path in (sources["lfm2-moe"], converted / "lfm2-moe-FP8-dynamic")
+    )
+    kept = [name for name in original if ".conv." in name or name.endswith(("feed_forward.gate.weight", "expert_bias"))]
+    assert len(kept) == 2 * 3 + 2 * 2
+    assert all(torch.equal(original[name], made[name]) for name in kept)
+    assert made["model.layers.2.feed_forward.experts.4.w3.weight"].dtype == torch.float8_e4m3fn
+    ignored = json.loads((converted / "lfm2-moe-FP8-dynamic" / "config.json").read_text())
+    assert r"re:.*\.conv\.(in_proj|out_proj|conv)$" in ignored["quantization_config"]["ignore"]
