@@ -293,7 +293,8 @@ def _config(plan: Plan, variant: VariantPlan, configs: QuantizationConfigs) -> d
     """config.json of a checkpoint: the source's, with the quantization of the variant, or the dtype of its weights."""
     config, scheme = dict(plan.checkpoint.config), variant.recipe.scheme
     if scheme is not None:
-        return {**config, "quantization_config": with_ignored(configs[scheme], plan.model.unquantized)}
+        ignored = (*plan.model.unquantized, *plan.options.ignore)
+        return {**config, "quantization_config": with_ignored(configs[scheme], ignored)}
     return {**config, "torch_dtype" if "torch_dtype" in config else "dtype": "bfloat16"}
 
 

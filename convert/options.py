@@ -13,6 +13,7 @@ from streamquant.convert.recipes.container import GGUF, Container
 from streamquant.convert.recipes.imatrix import ImatrixRecord, ImportanceMatrix, read_imatrix
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides, parse_overrides, read_rules
 from streamquant.convert.recipes.recipe import Recipe
+from streamquant.convert.recipes.targets import parse_ignore
 from streamquant.files.json_record import JsonRecord
 from streamquant.files.machine import usable_cores
 from streamquant.files.sizes import short_size
@@ -72,6 +73,12 @@ ARGUMENTS = (
     Argument("token_embedding_type", str, "GGML type of token_embd.weight."),
     Argument("pure", bool, "Use the file type's own format for every tensor, without a mix."),
     Argument("leave_output_tensor", bool, "Keep output.weight as it is in the source."),
+    Argument(
+        "ignore",
+        list[str],
+        "A module that safetensors variants leave unquantized, as compressed-tensors spells it: a name, or re:REGEX; "
+        "repeatable.",
+    ),
     Argument(
         "guard_template",
         bool,
@@ -137,6 +144,8 @@ class ConversionOptions:
     """Weighs the columns of every quantized GGUF variant whose formats ask for it."""
     overrides: Overrides = NO_OVERRIDES
     """Formats of single tensors, for every GGUF variant that is not from a recipe file."""
+    ignore: tuple[str, ...] = ()
+    """Modules that quantized safetensors leave as they are, beside those that every one does; names, or re:PATTERN."""
     guard_template: bool = False
     """Put guards against known faults into chat templates (convert/metadata/guard_template.py)."""
 
@@ -152,6 +161,7 @@ class ConversionOptions:
             "metadata": self.metadata,
             "imatrix": self.imatrix.record().json() if self.imatrix is not None else None,
             "overrides": self.overrides.record(),
+            **({"ignore": [*self.ignore]} if self.ignore else {}),
             "guard_template": self.guard_template,
         }
 
@@ -160,6 +170,8 @@ class ConversionOptions:
         more: list[object] = []
         if self.imatrix is not None:
             more.append(self.imatrix.record().json())
+        if self.ignore:  # one that names no tensor is in config.json all the same
+            more.append({"ignore": [*self.ignore]})
         if self.guard_template:  # side files of FP8 checkpoints are not among the addresses
             more.append({"guard_template": True})
         return more
@@ -182,8 +194,10 @@ class ConversionOptions:
             if imatrix is not None:
                 words += imatrix.words()
             words += self.overrides.words()
-        elif self.max_shard_size:
-            words += ["--max-shard-size", short_size(self.max_shard_size)]
+        else:
+            if self.max_shard_size:
+                words += ["--max-shard-size", short_size(self.max_shard_size)]
+            words += [word for module in self.ignore for word in ("--ignore", module)]
         return words + (["--guard-template"] if self.guard_template else [])
 
 
@@ -211,6 +225,10 @@ def parse_options(record: JsonRecord) -> ConversionOptions:
         parsed = parse_overrides(overrides, lambda key: f"{record.where}.overrides, {key}")
     except UsageError as error:
         raise record.broken("overrides", overrides, f"{error.required}") from error
+    try:
+        ignore = parse_ignore(record.texts("ignore"), f"{record.where}.ignore")
+    except UsageError as error:
+        raise record.broken("ignore", record.take("ignore"), f"{error.required}") from error
     return ConversionOptions(
         name=record.optional_text("name"),
         split_max_size=given.get("split_max_size"),
@@ -219,6 +237,7 @@ def parse_options(record: JsonRecord) -> ConversionOptions:
         pre=record.optional_text("pre"),
         metadata=record.mapping("metadata"),
         overrides=parsed,
+        ignore=ignore,
         guard_template=record.flag("guard_template"),
     )
 
@@ -237,6 +256,7 @@ def read_options(given: Given, recipes: Sequence[Recipe]) -> ConversionOptions:
         metadata=_metadata(given),
         imatrix=_imatrix(given),
         overrides=_overrides(given, recipes),
+        ignore=_ignore(given, recipes),
         guard_template=given.flag("guard_template"),
     )
 
@@ -272,6 +292,28 @@ def _overrides(given: Given, recipes: Sequence[Recipe]) -> Overrides:
         found = replace(found, tensor_types=found.tensor_types + read_rules(path))
     check_overrides(found, recipes, given.where)
     return found
+
+
+def _ignore(given: Given, recipes: Sequence[Recipe]) -> tuple[str, ...]:
+    """Raises UsageError for a pattern that does not compile, and if no variant takes them."""
+    return check_ignore(given.texts("ignore"), recipes, given.where, given.at("ignore"))
+
+
+def check_ignore(
+    ignore: Sequence[str], recipes: Sequence[Recipe], where: str | None = None, key: str = "ignore"
+) -> tuple[str, ...]:
+    """The modules to leave alone, each once.
+
+    Raises UsageError, which names the place, where no variant quantizes any, and for what is no module.
+    """
+    if ignore and not any(recipe.takes_ignore for recipe in recipes):
+        raise UsageError(
+            "--ignore without a variant that takes it",
+            where=where,
+            found=", ".join(ignore),
+            required="a quantized safetensors variant, like fp8-dynamic; --tensor-type is GGUF's",
+        )
+    return parse_ignore(ignore, key)
 
 
 def check_overrides(overrides: Overrides, recipes: Sequence[Recipe], where: str | None = None) -> None:

@@ -50,7 +50,8 @@ class Draft:
             known = [(tensor, rule) for tensor, rule in known if tensor.name != left]
             known.append((classifier.tensor, classifier.rule))
         overrides = self.options.overrides if recipe.takes_overrides else NO_OVERRIDES
-        return recipe.choose(known, self.model, ChoiceOptions(self.importance.matrix is not None, overrides))
+        ignore = self.options.ignore if recipe.takes_ignore else ()
+        return recipe.choose(known, self.model, ChoiceOptions(self.importance.matrix is not None, overrides, ignore))
 
 
 class Layout(ABC):

@@ -1,5 +1,6 @@
 """The layout of a checkpoint of safetensors: shards of safetensors, without gaps, every tensor aligned."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from streamquant.convert.plan.layout import Entry, Layout, split, too_large
@@ -7,6 +8,7 @@ from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, V
 from streamquant.convert.recipes.block_runtimes import BlockRuntimes, block_runtimes
 from streamquant.convert.recipes.mix import Choice
 from streamquant.convert.recipes.recipe import Recipe
+from streamquant.convert.recipes.targets import Targets
 from streamquant.convert.source.fused_experts import WholeExperts, whole_experts
 from streamquant.files import safetensors_file
 from streamquant.quant.errors import UsageError
@@ -32,6 +34,7 @@ class SafetensorsLayout(Layout):
         for path, group in self._shards(recipe):
             tensors += self._place(f"{folder}/{path}", group)
         tensors = self._with_shared_scales(tensors)
+        self.draft.notes += self._ignore_notes(recipe, tensors)
         source = {**self.draft.checkpoint.tensors, **self.draft.wholes}
         if recipe.scheme is None and all(t.format == source[t.sources[0]].format.encoded_as for t in tensors):
             self.draft.notes.append(f"{recipe.spec}: the source is in BF16 already: this is a copy of it")
@@ -40,6 +43,27 @@ class SafetensorsLayout(Layout):
             self.draft.notes.append(blocks.note(recipe.spec))
         paths = tuple(range(first, len(self.draft.files)))
         return VariantPlan(recipe, folder, paths, tuple(tensors), (), (), blocks=blocks)
+
+    def _ignore_notes(self, recipe: Recipe, tensors: list[OutputTensor]) -> Iterator[str]:
+        """Where --ignore means nothing, and where it means a part of what runtimes merge."""
+        ignore, rules = self.draft.options.ignore, self.draft.model.rules
+        if not ignore or not recipe.takes_ignore:
+            return
+        source = self.draft.checkpoint.tensors
+        linear = [tensor for tensor in tensors if (rule := rules.get(tensor.sources[0])) and rule.kind.is_linear]
+        modules = {tensor.name: source[tensor.sources[0]].module for tensor in linear}
+        for target in Targets(ignore, "--ignore").unmatched(modules.values()):
+            yield f"{recipe.spec}: --ignore {target}: means no linear layer of this model"
+        merged: dict[str, dict[bool, str]] = {}
+        for tensor in linear:
+            is_kept = FORMATS[tensor.format].copies is not None
+            merged.setdefault(self._merged(tensor.sources[0]), {})[is_kept] = modules[tensor.name]
+        parted = [by_kind for by_kind in merged.values() if len(by_kind) > 1]
+        if parted:
+            yield (
+                f"WARNING: {recipe.spec}: --ignore leaves {parted[0][True]} alone and not {parted[0][False]}, which"
+                f" vLLM and SGLang merge with it: they refuse such a folder; {len(parted)} such layers"
+            )
 
     def _sets_together(self, shards: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
         """The shards, layers that share a scale in that of the first of them: q, or gate.

@@ -284,6 +284,7 @@ class Plan:
             name=self.name,
             imatrix=self.options.imatrix if variant.uses_imatrix else None,
             overrides=self.options.overrides if variant.recipe.takes_overrides else NO_OVERRIDES,
+            ignore=self.options.ignore if variant.recipe.takes_ignore else (),
         )
 
     @cached_property

@@ -25,6 +25,7 @@ from streamquant.convert.recipes.mix import (
 )
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides
 from streamquant.convert.recipes.recipe_file import RecipeFile
+from streamquant.convert.recipes.targets import Targets
 from streamquant.convert.source.tensor import SourceTensor
 from streamquant.quant import fp8, integers, microscaling, nvfp4
 from streamquant.quant.errors import UsageError
@@ -39,6 +40,8 @@ class ChoiceOptions:
     imatrix: bool = False
     """Whether there is an importance matrix: some rules depend on it."""
     overrides: Overrides = NO_OVERRIDES
+    ignore: tuple[str, ...] = ()
+    """Modules that stay as they are, in compressed-tensors' spelling."""
 
 
 GGUF_RUNTIMES = ("llama.cpp", "LM Studio", "Ollama")
@@ -92,6 +95,11 @@ class Recipe:
     def takes_overrides(self) -> bool:
         """Whether the command line's overrides apply to it; a recipe file has its own."""
         return self.container.takes_overrides and self.file is None
+
+    @property
+    def takes_ignore(self) -> bool:
+        """Whether modules can be left as they are (--ignore)."""
+        return self.scheme is not None
 
     @property
     def file_type(self) -> int | None:
@@ -188,11 +196,14 @@ def _mix_model(model: ModelDescription) -> MixModel:
 def _linear_layers(spec: str, formats: Mapping[str, Format]) -> Choose:
     """Linear layers to a format, by the dtype of the source; everything else as it is in the source."""
 
-    def choose(tensors: Tensors, model: ModelDescription, _options: ChoiceOptions) -> dict[str, Choice]:
-        mtp = model.family.mtp
+    def choose(tensors: Tensors, model: ModelDescription, options: ChoiceOptions) -> dict[str, Choice]:
+        mtp, ignored = model.family.mtp, Targets(options.ignore, "--ignore")
         choices, unfit = {}, []
         for tensor, rule in tensors:
-            if rule.kind.is_linear and not (rule.is_mtp and mtp is not None and mtp.is_plain):
+            is_linear = rule.kind.is_linear and not (rule.is_mtp and mtp is not None and mtp.is_plain)
+            if is_linear and ignored.first(tensor.module, rule.kind) is not None:
+                choices[tensor.name] = Choice(copy_of(tensor.dtype).name, f"--ignore: {_kept(tensor)}")
+            elif is_linear:
                 choices[tensor.name] = _linear_choice(tensor, formats)
                 if not formats[tensor.dtype].fits(tensor.row_length):
                     unfit.append(tensor)

@@ -55,6 +55,15 @@ class SourceTensor:
         return plain(self.dtype) if self.codes is None else self.codes.format
 
     @property
+    def module(self) -> str:
+        """What a checkpoint calls the module that has it.
+
+        >>> SourceTensor("model.layers.0.mlp.up_proj.weight", "BF16", (1, 8), "a.safetensors", 0, 16).module
+        'model.layers.0.mlp.up_proj'
+        """
+        return (self.published or self.name).rpartition(".")[0]
+
+    @property
     def parts(self) -> Iterator[StoredPart]:
         """What is stored for it, in the order of its format's parts: the weights or their codes first."""
         yield StoredPart(self.stored_name or self.name, self.file, self.start, self.stop)

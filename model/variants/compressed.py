@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from streamquant.convert.architectures import TensorKind, TensorRule
 from streamquant.convert.recipes.block_runtimes import block_runtimes
+from streamquant.convert.recipes.targets import Targets
 from streamquant.convert.source.checkpoint import Checkpoint
 from streamquant.convert.source.tensor import SourceTensor
 from streamquant.model.problem import Problem
 from streamquant.model.variants.decoding import check_finite, missing_tensor, rows_per_block, wrong_shape
 from streamquant.model.variants.folder import QUANTIZATION_KEYS, FolderVariant
 from streamquant.model.variants.inputs import described, input_quantizer
-from streamquant.model.variants.targets import Targets
 from streamquant.model.variants.variant import VariantTensor
 from streamquant.quant.errors import StreamquantError
 

@@ -8,7 +8,7 @@ from streamquant.api.models import Model, open_model
 from streamquant.api.paths import paths_told
 from streamquant.convert import conversion
 from streamquant.convert.conversion import Conversion, check_disk, check_output_folder
-from streamquant.convert.options import ConversionOptions, RunOptions, check_overrides
+from streamquant.convert.options import ConversionOptions, RunOptions, check_ignore, check_overrides
 from streamquant.convert.plan.disk import Disk
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import Plan
@@ -148,4 +148,5 @@ def plan_of(
     recipes = recipes_of(to)
     if options is not None:
         check_overrides(options.overrides, recipes)
+        check_ignore(options.ignore, recipes)
     return make_plan(open_model(model, out, listener), recipes, options)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from streamquant.convert.conversion import convert
-from streamquant.convert.options import RunOptions
+from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import RECIPES, parse_variants
 from streamquant.convert.source.checkpoint import open_checkpoint
@@ -44,6 +44,9 @@ CASES = (
     pytest.param("smollm2", marks=pytest.mark.long),
 )
 VARIANTS = [name for name, recipe in RECIPES.items() if recipe.scheme is not None and not name.startswith("fp8")]
+
+LEFT_ALONE = ("re:.*down_proj$", "model.layers.0.self_attn.o_proj", "re:.*nothing")
+IGNORING = ["nvfp4a16", "w8a8", "fp8-dynamic"]
 
 REFERENCE = """
 import json, sys
@@ -99,6 +102,18 @@ class Pairs:
             for case in dict.fromkeys(asked)
             for name in self.variants(case)
         ]
+        if any(item.function is test_ignored_modules_as_llm_compressor_leaves_them for item in items):
+            jobs += [
+                asdict(
+                    Job(
+                        str(self.source("llama")),
+                        str(out / f"ignoring-{name}"),
+                        RECIPES[name].scheme or "",
+                        [*IGNORE, *LEFT_ALONE],
+                    )
+                )
+                for name in IGNORING
+            ]
         run_driver(REFERENCE, json.dumps(jobs))
 
 
@@ -115,17 +130,33 @@ def test_folders_equal_llm_compressor(pairs: Pairs, case: str) -> None:
         reference = pairs.reference(case, variant)
         shards = sorted(path.name for path in ours.glob("*.safetensors"))
         assert shards == sorted(path.name for path in reference.glob("*.safetensors"))
-        for shard in shards:
-            found, expected = read_safetensors(ours / shard), read_safetensors(reference / shard)
-            assert found.keys() == expected.keys(), variant
-            assert not [name for name in found if found[name] != expected[name]], variant
-        assert (ours / "config.json").read_text().strip() == (reference / "config.json").read_text().strip(), variant
+        assert_same_tensors(ours, reference)
         index = "model.safetensors.index.json"
         if len(shards) > 1:
             made, wanted = (json.loads((folder / index).read_text()) for folder in (ours, reference))
             assert made["weight_map"] == wanted["weight_map"]
             assert made["metadata"]["total_size"] == wanted["metadata"]["total_size"]
         check_index(ours)
+
+
+def assert_same_tensors(ours: Path, reference: Path) -> None:
+    """Those of each shard, and config.json."""
+    for path in sorted(ours.glob("*.safetensors")):
+        found, expected = read_safetensors(path), read_safetensors(reference / path.name)
+        assert found.keys() == expected.keys(), ours.name
+        assert not [name for name in found if found[name] != expected[name]], ours.name
+    assert (ours / "config.json").read_text().strip() == (reference / "config.json").read_text().strip(), ours.name
+
+
+def test_ignored_modules_as_llm_compressor_leaves_them(pairs: Pairs, tmp_path: Path) -> None:
+    """--ignore of all kinds of formats: tensors and config.json; verify takes the list from the manifest."""
+    source = open_checkpoint(pairs.source("llama"))
+    plan = make_plan(source, parse_variants(IGNORING), ConversionOptions(ignore=LEFT_ALONE))
+    convert(plan, tmp_path, RunOptions(jobs=2))
+    for variant in IGNORING:
+        assert_same_tensors(tmp_path / f"llama-{RECIPES[variant].label}", pairs.reference("ignoring", variant))
+    assert any("--ignore re:.*nothing: means no linear layer" in note for note in plan.notes)
+    assert not any(result.problems for result in verify(tmp_path, source))
 
 
 def test_verify_compares_with_the_source(pairs: Pairs) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamquant.convert.options import ARGUMENTS, ConversionOptions, parse_options
+from streamquant.convert.options import ARGUMENTS, ConversionOptions, check_ignore, parse_options
 from streamquant.convert.recipes.container import GGUF, SAFETENSORS
 from streamquant.convert.recipes.imatrix import ImportanceMatrix, parse_imatrix
 from streamquant.convert.recipes.overrides import Overrides
+from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.files.json_record import JsonRecord
-from streamquant.quant.errors import StreamquantError
+from streamquant.quant.errors import StreamquantError, UsageError
 
 MATRIX = ImportanceMatrix("x.gguf", "ab" * 32, ("a.txt",), 7, {"a": np.ones(2, np.float32)}, (), ("attn_k",))
 EVERY = ConversionOptions(
@@ -25,6 +26,7 @@ EVERY = ConversionOptions(
     metadata={"general.author": "me"},
     imatrix=MATRIX,
     overrides=Overrides((("attn_v", "Q8_0"),), "Q6_K", "Q5_K", pure=True, leave_output_tensor=True),
+    ignore=("re:.*down_proj$", "lm_head"),
     guard_template=True,
 )
 """No option at its default: a new one is to be added here."""
@@ -55,6 +57,7 @@ def test_a_manifest_that_does_not_know_an_option_has_its_default() -> None:
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ConversionOptions)])
 def test_values_of_another_kind_are_refused(name: str) -> None:
     wrong: list[Any] = [["x"], 1.5, {"pure": "x"}] if name != "metadata" else [["x"], 1.5]
+    wrong = [["re:("], [3], "x", 1.5] if name == "ignore" else wrong
     for value in wrong:
         record = JsonRecord({name: value}, "m.json", "broken manifest")
         with pytest.raises(StreamquantError, match=rf"broken manifest\n  where:    m.json\.{name}"):
@@ -69,6 +72,21 @@ def test_every_argument_is_among_the_words_that_repeat_a_conversion() -> None:
     assert {word for word in words if word.startswith("--")} == flags
     assert not ConversionOptions().words(GGUF, None)
     assert not ConversionOptions().words(SAFETENSORS, None)
+
+
+@pytest.mark.parametrize(
+    ("ignore", "specs", "what"),
+    [
+        (["re:("], ["fp8-dynamic"], "pattern does not compile"),
+        (["Linear"], ["fp8-dynamic"], "not a module to leave alone"),
+        ([""], ["fp8-dynamic"], "not a module to leave alone"),
+        (["lm_head"], ["gguf:Q8_0", "bf16"], "--ignore without a variant that takes it"),
+    ],
+)
+def test_modules_that_cannot_be_left_alone(ignore: list[str], specs: list[str], what: str) -> None:
+    with pytest.raises(UsageError) as error:
+        check_ignore(ignore, parse_variants(specs))
+    assert error.value.what == what
 
 
 # docs/adding-an-option.md promises that an option is one file, and the file or two where it acts

@@ -15,9 +15,9 @@ from streamquant.convert.options import RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.overrides import Overrides
 from streamquant.convert.recipes.recipe import parse_variants
+from streamquant.convert.recipes.targets import Targets
 from streamquant.convert.source.checkpoint import open_checkpoint, read_checkpoint
 from streamquant.model.variants.compressed import CompressedVariant
-from streamquant.model.variants.targets import Targets
 from streamquant.quant.errors import UsageError
 from tests.attacks.harness import write_model
 
