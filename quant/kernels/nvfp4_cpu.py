@@ -12,11 +12,11 @@ lifecycle/forward.py)
 import numpy as np
 from numpy.typing import NDArray
 
-from streamquant.quant.kernels.bits import float_bits, helper, kernel
+from streamquant.quant.kernels.bits import bits_float, float_bits, helper, kernel
 from streamquant.quant.kernels.fp8_cpu import e4m3, e4m3_value
 from streamquant.quant.kernels.legacy_cpu import amax
 from streamquant.quant.kernels.rounding_cpu import F16, e2m1, rounded
-from streamquant.quant.kernels.vectors import load
+from streamquant.quant.kernels.vectors import fill, load, store
 
 GROUP = 16
 _EIGHTH = np.uint8(0x20)
@@ -45,23 +45,27 @@ def encode(
 ) -> int:
     """float32[r, n] -> E2M1 codes uint8[r, n], E4M3 scales uint8[r, n / 16]. Returns the first row with a weight whose
     value would be infinite, or -1."""
-    overflow, divisor = -1, np.empty(rows.shape[1], np.float32)
-    for i in range(rows.shape[0]):
-        row, to, most = rows[i], codes[i], np.float32(0.0)
-        for k in range(scales.shape[1]):
-            at = k * GROUP
-            some = load(row, at)
-            code = _local(amax(some, some), g, dtype)
-            scale = np.float32(e4m3_value(code) / g)
-            scales[i, k] = code
-            divisor[at : at + GROUP] = scale
-            most = max(most, scale)
-        for j in range(row.size):
-            to[j] = e2m1(np.float32(row[j] / divisor[j]))
-        if overflow < 0 and not np.isfinite(np.float32(most * np.float32(6.0))):
-            for j in range(row.size):
+    r, n = rows.shape
+    groups = scales.shape[1]
+    overflow, quotients = -1, np.empty(n, np.float32)
+    largest, divisors = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    for i in range(r):
+        row, to, stored, most = rows[i], codes[i], scales[i], np.uint32(0)
+        for k in range(groups):
+            some = load(row, k * GROUP)
+            largest[k] = amax(some, some)
+        for k in range(groups):
+            code = _local(largest[k], g, dtype)
+            stored[k], divisors[k] = code, np.float32(e4m3_value(code) / g)
+            most = max(most, float_bits(divisors[k]))  # positive floats order like their bits
+        for k in range(groups):
+            store(quotients, k * GROUP, load(row, k * GROUP) / fill(divisors[k]))
+        for j in range(n):
+            to[j] = e2m1(quotients[j])
+        if overflow < 0 and not np.isfinite(np.float32(bits_float(most) * np.float32(6.0))):
+            for j in range(n):
                 # what becomes 6; 4 times the largest scale is finite
-                is_six = np.float32(abs(row[j]) / divisor[j]) > np.float32(5.0)
-                if is_six and not np.isfinite(np.float32(np.float32(6.0) * divisor[j])):
+                value = np.float32(np.float32(6.0) * divisors[j // GROUP])
+                if np.float32(abs(quotients[j])) > np.float32(5.0) and not np.isfinite(value):
                     overflow = i
     return overflow
