@@ -13,8 +13,8 @@ _PTQ = """
 import sys
 from llmcompressor import model_free_ptq
 model_free_ptq(
-    model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="FP8_DYNAMIC",
-    ignore=["lm_head", "model.embed_tokens", *sys.argv[4:]], max_workers=int(sys.argv[3]), device="cpu",
+    model_stub=sys.argv[1], save_directory=sys.argv[2], scheme=sys.argv[4],
+    ignore=["lm_head", "model.embed_tokens", *sys.argv[5:]], max_workers=int(sys.argv[3]), device="cpu",
 )
 """
 # SHA-256 by OpenSSL, a thread per core: coreutils' sha256sum does not use the CPU's SHA instructions.
@@ -45,10 +45,15 @@ def first_run(name: str, source: Path, variants: list[str], out: Path, cache: Pa
 
 
 def llm_compressor(
-    name: str, source: Path, out: Path, repeats: int | None = None, ignore: tuple[str, ...] = ()
+    name: str,
+    source: Path,
+    out: Path,
+    repeats: int | None = None,
+    ignore: tuple[str, ...] = (),
+    scheme: str = "FP8_DYNAMIC",
 ) -> Contender:
     """llm-compressor's streaming path, with a worker per core (its default is one)."""
-    command = [sys.executable, "-c", _PTQ, str(source), str(out), str(CORES), *ignore]
+    command = [sys.executable, "-c", _PTQ, str(source), str(out), str(CORES), scheme, *ignore]
     return Contender(name, command, [out], repeats=repeats)
 
 

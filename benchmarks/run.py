@@ -12,13 +12,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import conversions, encoders, hub, memory, mixes, mixtures, validation
+from benchmarks import conversions, encoders, hub, memory, mixes, mixtures, schemes, validation
 from benchmarks.conversions import Setting
 from benchmarks.page import Section, Target, page
 from tests.peers import ROOT
 
 BENCHMARKS = {
     "fp8": conversions.fp8,
+    "schemes": schemes.schemes,
     "gguf": conversions.gguf,
     "q4_k_m": mixes.q4_k_m,
     "ladder": mixes.ladder,
