@@ -13,6 +13,7 @@ from streamquant.convert.architectures.config_values import describe_type, short
 from streamquant.convert.architectures.description import ExtraTensor, ModelDescription, TensorRule
 from streamquant.convert.architectures.families.deepseek.deepseek_v3 import DEEPSEEK_V3, GLM4_MOE_LITE
 from streamquant.convert.architectures.families.dots1 import DOTS1
+from streamquant.convert.architectures.families.exaone4 import EXAONE4, EXAONE4_WINDOW
 from streamquant.convert.architectures.families.gemma3 import GEMMA3, GEMMA3_VL
 from streamquant.convert.architectures.families.glm4_moe import GLM4_MOE
 from streamquant.convert.architectures.families.gpt_oss import GPT_OSS
@@ -63,7 +64,7 @@ FAMILIES = (
     *(MISTRAL3, MINISTRAL3_VL, MINISTRAL3, SMOLLM3, OLMO3, OLMO2, GEMMA3, GEMMA3_VL),
     *(DEEPSEEK_V3, GLM4_MOE_LITE),
     *(*GRANITE_HYBRID, GRANITE, GRANITE_MOE_SHARED, GRANITE_MOE),
-    *(LFM2, LFM2_MOE),
+    *(LFM2, LFM2_MOE, EXAONE4_WINDOW, EXAONE4),
 )
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
     {name: next(f for f in FAMILIES if f.hf_architecture == name) for name in (f.hf_architecture for f in FAMILIES)}

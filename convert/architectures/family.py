@@ -139,7 +139,8 @@ class LlamaCpp:
     hidden_size / heads in a model of so many layers. counts_experts: the converter writes how many experts there are
     where there are none. needed are the booleans of config.json without whose biases llama.cpp ends,
     needed_layers tags of which it wants a layer. reads_sliding_theta: whether the loader rotates layers with a window
-    by a theta of their own (Family.sliding_theta).
+    by a theta of their own (Family.sliding_theta). window_layers: the one number of layers with which it attends to
+    windows.
     """
 
     arch: gguf.MODEL_ARCH
@@ -159,6 +160,7 @@ class LlamaCpp:
     alike: tuple[str, str] | None = None
     counts_experts: bool = False
     needed: tuple[str, ...] = ()
+    window_layers: int | None = None
     needed_layers: tuple[str, ...] = ()
     reads_sliding_theta: bool = True
 

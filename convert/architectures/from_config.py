@@ -411,6 +411,12 @@ def window_notes(family: Family, window: int | None, sizes: Dimensions) -> Itera
             f"sliding_window = {window} is not carried over: llama.cpp has no key for it in arch "
             f"{family.gguf_arch!r} and attends to the whole context"
         )
+    if family.llama_cpp.window_layers not in (None, sizes.layers):
+        yield (
+            f"WARNING: sliding_window = {window}: in arch {family.gguf_arch!r} llama.cpp knows windows in models of"
+            f" {family.llama_cpp.window_layers} layers alone, and this has {sizes.layers}; the GGUF will answer"
+            " differently"
+        )
 
 
 def unread_notes(family: Family, config: ConfigValues) -> Iterator[str]:

@@ -364,6 +364,8 @@ def read_layer_types(family: Family, keys: Keys, layers: int) -> dict[str, list[
         if not isinstance(kinds, ListedTypes):
             continue
         spelled = {tag: name for name, tag in reversed(list(kinds.types.items()))}
+        if len(spelled) == 1:
+            found[kinds.key] = [*spelled.values()] * layers
         for row in family.llama_cpp.keys:
             tags = set(row.value.by_tag) & spelled.keys() if isinstance(row.value, PerLayer) else set()
             values = keys.metadata.get(row.name.format(arch=keys.arch))

@@ -166,9 +166,30 @@ LFM2: Mapping[str, Case] = {
         }
     ),
 }
+EXAONE4: Mapping[str, Case] = {
+    "exaone4": Case(
+        {
+            **{"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 3},
+            "rope_parameters": {
+                **{"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0},
+                **{"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+            },
+            "tie_word_embeddings": True,
+        }
+    ),
+    # llama.cpp knows windows in models of 64 layers.
+    "exaone4-window": Case(
+        {
+            **{"model_type": "exaone4", "sliding_window": 24, "num_hidden_layers": 64, "intermediate_size": 64},
+            **{"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
+            "rope_parameters": THETA,
+        }
+    ),
+}
 CASES: Mapping[str, Case] = {
     **GRANITE,
     **LFM2,
+    **EXAONE4,
     "ministral3": Case({**MINISTRAL, "num_attention_heads": 3, "num_key_value_heads": 1}),
     "ministral3-wrapped": Case(
         {
@@ -410,6 +431,9 @@ def changed(source: Path, folder: Path, **values: Any) -> Path:
         ("lfm2", {"block_auto_adjust_ff_dim": True}, "shape does not fit"),
         ("lfm2", {"tie_embedding": False}, "layers of another kind"),
         ("lfm2-moe", {"num_dense_layers": 4}, "out of range"),
+        ("exaone4", {"layer_types": ["full_attention"] * 4}, "a list of 4 layers in a model of 3"),
+        ("exaone4", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "unknown type"),
+        ("exaone4-window", {"layer_types": ..., "sliding_window_pattern": "LLLG"}, "a string where an integer"),
         ("lfm2-moe", {"use_expert_bias": False}, "layers of another kind"),
     ],
 )
@@ -645,3 +669,13 @@ def test_short_convolutions_stay_as_they_are_in_fp8(sources: dict[str, Path], co
     assert made["model.layers.2.feed_forward.experts.4.w3.weight"].dtype == torch.float8_e4m3fn
     ignored = json.loads((converted / "lfm2-moe-FP8-dynamic" / "config.json").read_text())
     assert r"re:.*\.conv\.(in_proj|out_proj|conv)$" in ignored["quantization_config"]["ignore"]
+
+
+# --- EXAONE 4 -------------------------------------------------------------------------------------------------------
+
+
+def test_windows_that_llama_cpp_does_not_know_are_a_warning(sources: dict[str, Path]) -> None:
+    config = json.loads((sources["exaone4-window"] / "config.json").read_text())
+    fewer = {**config, "num_hidden_layers": 8, "layer_types": config["layer_types"][:8]}
+    warned = [any("models of 64 layers alone" in note for note in describe(given).notes) for given in (config, fewer)]
+    assert warned == [False, True]
