@@ -27,7 +27,7 @@ from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.model.forward import Setting, all_logits
 from streamquant.model.variants.open import open_variant
 from streamquant.quant.errors import StreamquantError
-from tests.conftest import Shelf
+from tests.conftest import TINY_PRE, Shelf
 from tests.family_checks import (
     LARGEST_DIVERGENCE,
     OPTIONS,
@@ -37,6 +37,7 @@ from tests.family_checks import (
     check_importance,
     check_loads_in_transformers,
     check_verifies,
+    convert_case,
     divergence,
     gguf_logits,
     gguf_of,
@@ -48,9 +49,10 @@ from tests.family_checks import (
     resident_logits,
     some_tokens,
 )
-from tests.gguf_peer import OutType, differences, read_gguf, requires_newest_converter
+from tests.gguf_peer import Job, OutType, convert_many, differences, read_gguf, requires_newest_converter
 from tests.gpu import HAS_TRITON, caller, convert_on_device
 from tests.peers import requires_llama_cpp
+from tests.quantized_sources import quantize
 from tests.tokenizer_folders import edit
 
 pytestmark = [pytest.mark.xdist_group("qwen3_5"), pytest.mark.timeout(600)]
@@ -225,6 +227,26 @@ def test_fp8_has_an_expert_in_each_tensor_and_leaves_small_matrices_alone(source
     mtp = [name for name, _ in tensors_of(converted / "moe-fused-FP8-dynamic") if name.startswith("mtp.")]
     assert "mtp.layers.0.mlp.experts.4.down_proj.weight" in mtp
     assert not any(name.endswith("_scale") for name in mtp)
+
+
+def is_published_in_fp8(name: str) -> bool:
+    """Of Qwen's own FP8 checkpoints: what makes decay and step stays, and layers for multi-token prediction."""
+    is_matrix = name.endswith(("_proj.weight", "in_proj_qkvz.weight", "in_proj_qkv.weight", "in_proj_z.weight"))
+    return is_matrix and not name.startswith("mtp.")
+
+
+@requires_newest_converter
+@pytest.mark.parametrize("settings", [{**MOE, "is_fused": False}, NEXT], ids=["moe", "next"])
+def test_published_fp8_of_linear_attention(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Blocks of 128 rows and columns, over heads that change places or go into two tensors."""
+    more = {"hidden_size": 256, "linear_key_head_dim": 48, "linear_value_head_dim": 48, "mtp": "config"}
+    source = quantize(write_model(tmp_path / "Model", {**settings, **more}), chosen=is_published_in_fp8)
+    convert_case(source, tmp_path, ["gguf:BF16,Q8_0"])
+    jobs = [Job(str(source), kind, str(tmp_path / f"{kind}.gguf"), TINY_PRE, newest=True) for kind in OUTTYPES[1:]]
+    convert_many(jobs)
+    for kind in OUTTYPES[1:]:
+        assert differences(gguf_of(tmp_path, "Model", kind.upper()), tmp_path / f"{kind}.gguf") == []
+    check_verifies(tmp_path / "Model-GGUF", source)
 
 
 def test_a_layer_that_was_lost_is_said(sources: Path) -> None:
