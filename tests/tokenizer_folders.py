@@ -1,5 +1,6 @@
 """Makers of checkpoint folders without weights: one a kind of tokenizer, small enough to be read in no time."""
 
+import base64
 import json
 import pathlib
 from collections.abc import Callable
@@ -53,6 +54,63 @@ def write_config(folder: pathlib.Path, arch: str, vocab_size: int, **more: Any) 
     name, kind = CLASSES[arch]
     config = {"architectures": [name], "model_type": kind, "vocab_size": vocab_size, **CONFIG, **more}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+TIKTOKEN = (
+    *(b"th", b"the", b" the", b"in", b"ing", b"  ", b"    ", "\u6771".encode()[:2], "\u6771".encode(), b"is"),
+    *(b"qqq", b"'s"),
+)
+"""Tokens of more than a byte, in the order of their ranks; merges of the others do not reach the last but one."""
+KIMI_NAMES = {
+    **{
+        0: "[BOS]",
+        1: "[EOS]",
+        2: "<|im_end|>",
+        3: "<|im_user|>",
+        4: "<|im_assistant|>",
+        9: "[EOT]",
+        10: "<|im_system|>",
+    },
+    **{17: "<|im_middle|>", 20: "<think>"},
+}
+"""Special tokens, by their place behind the ranks."""
+KIMI_CODE = """
+class TikTokenTokenizer(PreTrainedTokenizer):
+    pat_str = "|".join(
+        [
+            r\"\"\"[\\p{Han}]+\"\"\",
+            r\"\"\"[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?\"\"\",
+            r\"\"\"[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?\"\"\",
+            r\"\"\"\\p{N}{1,3}\"\"\",
+            r\"\"\" ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*\"\"\",
+            r\"\"\"\\s*[\\r\\n]+\"\"\",
+            r\"\"\"\\s+(?!\\S)\"\"\",
+            r\"\"\"\\s+\"\"\",
+        ]
+    )
+
+raise SystemExit("this code is not to be run")
+"""
+"""What is read of the code of Kimi's tokenizer."""
+
+
+def write_tiktoken(folder: pathlib.Path, **more: object) -> pathlib.Path:
+    """The tokenizer files of Kimi with 268 ranks; `more` are keys of tokenizer_config.json."""
+    tokens = [*(bytes([byte]) for byte in range(256)), *TIKTOKEN]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    (folder / "tiktoken.model").write_bytes(b"".join(lines))
+    (folder / "tokenization_kimi.py").write_text(KIMI_CODE)
+    named = {
+        str(len(tokens) + place): {"content": text, "special": text != "<think>"} for place, text in KIMI_NAMES.items()
+    }
+    settings = {
+        **{"added_tokens_decoder": named, "bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": None},
+        **{"tokenizer_class": "TikTokenTokenizer", "additional_special_tokens": ["<|im_end|>", "[EOT]"]},
+        "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
+        "chat_template": "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **more}))
+    return folder
 
 
 def byte_level(

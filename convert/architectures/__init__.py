@@ -3,7 +3,7 @@
 All that is known of a family is in its file (family.py has the records); FAMILIES below lists them.
 
 >>> sorted(ARCHITECTURES)[:2]
-['DeepseekV3ForCausalLM', 'Dots1ForCausalLM']
+['DeepseekV2ForCausalLM', 'DeepseekV3ForCausalLM']
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,9 @@ from types import MappingProxyType
 
 from streamquant.convert.architectures.config_values import describe_type, shorten
 from streamquant.convert.architectures.description import ExtraTensor, ModelDescription, TensorRule
+from streamquant.convert.architectures.families.deepseek.deepseek_v2 import DEEPSEEK_V2
 from streamquant.convert.architectures.families.deepseek.deepseek_v3 import DEEPSEEK_V3, GLM4_MOE_LITE
+from streamquant.convert.architectures.families.deepseek.kimi_k2 import KIMI_K2, KIMI_K25, KIMI_K25_DEEPSEEK
 from streamquant.convert.architectures.families.dots1 import DOTS1
 from streamquant.convert.architectures.families.exaone4 import EXAONE4, EXAONE4_WINDOW
 from streamquant.convert.architectures.families.gemma3 import GEMMA3, GEMMA3_VL
@@ -62,7 +64,7 @@ FAMILIES = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, QWEN3_5_VL, QWEN3_5_MOE_VL),
     *(SEED_OSS, GPT_OSS, MINIMAX_M2, GLM4_MOE, QWEN2_MOE, DOTS1, OLMOE),
     *(MISTRAL3, MINISTRAL3_VL, MINISTRAL3, SMOLLM3, OLMO3, OLMO2, GEMMA3, GEMMA3_VL),
-    *(DEEPSEEK_V3, GLM4_MOE_LITE),
+    *(DEEPSEEK_V3, KIMI_K2, KIMI_K25, KIMI_K25_DEEPSEEK, GLM4_MOE_LITE, DEEPSEEK_V2),
     *(*GRANITE_HYBRID, GRANITE, GRANITE_MOE_SHARED, GRANITE_MOE),
     *(LFM2, LFM2_MOE, EXAONE4_WINDOW, EXAONE4),
 )

@@ -118,6 +118,8 @@ class VocabularyRules:
     no_bos: frozenset[int] = frozenset()
     fill_in_the_middle: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     special: Mapping[str, str] = field(default_factory=dict)
+    tiktoken: bool = False
+    """Whether the vocabulary may be a tiktoken.model, without tokenizer.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +135,15 @@ class LlamaCpp:
     pooling says whether the converter writes and the loader reads how an embedding model pools.
     steps: tag of layers -> the loader takes every so many-th for one of them, whatever config.json says.
     yarn_keys: further numbers of yarn, which is then the only rope if it is not optional, with the one value that each
-    may have, None: any; the loader reads all numbers of yarn. known_by is the key that a GGUF of the family has and
-    others of its architecture have not. alike: two sizes in config.json of which the loader reads the first for both.
-    query_scalar: the key of the number whose root divides the scores, which the loader takes to be head_dim, or
-    hidden_size / heads in a model of so many layers. counts_experts: the converter writes how many experts there are
-    where there are none. needed are the booleans of config.json without whose biases llama.cpp ends,
-    needed_layers tags of which it wants a layer. reads_sliding_theta: whether the loader rotates layers with a window
-    by a theta of their own (Family.sliding_theta). window_layers: the one number of layers with which it attends to
-    windows.
+    may have, None: any. reads_yarn_bounds: the loader reads beta_fast and beta_slow, else it takes 32 and 1.
+    known_by is the key, or key and value, that a GGUF of the family has and others of its architecture have not.
+    grouped: the key that says how experts are chosen, its value where they are in groups, and without. alike: two
+    sizes in config.json of which the loader reads the first for both. query_scalar: the key of the number whose
+    root divides the scores, which the loader takes to be head_dim, or hidden_size / heads in a model of so many
+    layers. counts_experts: the converter writes how many experts there are where there are none. needed are the
+    booleans of config.json without whose biases llama.cpp ends, needed_layers tags of which it wants a layer.
+    reads_sliding_theta: whether the loader rotates layers with a window by a theta of their own
+    (Family.sliding_theta). window_layers: the one number of layers with which it attends to windows.
     """
 
     arch: gguf.MODEL_ARCH
@@ -155,7 +158,9 @@ class LlamaCpp:
     steps: Mapping[str, int] = field(default_factory=dict)
     yarn_keys: Mapping[str, float | None] = field(default_factory=dict)
     yarn_is_optional: bool = False
-    known_by: str | None = None
+    reads_yarn_bounds: bool = False
+    known_by: tuple[str, int | None] | None = None
+    grouped: tuple[str, str, str] | None = None
     query_scalar: tuple[str, int] | None = None
     alike: tuple[str, str] | None = None
     counts_experts: bool = False
@@ -288,6 +293,8 @@ class Family:
     epsilon: str = "rms_norm_eps"
     final_norm: str = "model.norm"
     feed_forward: Callable[[ConfigValues], int] | None = None
+    in_transformers: str | None = None
+    """The model type that transformers has for it, where it is another."""
 
     @property
     def gguf_arch(self) -> str:

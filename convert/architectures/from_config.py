@@ -29,6 +29,7 @@ from streamquant.convert.architectures.gguf_names import gguf_name
 from streamquant.convert.architectures.layers import MTP, Switch
 from streamquant.convert.architectures.rope import (
     ROPE_FREQS,
+    YARN_BOUNDS,
     YARN_TOLERANCE,
     RopeSettings,
     llama3_rope_freqs,
@@ -161,6 +162,7 @@ def describe_model(family: Family, values: Mapping[str, object]) -> ModelDescrip
     notes += [*refused_notes(family, config, sizes, tags), *step_notes(family, tags)]
     notes += [*latent_notes(family, config, sizes), *left_out_notes(family, sizes)]
     notes += [*query_scalar_notes(family, config, sizes), *sliding_theta_notes(family, rope), *yarn_notes(family, rope)]
+    notes += group_notes(family, config)
     if tied:
         notes.append("tie_word_embeddings: no output.weight unless the checkpoint has lm_head.weight")
     return ModelDescription(
@@ -484,15 +486,27 @@ def sliding_theta_notes(family: Family, rope: RopeSettings) -> Iterator[str]:
 
 def yarn_notes(family: Family, rope: RopeSettings) -> Iterator[str]:
     """A warning where llama.cpp computes with other numbers of yarn, but for what transformers does not know either."""
-    if rope.rope_type != "yarn" or family.llama_cpp.yarn_keys:
+    if rope.rope_type != "yarn":
         return
+    known = {"extrapolation_factor", *(YARN_BOUNDS if family.llama_cpp.reads_yarn_bounds else ())}
+    known |= {"attention_factor"} if family.llama_cpp.yarn_keys else set()
     for key, taken in taken_by_yarn(rope.numbers["factor"]).items():
         own = rope.numbers.get(key, taken)
-        if key != "extrapolation_factor" and not math.isclose(own, taken, rel_tol=YARN_TOLERANCE):
+        if key not in known and not math.isclose(own, taken, rel_tol=YARN_TOLERANCE):
             yield (
                 f"WARNING: {key} = {own:g}: llama.cpp does not read it in arch {family.gguf_arch!r} and computes with"
                 f" {taken:g}; the GGUF will answer differently"
             )
+
+
+def group_notes(family: Family, config: ConfigValues) -> Iterator[str]:
+    """A warning where llama.cpp chooses groups of experts otherwise (build_moe_ffn of src/llama-graph.cpp)."""
+    if family.llama_cpp.grouped is not None and config.has_value("n_group") and config.integer("n_group") > 1:
+        key = family.llama_cpp.grouped[0]
+        yield (
+            f"WARNING: {key} = {config.text(key)}, n_group = {config.integer('n_group')}: llama.cpp takes the groups"
+            " whose two best experts have the highest scores together; the GGUF will answer differently"
+        )
 
 
 def step_notes(family: Family, tags: Sequence[frozenset[str]]) -> Iterator[str]:
@@ -507,14 +521,16 @@ def step_notes(family: Family, tags: Sequence[frozenset[str]]) -> Iterator[str]:
 
 
 def latent_notes(family: Family, config: ConfigValues, sizes: Dimensions) -> Iterator[str]:
-    """A warning where llama.cpp wants queries that are made of a latent vector: it knows the models without by their
+    """A warning where llama.cpp takes queries for made of a latent vector, or not: it knows the models without by their
     layers (load_arch_hparams of src/models/deepseek2.cpp; seen with llama.cpp 11434)."""
-    if family.latent is None or config.has_value(family.latent.query_rank):
+    if family.latent is None:
         return
-    if sizes.blocks not in (26, 27) and (sizes.blocks, sizes.vocabulary) != (48, 128256):
+    key, has_rank = family.latent.query_rank, config.has_value(family.latent.query_rank)
+    is_lite = sizes.blocks in (26, 27) or (sizes.blocks, sizes.vocabulary) == (48, 128256)
+    if is_lite is has_rank:
         yield (
-            f"WARNING: {family.latent.query_rank} = null: llama.cpp will refuse to load the GGUF: in arch"
-            f" {family.gguf_arch!r} it knows such models with 26 or 27 layers alone"
+            f"WARNING: {key} = {config.raw(key) if has_rank else 'null'}: llama.cpp will refuse to load the GGUF: in"
+            f" arch {family.gguf_arch!r} it takes models with 26 or 27 layers, and no others, for those without"
         )
 
 
@@ -555,8 +571,8 @@ def make_rules(
             shape = tuple(sizes.size(name) for name in tensor.shape)
             is_mtp = MTP in own
             if EXPERT_NUMBER in tensor.suffix:
-                rules = expert_rules(names, number, tensor, shape, sizes.experts)
-                yield from (replace(rule, is_mtp=is_mtp) for rule in rules)
+                stacked = stacked_rule(names, number, tensor, shape)
+                yield from expert_rules(replace(stacked, is_mtp=is_mtp), tensor, sizes.experts)
             else:
                 may_be_zero = tensor.when is not None and tensor.kind is TensorKind.BIAS
                 required = not (tensor.optional or may_be_zero)
@@ -612,19 +628,22 @@ def with_view(rule: TensorRule, view: TensorView | None) -> TensorRule:
     return replace(rule, view=view)
 
 
-def expert_rules(
-    names: gguf.TensorNameMap, layer: int, tensor: LayerTensor, shape: tuple[int, ...], count: int
-) -> Iterator[TensorRule]:
-    """The rules of one projection of all experts of a layer: llama.cpp stacks them in one tensor."""
+def stacked_rule(names: gguf.TensorNameMap, layer: int, tensor: LayerTensor, shape: tuple[int, ...]) -> TensorRule:
+    """The rule of one projection of all experts of a layer, which llama.cpp stacks in one tensor."""
     name = f"model.layers.{layer}.{tensor.suffix}"
-    stacked = make_rule(names, name.replace(f"{EXPERT_NUMBER}.", ""), tensor.kind, shape)
+    return replace(make_rule(names, name.replace(f"{EXPERT_NUMBER}.", ""), tensor.kind, shape), layer=layer)
+
+
+def expert_rules(stacked: TensorRule, tensor: LayerTensor, count: int) -> Iterator[TensorRule]:
+    """The rules of its experts. (Made one by one, without dataclasses.replace: large models have 70,000.)"""
+    common = stacked.gguf_name, stacked.kind, stacked.shape, stacked.view, stacked.required
+    name = f"model.layers.{stacked.layer}.{tensor.suffix}"
     for expert in range(count):
-        slot = ExpertSlot(expert, count)
+        hf_name, slot = name.replace(EXPERT_NUMBER, str(expert)), ExpertSlot(expert, count)
         merged = None
         if tensor.merged is not None:
-            merged = f"model.layers.{layer}.{tensor.merged}".replace(EXPERT_NUMBER, str(expert))
-        hf_name = name.replace(EXPERT_NUMBER, str(expert))
-        yield replace(stacked, hf_name=hf_name, expert=slot, layer=layer, merged=merged)
+            merged = f"model.layers.{stacked.layer}.{tensor.merged}".replace(EXPERT_NUMBER, str(expert))
+        yield TensorRule(hf_name, *common, slot, stacked.layer, stacked.is_mtp, merged)
 
 
 def make_rule(

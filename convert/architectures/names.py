@@ -15,6 +15,7 @@ _TOOLS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _PARENT = "language_model."
 _IN_FRONT = re.compile(r"(?:module\.|base_model\.model\.)+")
 _BODY = re.compile(r"(?:embed_tokens|layers|norm|embedding_norm)\.")
+_WRAPPERS = {wrapper: re.compile(rf"(?<![^.]){re.escape(wrapper)}") for wrapper in (*_TOOLS, _PARENT)}
 _TWICE = re.compile(r"model\.(?=(?:model|lm_head)\.)")
 
 
@@ -30,7 +31,12 @@ def model_name(stored: str) -> str:
     >>> model_name("embed_tokens.weight"), model_name("base_model.model.lm_head.weight")
     ('model.embed_tokens.weight', 'lm_head.weight')
     """
-    name = _without(published_name(stored), _PARENT)
+    return of_published(published_name(stored))
+
+
+def of_published(published: str) -> str:
+    """The same by the name that a published checkpoint has."""
+    name = _without(published, _PARENT)
     name = _TWICE.sub("", name) if _TWICE.match(name) else name
     return f"model.{name}" if _BODY.match(name) else name
 
@@ -50,7 +56,7 @@ def published_name(stored: str) -> str:
 def _without(name: str, wrapper: str) -> str:
     if wrapper not in name:
         return name  # as nearly always: a mixture of experts has a hundred thousand names
-    return re.sub(rf"(?<![^.]){re.escape(wrapper)}", "", name)
+    return _WRAPPERS[wrapper].sub("", name)
 
 
 def renaming_note(stored: Iterable[str], *, is_multimodal: bool = False) -> str | None:

@@ -121,6 +121,10 @@ def read_rope(
     return RopeSettings(rope_type, theta, numbers, context, tuple(notes), read_sections(settings, notes), share)
 
 
+YARN_BOUNDS = frozenset({"beta_fast", "beta_slow"})
+"""Numbers of yarn that the loaders of some architectures read (LlamaCpp.reads_yarn_bounds)."""
+
+
 def taken_by_yarn(factor: float) -> dict[str, float]:
     """The numbers of yarn with which llama.cpp computes for architectures whose loader does not read them, and
     transformers where config.json does not say: cos and sin grow with the factor (ggml_rope_yarn of ggml's ops.cpp).

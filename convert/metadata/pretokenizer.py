@@ -76,6 +76,37 @@ _DEEPSEEK3 = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     BYTES,
 )
+_CASED_LETTERS = (
+    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
+    "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-"
+    "\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-"
+    "\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d"
+    "\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-"
+    "\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-"
+    "\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-"
+    "\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-"
+    "\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-"
+    "\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
+)
+_DEEPSEEK_LLM = (
+    r"split [\r\n]",
+    rf"split \s?[{_CASED_LETTERS}]+",
+    "split \\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+    r"split \s+$",
+    "split [\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+    r"split \p{N}",
+    BYTES,
+)
+_UPPER_NO_HAN, _LOWER_NO_HAN = (letters.removesuffix("]") + r"&&[^\p{Han}]]" for letters in (_UPPER, _LOWER))
+KIMI = "|".join(
+    (
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER_NO_HAN}*{_LOWER_NO_HAN}+{_CONTRACTIONS}?",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER_NO_HAN}+{_LOWER_NO_HAN}*{_CONTRACTIONS}?",
+        *(r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"),
+    )
+)
+"""The regex of Kimi K2, in the code of its tokenizer (tokenization_kimi.py)."""
 _DIGIT_THEN_GPT2 = (r"split \p{N}", f"split {_GPT2}", BYTES)
 
 # Source: ggml-org/llama.cpp src/llama-vocab.cpp at commit 00ad355e, the regex_exprs of each pre type (the first switch)
@@ -98,6 +129,8 @@ GROUPS = (
     Group("seed-coder", ("seed-coder",), (_split(_SEED),)),
     Group("tekken", ("tekken",), (_split(_TEKKEN),), ignore_merges=True, adds_bos=True),
     Group("gpt-4o", ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), (_split(_GPT4O),), merges_either=True),
+    Group("deepseek-llm", ("deepseek-llm",), (_DEEPSEEK_LLM,)),
+    Group("kimi-k2", ("kimi-k2",), (_split(KIMI),), merges_either=True),
     Group("deepseek-v3", ("deepseek-v3", "joyai-llm"), (_DEEPSEEK3,)),
     Group(
         "smollm",
@@ -117,9 +150,9 @@ GROUPS = (
 
 # The names that llama.cpp accepts and that are in no group above (same source, function load).
 OTHER_NAMES = frozenset(
-    "afmoe bailingmoe bailingmoe2 bloom chameleon cohere2moe deepseek-coder deepseek-llm default "  # noqa: SIM905
+    "afmoe bailingmoe bailingmoe2 bloom chameleon cohere2moe deepseek-coder default "  # noqa: SIM905
     "exaone-moe falcon gemma4 gpt3-finnish granite-embed-multi-311m granite-embed-multi-97m hunyuan-dense hy_v4 jais-2 "
-    "kimi-k2 laguna llada-moe minicpm5 poro-chat sarvam-moe spark2_5 superbpe tiny_aya ufakzeka viking "
+    "laguna llada-moe minicpm5 poro-chat sarvam-moe spark2_5 superbpe tiny_aya ufakzeka viking "
     "whitespace youtu".split()
 )
 KNOWN_NAMES = OTHER_NAMES.union(*(group.names for group in GROUPS))
@@ -140,6 +173,8 @@ HASHES = {
     "63b97e4253352e6f357cc59ea5b583e3a680eaeaf2632188c2b952de2588485e": "tekken",
     "ccc2ef013c104be7bae2965776d611e1d7a8a2a9c547dd93a682c9a9fc80352e": "gpt-4o",
     "d353350c764d8c3b39c763113960e4fb4919bea5fbf208a0e3b22e8469dc7406": "llama4",
+    "049ecf7629871e3041641907f3de7c733e4dbfdc736f57d882ba0b0845599754": "deepseek-llm",
+    "81212dc7cdb7e0c1074ca62c5aeab0d43c9f52b8a737be7b12a777c953027890": "kimi-k2",
     # With and without BOS, by the version of transformers; llama.cpp calls the other one joyai-llm.
     "877081d19cf6996e2c4ff0e1236341e9b7bde288f5311a56a937f0afbbb3aeb5": "deepseek-v3",
     "b4b8ca1f9769494fbd956ebc4c249de6131fb277a4a3345a7a92c7dd7a55808d": "deepseek-v3",

@@ -73,7 +73,7 @@ def read_vocabulary(
 ) -> Vocabulary:
     """Read the tokenizer of a checkpoint folder and return it as GGUF metadata.
 
-    folder      holds tokenizer.json or tokenizer.model, tokenizer_config.json, config.json, chat templates
+    folder      holds tokenizer.json (tokenizer.model, tiktoken.model), tokenizer_config.json, config.json, templates
     rules       what the converter does about the tokenizers of the model's family
     vocab_size  rows of the embedding: the number of tokens written
     pre         the name for tokenizer.ggml.pre, instead of the detected one
@@ -84,7 +84,7 @@ def read_vocabulary(
 
     Raises StreamquantError if a file is missing, malformed or of an unknown kind, UsageError on a wrong `pre`.
     """
-    files = read_files(folder, vocab_size=vocab_size)
+    files = read_files(folder, vocab_size=vocab_size, tiktoken=rules.tiktoken)
     _refuse_unreadable(files)
     notes = list(files.notes)
     if files.config.get("auto_map"):

@@ -1,5 +1,6 @@
 """The tokenizer files of a checkpoint folder, read and checked once, so that what follows can rely on their types."""
 
+import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from streamquant.convert.metadata.tiktoken import FILE as TIKTOKEN
+from streamquant.convert.metadata.tiktoken import loadable, read_tiktoken
 from streamquant.files.strict_json import read_json_object
 from streamquant.quant.errors import StreamquantError
 
@@ -19,7 +22,7 @@ class TokenizerFiles:
     """What the folder says about its tokenizer.
 
     folder      where it was read from
-    tokenizer   tokenizer.json, parsed; None if there is none
+    tokenizer   tokenizer.json, parsed, or what a tiktoken.model stands for; None if there is neither
     backend     the same, loaded by the library tokenizers, with the tokens that transformers would add; None likewise
     config      tokenizer_config.json; {} if there is none
     model       config.json; {} if there is none
@@ -53,11 +56,12 @@ def require(value: object, kinds: type | tuple[type, ...], where: str) -> None:
         raise StreamquantError("wrong type", where=where, found=f"{type(value).__name__} {value!r:.80}", required=names)
 
 
-def read_files(folder: pathlib.Path, *, vocab_size: int) -> TokenizerFiles:
+def read_files(folder: pathlib.Path, *, vocab_size: int, tiktoken: bool = False) -> TokenizerFiles:
     """Read and check the files of a folder that say something of its tokenizer: tokenizer.json, tokenizer_config.json,
     special_tokens_map.json, config.json and generation_config.json.
 
     vocab_size  rows of the embedding; every id must be below it
+    tiktoken    whether a tiktoken.model is read where there is no tokenizer.json
 
     Raises StreamquantError on broken JSON, wrong types, ids out of range, or files that contradict each other.
     """
@@ -70,10 +74,12 @@ def read_files(folder: pathlib.Path, *, vocab_size: int) -> TokenizerFiles:
     _check_config(older, folder / "special_tokens_map.json")
     named = tuple(dict.fromkeys([*_named(config), *_named(older)]))
     special = _special_texts(config) | _special_texts(older)
-    tokenizer = read_json(folder / "tokenizer.json") or None
+    tokenizer, path = read_json(folder / "tokenizer.json") or None, folder / "tokenizer.json"
+    if tokenizer is None and tiktoken and (folder / TIKTOKEN).is_file():
+        tokenizer, path = read_tiktoken(folder, config, vocab_size), folder / TIKTOKEN
     if tokenizer is None:
         return TokenizerFiles(folder, None, None, config, model, generation, special, named, ())
-    backend = _load(folder / "tokenizer.json", tokenizer)
+    backend = _load(path, tokenizer)
     notes = _add_tokens(backend, config, named, folder)
     _check_ids(backend, vocab_size, folder)
     return TokenizerFiles(folder, tokenizer, backend, config, model, generation, special, named, notes)
@@ -153,7 +159,8 @@ def _special_texts(config: Mapping[str, Any]) -> dict[str, str]:
 def _load(path: pathlib.Path, tokenizer: Mapping[str, Any]) -> Tokenizer:
     _check_vocab(path, tokenizer)
     try:
-        backend = Tokenizer.from_file(str(path))
+        is_file = path.name == "tokenizer.json"
+        backend = Tokenizer.from_file(str(path)) if is_file else Tokenizer.from_str(json.dumps(loadable(tokenizer)))
     except BaseException as fault:  # a Rust panic is no Exception
         if isinstance(fault, KeyboardInterrupt | SystemExit):
             raise

@@ -44,7 +44,10 @@ def _gguf_warnings() -> Iterator[list[str]]:
 
 def _special(files: TokenizerFiles, *, merges: bool, types: Iterable[str] | None = None) -> Any:
     try:
-        return gguf.SpecialVocab(files.folder, load_merges=merges, special_token_types=types)
+        special = gguf.SpecialVocab(files.folder, load_merges=merges, special_token_types=types)
+        if merges and not special.merges and files.tokenizer is not None:  # there is no tokenizer.json
+            special.merges = [" ".join(pair) for pair in files.tokenizer["model"].get("merges") or []]
+        return special
     except Exception as fault:  # the files were checked before: what is left is a template the library cannot follow
         raise StreamquantError(
             "the library gguf cannot read the special tokens",

@@ -120,4 +120,4 @@ def _matrices(tensors: Sequence[SourceTensor], variants: Sequence[VariantPlan]) 
             steps = {FORMATS[output.format].rows_per_group for output in outputs}
             steps |= {matrix.resolved(output).row_step for output in outputs}
             steps |= {rows // matrix.resolved(o).matrices for o in outputs if matrix.encodes_by_matrix(o)}
-            yield replace(matrix, row_step=math.lcm(*steps))
+            yield Matrix(tensor, rows, n, math.lcm(*steps), outputs)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from streamquant.convert.architectures import family_of, text_config
-from streamquant.convert.architectures.names import model_name, published_name, renaming_note
-from streamquant.convert.source.config_as_stored import config_of_weights
+from streamquant.convert.architectures.names import of_published, published_name, renaming_note
+from streamquant.convert.source.config_as_stored import config_of_weights, with_quantization_outside
 from streamquant.convert.source.fused_experts import separate_experts
 from streamquant.convert.source.model_folder import name_of
 from streamquant.convert.source.passed_over import Shards, passed_over_note
@@ -190,7 +190,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     name, folder = name_of(folder), real_path(folder)
     place = _place(folder)
     weights = find_weights(place)
-    config = read_json_object(folder / CONFIG, MAX_CONFIG)
+    config = with_quantization_outside(read_json_object(folder / CONFIG, MAX_CONFIG))
     files: list[SourceFile] = []
     stored: dict[str, Collection[SafetensorsTensor]] = {}
     for shard in weights.shards:
@@ -260,7 +260,8 @@ def _by_model_name(
     layers = text_config(family, config).get("num_hidden_layers") if family is not None and mtp is not None else None
     renamed: dict[str, SourceTensor] = {}
     for stored, tensor in tensors.items():
-        name = known = model_name(stored)
+        of_file = published_name(stored)
+        name = known = of_published(of_file)
         if mtp is not None and type(layers) is int:
             name = mtp.layer_name(known, layers)
         if name in renamed:
@@ -270,11 +271,13 @@ def _by_model_name(
                 found=f"{name!r} is in {renamed[name].file} too",
                 hint="keep one of them: the names differ by what a wrapper added",
             )
-        published = published_name(stored) if family is not None and family.multimodal is not None else known
+        published = of_file if family is not None and family.multimodal is not None else known
         if (name, published) == (stored, stored):
             renamed[name] = tensor
         else:
-            renamed[name] = replace(tensor, name=name, published=None if published == name else published)
+            own = None if published == name else published
+            place = tensor.file, tensor.start, tensor.stop
+            renamed[name] = SourceTensor(name, tensor.dtype, tensor.shape, *place, published=own)
     return renamed
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from streamquant.convert.architectures import family_of, text_config
 from streamquant.convert.architectures.layers import stored_mtp_layers
-from streamquant.convert.architectures.text_config import with_value
+from streamquant.convert.architectures.text_config import TEXT, with_value
 from streamquant.convert.source.weights import WEIGHTS_KEY
 
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -62,6 +62,25 @@ def config_of_weights(config: Mapping[str, Any], tensors: Collection[str]) -> tu
         )
     changed, told = config_of_mtp_layers(changed, tensors)
     return changed, (*notes, *told)
+
+
+def with_quantization_outside(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with what it says of quantization at its top, and not in text_config, where Kimi K2.5 has it.
+
+    llama.cpp's converter and vLLM read it in either place, transformers at the top alone; of two that counts.
+
+    >>> with_quantization_outside({"text_config": {"quantization_config": {"quant_method": "fp8"}, "vocab_size": 9}})
+    {'text_config': {'vocab_size': 9}, 'quantization_config': {'quant_method': 'fp8'}}
+    """
+    text = config.get(TEXT)
+    if not isinstance(text, Mapping):
+        return dict(config)
+    inside = {key: text[key] for key in QUANTIZATIONS if text.get(key) is not None}
+    if not inside:
+        return dict(config)
+    plain = {key: value for key, value in text.items() if key not in inside}
+    has_own = any(config.get(key) is not None for key in QUANTIZATIONS)
+    return {**config, TEXT: plain, **({} if has_own else inside)}
 
 
 def config_of_mtp_layers(config: Mapping[str, Any], tensors: Collection[str]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -19,6 +19,7 @@ from streamquant.convert.source.checkpoint import (
     collect_tensors,
     reading_notes,
 )
+from streamquant.convert.source.config_as_stored import with_quantization_outside
 from streamquant.convert.source.passed_over import Shards, passed_over_note
 from streamquant.convert.source.side_files import is_side_file
 from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE, Place, Weights, find_weights
@@ -39,6 +40,8 @@ COMPARED = 8
 each."""
 PLANNED = frozenset((".json", ".jinja", ".model", ".txt", ".md"))
 """Suffixes of files that planning may read: config, tokenizer, templates, model card."""
+TOKENIZER_CODE = "tokenization_"
+"""What names of files begin with that planning may read too (convert/metadata/tiktoken.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +81,11 @@ def open_hub_checkpoint(repo: HubRepo) -> HubCheckpoint:
             )
     place = _place(repo, folder)
     weights = _weights(repo, place)
-    planned = [name for name in (CONFIG, *side) if PurePosixPath(name).suffix in PLANNED]
+    planned = [
+        name for name in (CONFIG, *side) if PurePosixPath(name).suffix in PLANNED or name.startswith(TOKENIZER_CODE)
+    ]
     _fetch(repo, planned, folder)
-    config = read_json_object(folder / CONFIG, MAX_CONFIG)
+    config = with_quantization_outside(read_json_object(folder / CONFIG, MAX_CONFIG))
     files = []
     stored: dict[str, list[SafetensorsTensor]] = {}
     for name, data in zip(weights.shards, _read_headers(repo, weights.shards), strict=True):

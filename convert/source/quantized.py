@@ -295,7 +295,11 @@ def _unpacked(codes: SourceTensor, tensors: Mapping[str, SourceTensor], scheme: 
                 hint=f"compare it with {scheme.where}; download the checkpoint again, or tell its publisher",
             )
     beside = (scale,) if zero is None else (scale, zero)
-    return replace(_coded(codes, beside, format_), name=base, shape=(rows, n), stored_name=codes.name)
+    published = None if codes.published is None else codes.published.removesuffix(_PACKED)
+    parts = tuple(map(_part, beside))
+    own = Codes(format_, parts)
+    dtype, shape = format_.floats, (rows, n)
+    return SourceTensor(base, dtype, shape, codes.file, codes.start, codes.stop, own, codes.name, published)
 
 
 def _by_shape(scale: SourceTensor) -> tuple[int, int]:
@@ -304,5 +308,8 @@ def _by_shape(scale: SourceTensor) -> tuple[int, int]:
 
 
 def _coded(codes: SourceTensor, beside: tuple[SourceTensor, ...], format_: SourceFormat) -> SourceTensor:
-    parts = tuple(StoredPart(tensor.name, tensor.file, tensor.start, tensor.stop) for tensor in beside)
-    return replace(codes, dtype=format_.floats, codes=Codes(format_, parts))
+    return replace(codes, dtype=format_.floats, codes=Codes(format_, tuple(map(_part, beside))))
+
+
+def _part(tensor: SourceTensor) -> StoredPart:
+    return StoredPart(tensor.name, tensor.file, tensor.start, tensor.stop)

@@ -29,6 +29,7 @@ _NAMES = frozenset(
         *("generation_config.json", "README.md", "SYSTEM_PROMPT.txt"),
         # tokenizers, of transformers' classes and of mistral-common
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+        "tiktoken.model",
         *("vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "normalizer.json"),
         *("tokenizer.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "spm.model"),
         *("chat_template.jinja", "chat_template.json"),

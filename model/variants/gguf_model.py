@@ -30,7 +30,7 @@ from streamquant.convert.architectures.gguf_keys import (
     RopeNumber,
 )
 from streamquant.convert.architectures.layers import ListedTypes
-from streamquant.convert.architectures.rope import YARN_NUMBERS, YARN_TOLERANCE, taken_by_yarn
+from streamquant.convert.architectures.rope import YARN_BOUNDS, YARN_NUMBERS, YARN_TOLERANCE, taken_by_yarn
 from streamquant.convert.recipes.mix import MAIN_TYPES
 from streamquant.files.gguf_file import GgufTensor
 from streamquant.model.problem import Problem
@@ -38,8 +38,7 @@ from streamquant.quant.errors import StreamquantError
 
 BETA_FAST, BETA_SLOW = 32.0, 1.0
 """llama.cpp's yarn_beta_fast and yarn_beta_slow."""
-READ_YARN = {"yarn_beta_fast": BETA_FAST, "yarn_beta_slow": BETA_SLOW, "yarn_log_multiplier": 0.0}
-"""Those that it reads for the others, in the order of GgufRope -> the value without the key."""
+LOG_MULTIPLIER = "yarn_log_multiplier"
 
 
 SLIDING_THETA = "sliding theta"
@@ -176,8 +175,11 @@ def read_model(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Gg
 
 def is_said_by(family: Family, metadata: Mapping[str, Any]) -> bool:
     """Whether the keys of a GGUF may be those of a family."""
-    known_by = family.llama_cpp.known_by
-    return known_by is None or known_by.format(arch=family.gguf_arch) in metadata
+    if family.llama_cpp.known_by is None:
+        return True
+    key, value = family.llama_cpp.known_by
+    found = metadata.get(key.format(arch=family.gguf_arch))
+    return found is not None and value in (None, found)
 
 
 def read_config(keys: Keys, families: Sequence[Family], tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
@@ -330,7 +332,16 @@ def read_experts(family: Family, keys: Keys) -> dict[str, Any]:
         family.experts.used: keys.count("expert_used_count"),
         family.experts.intermediate: own_size,
         **family.llama_cpp.assumed,
+        **read_choice(family, keys),
     }
+
+
+def read_choice(family: Family, keys: Keys) -> dict[str, str]:
+    """How experts are chosen, by whether they are in groups."""
+    if family.llama_cpp.grouped is None:
+        return {}
+    key, in_groups, alone = family.llama_cpp.grouped
+    return {key: in_groups if keys.count("expert_group_count", 1, least=0) > 1 else alone}
 
 
 def read_fields(family: Family, keys: Keys, known: Mapping[str, int]) -> dict[str, Any]:
@@ -401,11 +412,14 @@ def read_rope(keys: Keys, config: Mapping[str, Any], problems: list[Problem]) ->
     if scaling not in ("none", "linear", "yarn"):
         raise keys.refuse("rope.scaling.type", "a rope scaling without an inverse here", "none, linear or yarn")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
+    family = family_of(config)
+    reads_bounds = family is not None and family.llama_cpp.reads_yarn_bounds
     for key, taken in taken_by_yarn(factor or 1.0).items():
         name = dict(YARN_NUMBERS)[key].removeprefix("{arch}.rope.scaling.")
         value = keys.metadata.get(f"{keys.arch}.rope.scaling.{name}")
         same = isinstance(value, int | float) and math.isclose(value, taken, rel_tol=YARN_TOLERANCE)
-        if scaling == "yarn" and not reads_yarn and value is not None and not same:
+        is_read = reads_bounds if key in YARN_BOUNDS else reads_yarn
+        if scaling == "yarn" and not is_read and value is not None and not same:
             problems.append(
                 Problem(
                     "rope",
@@ -416,9 +430,13 @@ def read_rope(keys: Keys, config: Mapping[str, Any], problems: list[Problem]) ->
                     required=f"what it uses: {taken:g}",
                 )
             )
-    read = [keys.number(f"rope.scaling.{name}", value) for name, value in READ_YARN.items()] if reads_yarn else []
-    if read and "mscale" in config["rope_parameters"] and is_latent(config):
-        read[-1] = 1.0  # "mscale" over "mscale_all_dim", which are the same
+    fast, slow = BETA_FAST, BETA_SLOW
+    if reads_bounds:
+        fast = keys.number("rope.scaling.yarn_beta_fast", fast)
+        slow = keys.number("rope.scaling.yarn_beta_slow", slow)
+    log_multiplier = keys.number(f"rope.scaling.{LOG_MULTIPLIER}", 0.0) if reads_yarn else 0.0
+    if reads_yarn and "mscale" in config["rope_parameters"] and is_latent(config):
+        log_multiplier = 1.0  # "mscale" over "mscale_all_dim", which are the same
     return GgufRope(
         int(rotated_head(config) * config["rope_parameters"].get("partial_rotary_factor", 1)),
         config["rope_parameters"]["rope_theta"],
@@ -426,7 +444,9 @@ def read_rope(keys: Keys, config: Mapping[str, Any], problems: list[Problem]) ->
         factor,
         keys.count("rope.scaling.original_context_length", config["max_position_embeddings"]),
         keys.number("rope.scaling.attn_factor", 1.0),
-        *read,
+        fast,
+        slow,
+        log_multiplier,
     )
 
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (MLA): DeepSeek V3 and R1, Kimi K2, GLM-4.7-Flash.
+"""Multi-head latent attention (MLA): DeepSeek V2, V3 and R1, GLM-4.7-Flash; Kimi K2 is in test_kimi.py.
 
 Checkpoints are made by transformers' own classes. Whole files are compared with llama.cpp's newest converter, logits
 with transformers' and llama.cpp's.
@@ -74,11 +74,22 @@ YARN = {
     **{"type": "yarn", "factor": 8, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1},
     **{"mscale": 1.0, "mscale_all_dim": 1.0},
 }
+V2 = {
+    **{"model_type": "deepseek_v2", "n_routed_experts": 6, "n_shared_experts": 2, "norm_topk_prob": False},
+    **{"scoring_func": "softmax", "topk_method": "greedy", "first_k_dense_replace": 1, "routed_scaling_factor": 1.0},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4},
+}
 LITE = {"model_type": "glm4_moe_lite", "n_routed_experts": 5, "mlp_layer_types": ["dense", "sparse", "sparse"]}
 CASES: dict[str, dict[str, Any]] = {
     "deepseek": {**V3, "q_lora_rank": 32, "num_nextn_predict_layers": 1, "is_mtp_there": True},
     "deepseek-yarn": {**V3, "q_lora_rank": 32, "norm_topk_prob": False, "rope_scaling": YARN},
     "deepseek-plain": {**V3, "q_lora_rank": None, "first_k_dense_replace": 0},
+    # V2-Lite, whose queries llama.cpp takes for whole in models of so many layers; V2 has experts in groups.
+    "v2-lite": {**V2, "q_lora_rank": None, "num_hidden_layers": 26, "n_group": 1, "topk_group": 1},
+    "v2-yarn": {**V2, "q_lora_rank": 32, "routed_scaling_factor": 16.0, "n_routed_experts": 5}
+    | {"rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}, "scoring_func": None},
+    "v2-groups": {**V2, "q_lora_rank": 32, "first_k_dense_replace": 0, "num_hidden_layers": 2}
+    | {"n_group": 3, "topk_group": 2, "topk_method": "group_limited_greedy"},
     "glm-flash": {**LITE, "q_lora_rank": 32, "num_nextn_predict_layers": 1, "is_mtp_there": True},
     "glm-flash-lost": {**LITE, "norm_topk_prob": False, "q_lora_rank": 96, "num_nextn_predict_layers": 1},
 }
@@ -109,6 +120,8 @@ def write_model(folder: Path, settings: dict[str, Any]) -> Path:
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     counted = {"num_nextn_predict_layers": said, "first_k_dense_replace": given.get("first_k_dense_replace", 1)}
     edit(folder / "config.json", lambda config: config.update(counted))
+    if given["scoring_func"] is None:
+        edit(folder / "config.json", lambda config: config.pop("scoring_func"))
     special = GLM_TOKENS if given["model_type"] == "glm4_moe_lite" else ()
     add_tokenizer(folder, special)
     return folder
@@ -158,7 +171,7 @@ def test_what_was_made_computes_what_the_original_does(sources: Path, converted:
 
 
 @requires_llama_cpp
-@pytest.mark.parametrize("case", ["deepseek", "deepseek-yarn", "glm-flash"])
+@pytest.mark.parametrize("case", ["deepseek", "deepseek-yarn", "v2-lite", "v2-yarn", "glm-flash"])
 def test_llama_cpp_computes_the_same(sources: Path, converted: Path, case: str) -> None:
     assert divergence(sources / case, gguf_of(converted, case, "F32")) < LARGEST_DIVERGENCE
 
@@ -172,17 +185,25 @@ def test_llama_cpp_computes_the_same_without_a_rank_of_queries(tmp_path: Path) -
     assert divergence(source, gguf_of(tmp_path, "Model", "F32")) < LARGEST_DIVERGENCE
 
 
-@pytest.mark.parametrize("case", ["deepseek", "glm-flash"])
+@pytest.mark.parametrize("case", ["deepseek", "v2-groups", "glm-flash"])
 def test_what_was_made_verifies_against_the_source(sources: Path, converted: Path, case: str) -> None:
     for folder in (f"{case}-GGUF", f"{case}-FP8-dynamic"):
         check_verifies(converted / folder, sources / case)
 
 
-@pytest.mark.parametrize("case", ["deepseek", "glm-flash-lost"])
+@pytest.mark.parametrize("case", ["deepseek", "v2-yarn", "glm-flash-lost"])
 def test_importance_has_an_entry_for_every_matrix_of_the_layers(sources: Path, converted: Path, case: str) -> None:
     """But of the parts of kv_b_proj, by head: no linear layer here has their inputs."""
     without = (".attn_k_b.weight", ".attn_v_b.weight")
     check_importance(sources / case, gguf_of(converted, case, "F32"), without)
+
+
+def test_fp8_folders_of_v2_load_in_transformers(converted: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    for case in ("v2-lite", "v2-yarn", "v2-groups"):
+        folder = converted / f"{case}-FP8-dynamic"
+        _, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+        assert {kind: keys for kind, keys in info.items() if keys} == {}
 
 
 def test_what_llama_cpp_does_not_load_is_said(sources: Path) -> None:
@@ -190,6 +211,19 @@ def test_what_llama_cpp_does_not_load_is_said(sources: Path) -> None:
     assert not any("q_lora_rank" in note for note in describe({**config, "num_hidden_layers": 27}).notes)
     notes = describe(config).notes
     assert any("q_lora_rank = null: llama.cpp will refuse" in note for note in notes)
+    config = open_checkpoint(sources / "deepseek").config
+    assert not any("q_lora_rank" in note for note in describe(config).notes)
+    notes = describe({**config, "num_hidden_layers": 26}).notes
+    assert any("q_lora_rank = 32: llama.cpp will refuse" in note for note in notes)
+
+
+@requires_llama_cpp
+def test_groups_of_experts_that_llama_cpp_chooses_otherwise_are_a_warning(sources: Path, converted: Path) -> None:
+    """It takes the groups with the two best experts together, DeepSeek V2 those with the best one."""
+    notes = {case: describe(open_checkpoint(sources / case).config).notes for case in ("v2-groups", "v2-yarn")}
+    assert any("n_group = 3: llama.cpp takes the groups" in note for note in notes["v2-groups"])
+    assert not any("n_group" in note for note in notes["v2-yarn"])
+    assert divergence(sources / "v2-groups", gguf_of(converted, "v2-groups", "F32")) > LARGEST_DIVERGENCE
 
 
 def test_layers_are_counted_by_either_key(sources: Path) -> None:
@@ -255,6 +289,14 @@ ATTENTION, EXPERTS = "model.layers.1.self_attn", "model.layers.1.mlp.experts"
         ("deepseek", {f"{EXPERTS}.3.up_proj.weight": None}, {}, "lacks tensors"),
         ("deepseek", {f"{EXPERTS}.9.up_proj.weight": (32, 64)}, {}, "does not explain"),
         ("deepseek", {"model.layers.1.mlp.gate.weight": (7, 64)}, {}, "shape does not fit config.json"),
+        ("v2-yarn", {}, {"norm_topk_prob": True}, "layers of another kind"),
+        ("v2-yarn", {}, {"topk_method": "noaux_tc"}, "layers of another kind"),
+        ("v2-yarn", {}, {"scoring_func": "sigmoid"}, "layers of another kind"),
+        ("v2-yarn", {}, {"mlp_bias": True}, "layers of another kind"),
+        ("v2-yarn", {f"{EXPERTS}.4.up_proj.weight": None}, {}, "lacks tensors"),
+        ("v2-yarn", {f"{EXPERTS}.2.down_proj.weight": (64, 31)}, {}, "shape does not fit config.json"),
+        ("v2-yarn", {"model.layers.1.mlp.gate.weight": (6, 64)}, {}, "shape does not fit config.json"),
+        ("v2-yarn", {"model.layers.1.mlp.gate.e_score_correction_bias": (5,)}, {}, "does not explain"),
         ("glm-flash", {}, {"mlp_layer_types": ["sparse", "dense", "sparse"]}, "cannot tell by the number"),
         ("glm-flash", {}, {"mlp_layer_types": ["dense", "dense", "sparse"]}, "cannot tell by the number"),
         ("glm-flash", {}, {"mlp_layer_types": ["dense"] * 4}, "a list of 4 layers in a model of 3"),
@@ -281,7 +323,11 @@ LARGER = {"hidden_size": 256, "kv_lora_rank": 256, "moe_intermediate_size": 256,
 @pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
-    [{**V3, "q_lora_rank": 256}, {**LITE, "q_lora_rank": 96, "num_nextn_predict_layers": 1, "is_mtp_there": True}],
+    [
+        {**V3, "q_lora_rank": 256},
+        {**V2, "q_lora_rank": 256},
+        {**LITE, "q_lora_rank": 96, "num_nextn_predict_layers": 1, "is_mtp_there": True},
+    ],
 )
 @pytest.mark.usefixtures("llama_quantize")
 @pytest.mark.timeout(3600)

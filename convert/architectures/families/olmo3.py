@@ -28,7 +28,7 @@ OLMO3 = replace(
             u32(ATTENTION.SLIDING_WINDOW, Field("sliding_window")),
             GgufKey(ATTENTION.SLIDING_WINDOW_PATTERN, gguf.GGUFValueType.BOOL, PerLayer({SLIDING: True}, False)),
         ),
-        known_by=ATTENTION.SLIDING_WINDOW,
+        known_by=(ATTENTION.SLIDING_WINDOW, None),
         reads_sliding_theta=False,
         needed_layers=(SLIDING,),
     ),

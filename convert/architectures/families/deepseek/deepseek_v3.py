@@ -24,6 +24,7 @@ from streamquant.convert.architectures.family import (
     TensorKind,
     Terms,
     ViewRow,
+    VocabularyRules,
     feed_forward,
     gated_experts,
     linear,
@@ -31,7 +32,7 @@ from streamquant.convert.architectures.family import (
     router,
     router_bias,
 )
-from streamquant.convert.architectures.gguf_keys import Constant, Counted, Field, RopeNumber, f32, flag, u32
+from streamquant.convert.architectures.gguf_keys import GATING, Constant, Counted, Field, RopeNumber, f32, flag, u32
 from streamquant.convert.architectures.layers import DENSE, SPARSE, DenseFirst, MtpLayers, Switch
 
 LLM, ATTENTION = gguf.Keys.LLM, gguf.Keys.Attention
@@ -160,9 +161,11 @@ DEEPSEEK_V3 = Family(
     unquantized=("re:.*mlp.gate$", "re:.*q_a_proj$", "re:.*kv_a_proj_with_mqa$"),
     llama_cpp=LlamaCpp(
         arch=gguf.MODEL_ARCH.DEEPSEEK2,
+        vocabulary=VocabularyRules(tiktoken=True),
         keys=KEYS,
         yarn_keys={"mscale": None, "mscale_all_dim": None},
         yarn_is_optional=True,
+        known_by=(LLM.EXPERT_GATING_FUNC, GATING["sigmoid"]),
     ),
 )
 GLM4_MOE_LITE = replace(

@@ -134,6 +134,6 @@ GRANITE_MOE_SHARED = replace(
     llama_cpp=replace(
         GRANITE_MOE.llama_cpp,
         keys=(*GRANITE_MOE.llama_cpp.keys, SHARED_LENGTH),
-        known_by=gguf.Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH,
+        known_by=(gguf.Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, None),
     ),
 )

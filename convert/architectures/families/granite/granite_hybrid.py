@@ -113,7 +113,7 @@ HYBRID_MOE = Family(
         unread=("mamba_proj_bias",),
         needed=("mamba_conv_bias",),
         counts_experts=True,
-        known_by=gguf.Keys.Rope.SCALING_FINETUNED,
+        known_by=(gguf.Keys.Rope.SCALING_FINETUNED, None),
     ),
 )
 HYBRID = replace(

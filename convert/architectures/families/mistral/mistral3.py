@@ -25,7 +25,7 @@ MISTRAL3 = replace(
     hf_architecture="Mistral3ForConditionalGeneration",
     multimodal=_AROUND,
     unquantized=_UNQUANTIZED,
-    llama_cpp=replace(LLAMA_MODEL, arch=gguf.MODEL_ARCH.MISTRAL3, rope_freqs=False),
+    llama_cpp=replace(LLAMA_MODEL, arch=gguf.MODEL_ARCH.MISTRAL3, rope_freqs=False, reads_yarn_bounds=True),
 )
 MINISTRAL3 = replace(
     MISTRAL,
@@ -51,7 +51,7 @@ MINISTRAL3 = replace(
             f32(gguf.Keys.Attention.TEMPERATURE_SCALE, RopeNumber("llama_4_scaling_beta")),
         ),
         yarn_keys={"mscale": 1.0, "mscale_all_dim": None, "llama_4_scaling_beta": None},
-        known_by=gguf.Keys.Attention.TEMPERATURE_SCALE,
+        known_by=(gguf.Keys.Attention.TEMPERATURE_SCALE, None),
     ),
 )
 MINISTRAL3_VL = replace(
