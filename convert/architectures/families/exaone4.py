@@ -65,7 +65,7 @@ EXAONE4_WINDOW = Family(
             GgufKey(ATTENTION.SLIDING_WINDOW_PATTERN, gguf.GGUFValueType.BOOL, PerLayer({SLIDING: True}, False)),
         ),
         rope_freqs=True,
-        known_by=ATTENTION.SLIDING_WINDOW,
+        known_by=(ATTENTION.SLIDING_WINDOW, None),
         window_layers=64,
     ),
 )
