@@ -11,15 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from streamquant.convert.conversion import convert
+from streamquant.convert.conversion import convert, disk_of
 from streamquant.convert.options import ConversionOptions, RunOptions
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.recipes.recipe import parse_variants
 from streamquant.convert.run.journal import Journal
 from streamquant.convert.source.checkpoint import open_checkpoint
-from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.convert.source.open import open_source
-from streamquant.convert.source.spool import GIB, spool_limit
+from streamquant.convert.source.spool import GIB
 from streamquant.quant.errors import StreamquantError
 from streamquant.validate.readback.verify import verify
 from tests import synthetic
@@ -191,12 +190,14 @@ def test_on_the_hub_the_shards_of_a_set_are_there_together(
     monkeypatch.setattr("streamquant.convert.plan.records.CHUNK_BYTES", 2000)
     hub.add_repo(REPO, scattered)
     checkpoint = open_source(REPO)
-    assert isinstance(checkpoint, HubCheckpoint)
     plan = make_plan(checkpoint, parse_variants(["nvfp4a16"]), ConversionOptions(name="Tiny"))
     sizes = sum(file.size for file in checkpoint.files)
-    assert spool_limit(checkpoint, None, plan.readings) == sizes
+    assert disk_of(plan, RunOptions()).spool == sizes
+    less = RunOptions(spool_gib=(sizes - 1) / GIB)
     with pytest.raises(StreamquantError, match="smaller than a shard"):
-        spool_limit(checkpoint, (sizes - 1) / GIB, plan.readings)
+        disk_of(plan, less)
+    with pytest.raises(StreamquantError, match="smaller than a shard"):
+        convert(plan, tmp_path / "out", less)
     assert any("several shards, which are in the spool together" in note for note in plan.notes)
     convert(plan, tmp_path / "out", RunOptions(jobs=5, spool_gib=sizes / GIB))
     assert tensors_of(tmp_path / "out") == made(scattered, tmp_path / "local")
