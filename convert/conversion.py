@@ -159,13 +159,18 @@ def disk_of(plan: Plan, options: RunOptions, room: int | None = None) -> Disk:
     """What a run of the plan takes on the disk at most; `room` are the bytes that may wait for a delivery which deletes
     what it has delivered. Raises UsageError for a spool smaller than a shard.
     """
-    source = plan.checkpoint
-    spool = spool_limit(source, options.spool_gib, plan.readings) if isinstance(source, HubCheckpoint) else 0
+    spool = _spool_bytes(plan, options)
     everything = plan.nbytes + spool
     if room is None:
         return Disk(everything, spool)
     peak = peak_disk(plan, room, spool, delete=True, jobs=options.jobs)
     return Disk(min(everything, peak), spool, delivered=True)
+
+
+def _spool_bytes(plan: Plan, options: RunOptions) -> int:
+    """The most bytes of shards of the Hub on the disk; raises UsageError."""
+    source = plan.checkpoint
+    return spool_limit(source, options.spool_gib, plan.readings) if isinstance(source, HubCheckpoint) else 0
 
 
 def _allocated(final: Path) -> int:
@@ -240,8 +245,7 @@ class _Job:
         """The bytes of the source."""
         checkpoint = plan.checkpoint
         if isinstance(checkpoint, HubCheckpoint):
-            limit = spool_limit(checkpoint, self.options.spool_gib, plan.readings)
-            return Spool(checkpoint, self.out / SPOOL, limit, self.listener)
+            return Spool(checkpoint, self.out / SPOOL, _spool_bytes(plan, self.options), self.listener)
         return LocalShards(checkpoint)
 
 
