@@ -313,7 +313,9 @@ def _index(plan: Plan, variant: VariantPlan) -> dict[str, object]:
         for tensor in variant.tensors
         for part, region in zip(FORMATS[tensor.format].parts, tensor.regions, strict=True)
     }
+    stored |= {name: Path(plan.files[region.file].path).name for name, region in variant.generated_at.items()}
     total = sum(tensor.nbytes for tensor in variant.tensors)
+    total += sum(region.nbytes for region in variant.generated_at.values())
     return {"metadata": {"total_size": total}, "weight_map": stored}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from streamquant.convert.options import ConversionOptions, parse_options
 from streamquant.convert.plan.records import OutputTensor, Plan, VariantPlan
 from streamquant.convert.recipes.block_runtimes import BlockRuntimes, parse_block_runtimes
+from streamquant.convert.recipes.calibration import CalibrationRecord, parse_calibration
 from streamquant.convert.recipes.imatrix import ImatrixRecord, parse_imatrix
 from streamquant.convert.recipes.recipe import Recipe, parse_variants, recipe_of
 from streamquant.convert.recipes.recipe_file import parse_recipe
@@ -125,6 +126,7 @@ class ManifestVariant:
     options: ConversionOptions
     """But for the importance matrix, whose values are not in a manifest."""
     imatrix: ImatrixRecord | None
+    calibration: CalibrationRecord | None
     versions: Mapping[str, str]
     """Package -> version."""
     bits_per_weight: float
@@ -150,11 +152,12 @@ class ManifestVariant:
     def json(self) -> dict[str, Any]:
         """As in the file."""
         imatrix = self.imatrix.json() if self.imatrix is not None else None
+        calibration = {"calibration": self.calibration.json()} if self.calibration is not None else {}
         return {
             "description": self.description,
             "fingerprint": self.fingerprint,
             "recipe": self.recipe.file.record() if self.recipe.file is not None else None,
-            "options": self.options.record() | {"imatrix": imatrix},
+            "options": self.options.record() | {"imatrix": imatrix} | calibration,
             "versions": dict(self.versions),
             "bits_per_weight": self.bits_per_weight,
             **({"runtimes": self.blocks.json()} if self.blocks is not None else {}),
@@ -275,6 +278,7 @@ def _parse_variant(spec: str, record: JsonRecord) -> ManifestVariant:
         fingerprint=record.text("fingerprint"),
         options=parse_options(options),
         imatrix=None if options.take("imatrix") is None else parse_imatrix(options.object("imatrix")),
+        calibration=_parse_calibration(options),
         versions=record.text_map("versions"),
         bits_per_weight=float(bits),
         files=_parse_files(record),
@@ -283,6 +287,10 @@ def _parse_variant(spec: str, record: JsonRecord) -> ManifestVariant:
         tensors=tuple(_parse_tensor(tensor) for tensor in record.objects("tensors")),
         blocks=None if record.take("runtimes") is None else parse_block_runtimes(record.object("runtimes")),
     )
+
+
+def _parse_calibration(options: JsonRecord) -> CalibrationRecord | None:
+    return None if options.take("calibration") is None else parse_calibration(options.object("calibration"))
 
 
 def _parse_recipe(spec: str, record: JsonRecord) -> Recipe:
@@ -415,6 +423,7 @@ def _variant(plan: Plan, variant: VariantPlan, written: Written) -> ManifestVari
         fingerprint=plan.variant_fingerprint(variant),
         options=options,
         imatrix=options.imatrix.record() if options.imatrix is not None else None,
+        calibration=options.calibration.record if options.calibration is not None else None,
         versions=versions(),
         bits_per_weight=round(plan.bits_per_weight(variant), 4),
         files=tuple(ManifestFile(_within(variant, file.path), file.size, written.files[file.path]) for file in files),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from streamquant.convert.recipes.calibration import Calibration, CalibrationRecord, read_calibration
 from streamquant.convert.recipes.container import GGUF, Container
 from streamquant.convert.recipes.imatrix import ImatrixRecord, ImportanceMatrix, read_imatrix
 from streamquant.convert.recipes.overrides import NO_OVERRIDES, Overrides, parse_overrides, read_rules
@@ -63,6 +64,7 @@ ARGUMENTS = (
         "Do not use the importance matrix for tensors with this in their names; repeatable.",
         False,
     ),
+    Argument("calibration", Path, "File of `streamquant calibrate`, for the variants that need one."),
     Argument(
         "tensor_type",
         list[str],
@@ -148,6 +150,8 @@ class ConversionOptions:
     """Modules that quantized safetensors leave as they are, beside those that every one does; names, or re:PATTERN."""
     guard_template: bool = False
     """Put guards against known faults into chat templates (convert/metadata/guard_template.py)."""
+    calibration: Calibration | None = None
+    """What static scales are made of, for the variants that have some."""
 
     def record(self) -> dict[str, Any]:
         """As in a manifest; `parse_options` is the inverse."""
@@ -163,6 +167,7 @@ class ConversionOptions:
             "overrides": self.overrides.record(),
             **({"ignore": [*self.ignore]} if self.ignore else {}),
             "guard_template": self.guard_template,
+            **({"calibration": self.calibration.record.json()} if self.calibration is not None else {}),
         }
 
     def fingerprint(self) -> list[object]:
@@ -176,10 +181,12 @@ class ConversionOptions:
             more.append({"guard_template": True})
         return more
 
-    def words(self, container: Container, imatrix: ImatrixRecord | None) -> list[str]:
+    def words(
+        self, container: Container, imatrix: ImatrixRecord | None, calibration: CalibrationRecord | None = None
+    ) -> list[str]:
         """The command line that makes a variant of this kind of container again, without its variants.
 
-        `imatrix` stands for the importance matrix, whose values are not in a manifest; metadata is in metadata.json.
+        `imatrix` and `calibration` stand for files whose values are not in a manifest; metadata is in metadata.json.
         """
         words = ["--name", self.name] if self.name else []
         if container is GGUF:
@@ -198,6 +205,8 @@ class ConversionOptions:
             if self.max_shard_size:
                 words += ["--max-shard-size", short_size(self.max_shard_size)]
             words += [word for module in self.ignore for word in ("--ignore", module)]
+        if calibration is not None:
+            words += calibration.words()
         return words + (["--guard-template"] if self.guard_template else [])
 
 
@@ -214,7 +223,7 @@ class RunOptions:
 
 
 def parse_options(record: JsonRecord) -> ConversionOptions:
-    """The options in a manifest, but for the importance matrix, of which a manifest has the name and hash alone.
+    """The options in a manifest, but for importance matrix and calibration, of which it has name and hash alone.
 
     What a manifest does not know was not chosen. Raises StreamquantError for a value of another kind.
     """
@@ -258,6 +267,7 @@ def read_options(given: Given, recipes: Sequence[Recipe]) -> ConversionOptions:
         overrides=_overrides(given, recipes),
         ignore=_ignore(given, recipes),
         guard_template=given.flag("guard_template"),
+        calibration=None if (path := given.path("calibration")) is None else read_calibration(path),
     )
 
 

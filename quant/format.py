@@ -112,6 +112,8 @@ class Format:
     encode_from_amax: Callable[[Rows, Encoded, float], int] | None = None
     """The encoder of a format with a scale for the whole tensor: as `encode_into`, and given the largest magnitude of
     the tensor, or of those that share its scale. `encode_into` takes that of its rows, as if they were all."""
+    shares_amax: bool = False
+    """Whether tensors that runtimes merge into one share that scale; else each has its own."""
 
     @property
     def bits_per_weight(self) -> float:

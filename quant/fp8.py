@@ -4,22 +4,27 @@
 | ---------------- | ------------- | ----------------------------------------------- |
 | FP8_CHANNEL_BF16 | F8_E4M3[N, K] | weight_scale BF16[N, 1]                         |
 | FP8_BLOCK_BF16   | F8_E4M3[N, K] | weight_scale BF16[ceil(N / 128), ceil(K / 128)] |
+| FP8_TENSOR_BF16  | F8_E4M3[N, K] | weight_scale BF16[1]                            |
 
 and the same with F16 and F32: scales have the dtype of the source weight, and the quotient is rounded to it before it
 is rounded to E4M3. This is what llm-compressor's model_free_ptq writes, byte for byte (quant/kernels/fp8_cpu.py has
 the arithmetic). E4M3 here is the "fn" form: no infinities, largest value 448 (arXiv 2209.05433). Values that would
 round beyond it saturate.
+
+FP8_TENSOR, and FP8_CHANNEL_CALIBRATED, which is FP8_CHANNEL otherwise, are what its oneshot writes, which calibrates:
+there -0.0 has the code of 0, in model_free_ptq that of -0.0.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamquant.quant.format import Encoded, Format, Importance, Part, Rows, StoredType, same_shape
-from streamquant.quant.kernels import fp8_cpu
+from streamquant.quant.format import WHOLE, Encoded, Format, Importance, Part, Rows, StoredType, same_shape
+from streamquant.quant.kernels import floats_cpu, fp8_cpu
 from streamquant.quant.scales import DTYPES, load_scales, store_scales
 from streamquant.quant.widen import SOURCE_DTYPES
 
@@ -118,7 +123,60 @@ def _block(dtype: str) -> Format:
     )
 
 
+def static_scale(amax: float, dtype: str) -> bytes:
+    """The bytes of a scale, of `dtype`, for activations whose largest magnitude is `amax`.
+
+    >>> np.frombuffer(static_scale(896.0, "F32"), np.float32)
+    array([2.], dtype=float32)
+    """
+    out = np.empty(SOURCE_DTYPES[dtype], np.uint8)
+    store_scales(np.array([fp8_cpu.tensor_scale(np.float32(amax), DTYPES[dtype])], np.float32), dtype, out)
+    return out.tobytes()
+
+
+def _tensor(dtype: str) -> Format:
+    def encode_from_amax(rows: Rows, out: Encoded, amax: float) -> int:
+        scale = np.float32(fp8_cpu.tensor_scale(np.float32(amax), DTYPES[dtype]))
+        fp8_cpu.encode_by_scales(rows, out[0], np.full(rows.shape[0], scale, np.float32), DTYPES[dtype])
+        store_scales(np.array([scale], np.float32), dtype, out[1])
+        return -1
+
+    def encode_into(rows: Rows, out: Encoded, _importance: Importance | None) -> int:
+        return encode_from_amax(rows, out, float(floats_cpu.largest_magnitude(rows.reshape(-1))))
+
+    def decode_from(encoded: Encoded, n: int) -> Rows:
+        return E4M3[encoded[0].reshape(-1, n)] * load_scales(encoded[1], dtype)
+
+    size = SOURCE_DTYPES[dtype]
+    codes = Part("", STORED.name, 1, lambda n: n, same_shape)
+    scale = Part("_scale", dtype, WHOLE, lambda _n: size, lambda _shape: (1,))
+    return Format(
+        f"FP8_TENSOR_{dtype}",
+        STORED,
+        1,
+        1,
+        (codes, scale),
+        encode_into,
+        decode_from,
+        source_dtype=dtype,
+        encode_from_amax=encode_from_amax,
+    )
+
+
+def _calibrated_channel(channel: Format, dtype: str) -> Format:
+    def encode_into(rows: Rows, out: Encoded, importance: Importance | None) -> int:
+        channel.encode_into(rows, out, importance)
+        scales = load_scales(out[1], dtype).reshape(-1)
+        fp8_cpu.encode_by_scales(rows, out[0], scales, DTYPES[dtype])
+        return -1
+
+    name = f"FP8_CHANNEL_CALIBRATED_{dtype}"
+    return replace(channel, name=name, encode_into=encode_into, encode_on_gpu=None)
+
+
 CHANNEL = {dtype: _channel(dtype) for dtype in DTYPES}
 BLOCK = {dtype: _block(dtype) for dtype in DTYPES}
+TENSOR = {dtype: _tensor(dtype) for dtype in DTYPES}
+CALIBRATED_CHANNEL = {dtype: _calibrated_channel(channel, dtype) for dtype, channel in CHANNEL.items()}
 """By the dtype of the source."""
-FORMATS = (*CHANNEL.values(), *BLOCK.values())
+FORMATS = (*CHANNEL.values(), *BLOCK.values(), *TENSOR.values(), *CALIBRATED_CHANNEL.values())

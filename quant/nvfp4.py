@@ -68,6 +68,7 @@ def _format(dtype: str) -> Format:
         decode_from,
         source_dtype=dtype,
         encode_from_amax=encode_from_amax,
+        shares_amax=True,
     )
 
 

@@ -6,6 +6,7 @@ A new format needs one line here: its error bound in `BOUNDS`, from its definiti
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Literal
 
 import gguf
 import numpy as np
@@ -19,10 +20,11 @@ Errors = NDArray[np.float64]
 SEARCHED = {"Q2_K": 1.0, "Q3_K": 0.5, "Q4_K": 0.3, "Q5_K": 0.15, "Q6_K": 0.07, "IQ4_NL": 0.25, "IQ4_XS": 0.3}
 """Formats whose scales come from a search, and how far a weight may move, as a part of its super-block's largest."""
 SAFETENSORS_BYTES = {"F8_E4M3": 1, "U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
-NOT_IDEMPOTENT = ("INT", "MXFP4_", "MXFP8_", "NVFP4_")
+NOT_IDEMPOTENT = ("INT", "MXFP4_", "MXFP8_", "NVFP4_", "FP8_TENSOR_", "FP8_CHANNEL_CALIBRATED_")
 """Of formats with other bytes for values that they have rounded, as their reference: the largest magnitude of a group
-is no code of INT, what E4M3 rounds to 448 takes the next power of two as scale, the -0.0 of E2M1 becomes its 0, and the
-largest value of an NVFP4 tensor is another one than that of its weights."""
+is no code of INT, what E4M3 rounds to 448 takes the next power of two as scale, the -0.0 of E2M1 becomes its 0, as
+that of FP8 does where llm-compressor calibrates, and the largest value of an NVFP4 tensor is another one than that of
+its weights."""
 
 
 def source_dtype(format_: Format) -> str:
@@ -305,12 +307,12 @@ def _source(dtype: str) -> tuple[int, float, float]:
     return {"BF16": (8, 2.0**-133, 2.0**-7), "F16": (11, 2.0**-24, 2.0**-10)}.get(dtype, (24, 2.0**-149, 2.0**-23))
 
 
-def _fp8(dtype: str, tile: bool, rows: Rows) -> Errors:
+def _fp8(dtype: str, shared_by: Literal["row", "tile", "tensor"], rows: Rows) -> Errors:
     """Half a step of E4M3 and of the source dtype, at w / scale; a scale that was rounded down cuts off at 448."""
     precision, subnormal, eps = _source(dtype)
     w = rows.astype(np.float64)
     amax = np.empty_like(w)
-    height, width = (128, 128) if tile else (1, w.shape[1])
+    height, width = {"row": (1, w.shape[1]), "tile": (128, 128), "tensor": w.shape}[shared_by]
     for i in range(0, w.shape[0], height):
         for j in range(0, w.shape[1], width):
             amax[i : i + height, j : j + width] = abs(w[i : i + height, j : j + width]).max()
@@ -402,8 +404,10 @@ BOUNDS: Mapping[str, Callable[[Rows], Errors]] = {
     "MXFP4": _mxfp4,
     "TQ1_0": _ternary,
     "TQ2_0": _ternary,
-    **{f"FP8_CHANNEL_{dtype}": partial(_fp8, dtype, False) for dtype in ("BF16", "F16", "F32")},
-    **{f"FP8_BLOCK_{dtype}": partial(_fp8, dtype, True) for dtype in ("BF16", "F16", "F32")},
+    **{f"FP8_CHANNEL_{dtype}": partial(_fp8, dtype, "row") for dtype in ("BF16", "F16", "F32")},
+    **{f"FP8_CHANNEL_CALIBRATED_{dtype}": partial(_fp8, dtype, "row") for dtype in ("BF16", "F16", "F32")},
+    **{f"FP8_BLOCK_{dtype}": partial(_fp8, dtype, "tile") for dtype in ("BF16", "F16", "F32")},
+    **{f"FP8_TENSOR_{dtype}": partial(_fp8, dtype, "tensor") for dtype in ("BF16", "F16", "F32")},
     **{f"INT8_CHANNEL_{dtype}": partial(_integers, dtype, 8, None, False) for dtype in ("BF16", "F16", "F32")},
     **{f"INT8_GROUP_128_{dtype}": partial(_integers, dtype, 8, 128, False) for dtype in ("BF16", "F16", "F32")},
     **{

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from streamquant.convert.plan.layout import Entry, Layout, split, too_large
 from streamquant.convert.plan.records import OutputFile, OutputTensor, Region, VariantPlan
+from streamquant.convert.plan.static_scales import StaticScales
 from streamquant.convert.recipes.block_runtimes import BlockRuntimes, block_runtimes
 from streamquant.convert.recipes.mix import Choice
 from streamquant.convert.recipes.recipe import Recipe
@@ -31,8 +32,11 @@ class SafetensorsLayout(Layout):
         folder = f"{self.draft.name}-{recipe.label}"
         first = len(self.draft.files)
         tensors: list[OutputTensor] = []
+        generated: dict[str, Region] = {}
         for path, group in self._shards(recipe):
-            tensors += self._place(f"{folder}/{path}", group)
+            placed, made = self._place(f"{folder}/{path}", group)
+            tensors += placed
+            generated |= made
         tensors = self._with_shared_scales(tensors)
         self.draft.notes += self._ignore_notes(recipe, tensors)
         source = {**self.draft.checkpoint.tensors, **self.draft.wholes}
@@ -42,7 +46,8 @@ class SafetensorsLayout(Layout):
         if blocks is not None:
             self.draft.notes.append(blocks.note(recipe.spec))
         paths = tuple(range(first, len(self.draft.files)))
-        return VariantPlan(recipe, folder, paths, tuple(tensors), (), (), blocks=blocks)
+        names = tuple(generated)
+        return VariantPlan(recipe, folder, paths, tuple(tensors), names, (), blocks=blocks, generated_at=generated)
 
     def _ignore_notes(self, recipe: Recipe, tensors: list[OutputTensor]) -> Iterator[str]:
         """Where --ignore means nothing, and where it means a part of what runtimes merge."""
@@ -76,14 +81,14 @@ class SafetensorsLayout(Layout):
             (place[entry.sources[0].name], entry.sources[0].name, path)
             for path, group in shards.items()
             for entry in group
-            if FORMATS[entry.choice.format].encode_from_amax is not None
+            if FORMATS[entry.choice.format].shares_amax
         ]
         for _, name, path in sorted(sharing):
             first.setdefault(self._merged(name), path)
         moved: dict[str, list[Entry]] = {path: [] for path in shards}
         for path, group in shards.items():
             for entry in group:
-                is_shared = FORMATS[entry.choice.format].encode_from_amax is not None
+                is_shared = FORMATS[entry.choice.format].shares_amax
                 moved[first[self._merged(entry.sources[0].name)] if is_shared else path].append(entry)
         return moved
 
@@ -93,13 +98,18 @@ class SafetensorsLayout(Layout):
         merged: dict[str, list[str]] = {}
         for tensor in tensors:
             if FORMATS[tensor.format].encode_from_amax is not None:
-                merged.setdefault(self._merged(tensor.sources[0]), []).append(tensor.sources[0])
+                merged.setdefault(self._sharing(tensor), []).append(tensor.sources[0])
         return [
-            replace(tensor, amax_of=tuple(sorted(merged[self._merged(tensor.sources[0])])))
+            replace(tensor, amax_of=tuple(sorted(merged[self._sharing(tensor)])))
             if FORMATS[tensor.format].encode_from_amax is not None
             else tensor
             for tensor in tensors
         ]
+
+    def _sharing(self, tensor: OutputTensor) -> str:
+        """Whose largest magnitude the scale of a whole tensor is of: its own, or that of what it becomes a part of."""
+        name = tensor.sources[0]
+        return self._merged(name) if FORMATS[tensor.format].shares_amax else name
 
     def _merged(self, name: str) -> str:
         """What a source tensor becomes a part of; itself where it stays alone."""
@@ -129,6 +139,8 @@ class SafetensorsLayout(Layout):
             name = tensor.published or tensor.name
             entry = Entry(name, (tensor,), choices.get(tensor.name, kept), tensor.shape)
             shards[tensor.file].append(entry)
+        if recipe.needs_calibration:
+            shards = StaticScales(self.draft, recipe).with_scales(shards)
         if max_shard_size is None:
             together = self._sets_together(shards)
             return [(path, group) for path, group in together.items() if group]  # one may have had scales alone
@@ -139,8 +151,8 @@ class SafetensorsLayout(Layout):
             return [("model.safetensors", groups[0])]
         return [(f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups)]
 
-    def _place(self, path: str, group: list[Entry]) -> list[OutputTensor]:
-        """Place all parts of the tensors of one shard; register the file."""
+    def _place(self, path: str, group: list[Entry]) -> tuple[list[OutputTensor], dict[str, Region]]:
+        """Place all parts of the tensors of one shard, those without a source by name; register the file."""
         stored: list[tuple[str, str, tuple[int, ...], int]] = []
         owners: list[tuple[int, int]] = []
         contents: list[bytes | None] = []
@@ -149,7 +161,8 @@ class SafetensorsLayout(Layout):
             for number, (part, nbytes) in enumerate(zip(parts, entry.part_bytes, strict=True)):
                 stored.append((entry.name + part.suffix, part.stored_as, part.stored_shape(entry.shape), nbytes))
                 owners.append((index, number))
-                contents.append(part.content(entry.shape) if part.content is not None else None)
+                of_shape = part.content(entry.shape) if part.content is not None else None
+                contents.append(of_shape if entry.sources else entry.data)
         order = _aligned_order([(safetensors_file.DTYPE_BITS[dtype] // 8, nbytes) for _, dtype, _, nbytes in stored])
         header = safetensors_file.write_header([stored[i] for i in order], {"format": "pt"})
         at = len(header)
@@ -161,10 +174,12 @@ class SafetensorsLayout(Layout):
                 literals.append((at, content))
             at += stored[i][3]
         self.draft.files.append(OutputFile(path, at, tuple(literals)))
-        return [
+        placed = [
             entry.placed(tuple(regions[index, number] for number in range(len(entry.part_bytes))))
             for index, entry in enumerate(group)
+            if entry.sources
         ]
+        return placed, {entry.name: regions[at, 0] for at, entry in enumerate(group) if not entry.sources}
 
 
 def _by_single(wholes: list[WholeExperts]) -> tuple[dict[str, WholeExperts], set[str]]:

@@ -55,6 +55,9 @@ def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: Conver
     ]
     notes = [*checkpoint.notes, *model.notes, *biases, *draft.notes, *_overrides_notes(mixed, options.overrides, model)]
     notes += draft.importance.notes(is_asked=bool(mixed))
+    if options.calibration is not None:
+        is_used = any(recipe.needs_calibration for recipe in recipes)
+        notes += options.calibration.notes() if is_used else ["the calibration has no use: no variant needs it"]
     notes += front_matter_notes(checkpoint.folder)
     left_out = [name for name in checkpoint.tensors if model.is_left_out(name)]
     if left_out:

@@ -8,7 +8,7 @@ again.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from streamquant.convert.architectures import ModelDescription
@@ -146,6 +146,8 @@ class VariantPlan:
     """Whether the importance matrix had a say in it: its keys are in the file, its record in the manifest."""
     blocks: BlockRuntimes | None = None
     """Which programs run it, where its weights have a scale for each block."""
+    generated_at: Mapping[str, Region] = field(default_factory=dict)
+    """Where tensors without a source are, for the index of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +287,7 @@ class Plan:
             imatrix=self.options.imatrix if variant.uses_imatrix else None,
             overrides=self.options.overrides if variant.recipe.takes_overrides else NO_OVERRIDES,
             ignore=self.options.ignore if variant.recipe.takes_ignore else (),
+            calibration=self.options.calibration if variant.recipe.needs_calibration else None,
         )
 
     @cached_property

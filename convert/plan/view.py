@@ -130,7 +130,10 @@ def _formats_table(plan: Plan) -> Table:
         for (name, reason), members in sorted(groups.items(), key=lambda item: -sum(t.nbytes for t in item[1])):
             size = human_bytes(sum(tensor.nbytes for tensor in members))
             table.add_row(variant.recipe.spec, name, str(len(members)), size, reason)
-        for name in variant.generated:
+        if variant.generated_at:
+            size = human_bytes(sum(region.nbytes for region in variant.generated_at.values()))
+            table.add_row(variant.recipe.spec, "scales", str(len(variant.generated_at)), size, "of the calibration")
+        for name in set(variant.generated) - variant.generated_at.keys():
             made = "rows of the head, for a reranker" if name == CLASSIFIER else "made from config.json"
             table.add_row(variant.recipe.spec, "" if name == CLASSIFIER else "F32", "1", "", f"{name}: {made}")
         if variant.dropped:

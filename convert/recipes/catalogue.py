@@ -44,6 +44,8 @@ class CatalogueVariant:
     """Whether an importance matrix changes its bytes."""
     needs_importance: bool
     """Whether it is refused without one."""
+    needs_calibration: bool = False
+    """Whether it is refused without a file of `streamquant calibrate`."""
 
     @property
     def size(self) -> str:
@@ -51,8 +53,13 @@ class CatalogueVariant:
         return f"{self.bits_per_weight:.1f}".removesuffix(".0")
 
     @property
+    def measured(self) -> str:
+        """What it needs of text, in a table: a calibration, or what an importance matrix is to it."""
+        return "calibration required" if self.needs_calibration else self.importance
+
+    @property
     def importance(self) -> str:
-        """What an importance matrix is to it: required, optional or unused. No variant needs other calibration."""
+        """What an importance matrix is to it: required, optional or unused."""
         return "required" if self.needs_importance else "optional" if self.uses_importance else "unused"
 
 
@@ -104,4 +111,5 @@ def _variant(recipe: Recipe, model: ModelDescription, tensors: Tensors) -> Catal
         recipe.runtimes,
         uses_importance=recipe.container.takes_importance and weighed,
         needs_importance=recipe.needs_importance,
+        needs_calibration=recipe.needs_calibration,
     )

@@ -27,10 +27,12 @@ class Container:
 
         >>> GGUF.label("gguf:Q8_0"), SAFETENSORS.label("fp8-dynamic"), SAFETENSORS.label("bf16")
         ('Q8_0', 'FP8-dynamic', 'BF16')
+        >>> SAFETENSORS.label("fp8-static+kv"), SAFETENSORS.label("nvfp4+kv")  # the Hub allows no plus in names
+        ('FP8-static-kv', 'NVFP4-kv')
         """
         if not self.is_checkpoint:
             return spec.removeprefix(self.prefix)
-        kind, dash, rest = spec.partition("-")
+        kind, dash, rest = spec.replace("+", "-").partition("-")
         return kind.upper() + dash + rest
 
 

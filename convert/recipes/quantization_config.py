@@ -27,7 +27,12 @@ embeddings load without an error and are wrong (transformers) or not at all (vLL
 GROUPS = "-g"
 """Between a preset and the size of its groups, where that is not the preset's."""
 
-CACHE_VERSION = 3
+KV = "+kv"
+"""Behind a preset, where a key-value cache in FP8 is described."""
+ONESHOT = ("FP8", "NVFP4")
+"""Presets that llm-compressor calibrates."""
+
+CACHE_VERSION = 4
 """Raise it when `quantization_config` changes."""
 
 
@@ -119,7 +124,8 @@ def with_ignored(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str,
 def quantization_config(scheme: str) -> dict[str, Any]:
     """The quantization_config that llm-compressor's model_free_ptq writes for a preset scheme with IGNORE.
 
-    "W4A16-g32" is the preset W4A16 with groups of 32. Imports compressed-tensors, and so torch.
+    "W4A16-g32" is the preset W4A16 with groups of 32. For a preset of ONESHOT, and for "FP8_DYNAMIC+kv", it is what its
+    oneshot writes. Imports compressed-tensors, and so torch.
     (compressed_tensors/quantization/quant_config.py; ModelFreePtqConverter.update_config and validate_config of
     llm-compressor, which calls a scheme that is no preset "config_group_0")
     """
@@ -129,6 +135,8 @@ def quantization_config(scheme: str) -> dict[str, Any]:
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
 
+    if scheme in ONESHOT or scheme.endswith(KV):
+        return _of_oneshot(*scheme.partition(KV)[:2])
     name, _, group = scheme.partition(GROUPS)
     preset = preset_name_to_scheme(name, ["Linear"])
     if group:
@@ -142,6 +150,38 @@ def quantization_config(scheme: str) -> dict[str, Any]:
         format=format_name,
     )
     return {COMPRESSION_VERSION_NAME: __version__, TRANSFORM_CONFIG_NAME: {}, **config.model_dump(mode="json")}
+
+
+def _of_oneshot(name: str, with_cache: str) -> dict[str, Any]:
+    """What llm-compressor's oneshot writes of a QuantizationModifier for "Linear", the head left out: with the names of
+    its observers. (resolve_quantization_config and _apply_default_observers of its modifiers/quantization)"""
+    import torch
+    from compressed_tensors import __version__
+    from compressed_tensors.base import COMPRESSION_VERSION_NAME, SPARSITY_CONFIG_NAME, TRANSFORM_CONFIG_NAME
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationStatus,
+        preset_name_to_scheme,
+    )
+
+    preset = preset_name_to_scheme(name, ["Linear"])
+    format_name = infer_module_format(torch.nn.Linear, preset).value
+    preset.format = format_name
+    preset.weights.observer = "memoryless_minmax"
+    if preset.input_activations.dynamic is not True:
+        preset.input_activations.observer = "static_minmax"
+    cache = QuantizationArgs(num_bits=8, type="float", symmetric=True, dynamic=False, observer="static_minmax")
+    config = QuantizationConfig(
+        config_groups={"group_0": preset},
+        ignore=["lm_head"],
+        quantization_status=QuantizationStatus.COMPRESSED,
+        format=format_name,
+        kv_cache_scheme=cache if with_cache else None,
+    )
+    described = config.model_dump(mode="json")
+    return {COMPRESSION_VERSION_NAME: __version__, TRANSFORM_CONFIG_NAME: {}, SPARSITY_CONFIG_NAME: {}, **described}
 
 
 if __name__ == "__main__":

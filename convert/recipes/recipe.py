@@ -5,6 +5,7 @@ F32, F16, BF16 and Q8_0, those of llama-quantize (mix.py) for the rest. The rule
 llm-compressor's for `targets=["Linear"]`, by the role of the tensor in the architecture and not by its name.
 """
 
+import enum
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,15 @@ class ChoiceOptions:
     overrides: Overrides = NO_OVERRIDES
     ignore: tuple[str, ...] = ()
     """Modules that stay as they are, in compressed-tensors' spelling."""
+
+
+class StaticInputs(enum.Enum):
+    """Scales of inputs that are known before a model runs."""
+
+    FP8 = "input_scale"
+    """A factor for the whole input."""
+    NVFP4 = "input_global_scale"
+    """A divisor for the scales of its groups, which are found at run time."""
 
 
 GGUF_RUNTIMES = ("llama.cpp", "LM Studio", "Ollama")
@@ -85,11 +95,20 @@ class Recipe:
     """What its weights are called, for safetensors: "FP8", "INT4"."""
     hardware: str = ""
     """The GPUs that it needs, in a sentence of a card."""
+    static_inputs: StaticInputs | None = None
+    """The scales of inputs that are stored beside each linear layer."""
+    static_cache: bool = False
+    """Whether scales of an FP8 key-value cache are stored."""
 
     @property
     def needs_importance(self) -> bool:
         """Whether it is only made with an importance matrix (but where no row fits its format)."""
         return self.base in NEEDS_IMPORTANCE
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it is only made with a file of `streamquant calibrate`."""
+        return self.static_inputs is not None or self.static_cache
 
     @property
     def takes_overrides(self) -> bool:
@@ -304,6 +323,7 @@ def recipe_of(file: RecipeFile) -> Recipe:
     return Recipe(f"{GGUF.prefix}{label}", GGUF, label, description, choose, base=base, file=file)
 
 
+CALIBRATED_REST = "Embeddings, norms and the output layer stay as in the original."
 PLAIN_REST = "Embeddings, norms and the output layer stay as in the original. No calibration data was needed."
 
 
@@ -369,6 +389,64 @@ def _nvfp4(name: str) -> Recipe:
     return replace(recipe, details=details, weights="NVFP4", hardware=hardware, runtimes=MX_RUNTIMES)
 
 
+def _calibrated(recipe: Recipe, spec: str, details: str, about: str, inputs: StaticInputs | None) -> Recipe:
+    """What llm-compressor's oneshot makes with a preset that it calibrates."""
+    return replace(
+        recipe,
+        spec=spec,
+        label=SAFETENSORS.label(spec),
+        description=about,
+        about=about,
+        details=f"{details} {CALIBRATED_REST}",
+        static_inputs=inputs,
+    )
+
+
+KV = "+kv"
+"""Behind a variant: with scales of an FP8 key-value cache."""
+
+
+def _with_cache(recipe: Recipe) -> Recipe:
+    """A variant with scales of an FP8 key-value cache too."""
+    about = f"{recipe.about}; scales of an FP8 key-value cache"
+    details = f"{recipe.details} A key-value cache in FP8 has one scale each for the keys and values of a layer."
+    made = _calibrated(recipe, f"{recipe.spec}{KV}", "", about, recipe.static_inputs)
+    return replace(made, details=details, scheme=f"{recipe.scheme}{KV}", static_cache=True)
+
+
+_FP8_STATIC = _calibrated(
+    _compressed("fp8-static", fp8.TENSOR, "FP8", "", ""),
+    "fp8-static",
+    "Weights of linear layers are FP8 E4M3 with one scale for each matrix; activations are quantized to FP8 with a "
+    "scale for each layer that was measured on text.",
+    "E4M3, a scale per matrix; activations with a measured scale per layer",
+    StaticInputs.FP8,
+)
+_FP8_CHANNEL = replace(
+    _compressed(
+        "fp8-dynamic",
+        fp8.CALIBRATED_CHANNEL,
+        "FP8_DYNAMIC",
+        "E4M3, a scale per output channel; activations per token",
+        "",
+    ),
+    details="Weights of linear layers are FP8 E4M3 with one scale for each output channel; activations are quantized "
+    f"to FP8 at run time, with one scale for each token. {CALIBRATED_REST}",
+)
+_NVFP4 = replace(
+    _calibrated(
+        _nvfp4("nvfp4"),
+        "nvfp4",
+        "Weights of linear layers are NVFP4: E2M1 with an FP8 scale for each 16 columns of a row, and a scale for all "
+        "that runtimes merge into one matrix; activations are quantized likewise at run time, with a scale for each "
+        "layer that was measured on text.",
+        "E2M1, an FP8 scale per 16 weights and one per matrix; activations likewise, with a measured scale per layer",
+        StaticInputs.NVFP4,
+    ),
+    hardware="NVIDIA GPUs from Blackwell on compute in NVFP4; older ones, from Turing on, widen weights as they go.",
+)
+
+
 ALIASES = {
     **{"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"},
     **{str(int(_file_type(name))): name for name in DEFAULTS},
@@ -394,6 +472,9 @@ RECIPES: dict[str, Recipe] = {
             "Weights of linear layers are FP8 E4M3 with one scale for each block of 128 x 128; activations are "
             "quantized to FP8 at run time, in groups of 128.",
         ),
+        _FP8_STATIC,
+        _with_cache(_FP8_CHANNEL),
+        _with_cache(_FP8_STATIC),
         replace(
             _compressed(
                 "w8a8",
@@ -423,6 +504,8 @@ RECIPES: dict[str, Recipe] = {
         _mx("mxfp4", microscaling.FP4, 4),
         _mx("mxfp4a16", microscaling.FP4, 4),
         _nvfp4("nvfp4a16"),
+        _NVFP4,
+        _with_cache(_NVFP4),
         Recipe(
             "bf16",
             SAFETENSORS,

@@ -365,7 +365,10 @@ class CompressedVariant(FolderVariant):
         same = arguments.model_dump_json() if arguments.dynamic is True else module
         if same in self._quantizers:
             return self._quantizers[same]
-        scales = {local: self._whole(t).float() for local, t in found.stored.items() if local.startswith("input_")}
+        scales = {local: self._whole(t) for local, t in found.stored.items() if local.startswith("input_")}
+        scales = {
+            local: s if (local, s.dtype.itemsize) == ("input_scale", 2) else s.float() for local, s in scales.items()
+        }
         self._quantizers[same] = input_quantizer(arguments, scales, n)
         return self._quantizers[same]
 

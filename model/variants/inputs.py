@@ -14,9 +14,10 @@ def input_quantizer(
 ) -> "Callable[[torch.Tensor], torch.Tensor]":
     """Fake quantization of an input, float[batch, tokens, n] -> the same.
 
-    `arguments` are QuantizationArgs; `scales` are the float32 tensors `input_scale` and the like of a layer whose
-    scales are static. As forward_quantize (compressed_tensors/quantization/lifecycle/forward.py), which transformers
-    runs; E4M3 on a CPU is computed by `through_e4m3`, which gives the same values.
+    `arguments` are QuantizationArgs; `scales` are the tensors `input_scale` and the like of a layer whose scales are
+    static; one of 16 bits gets the dtype of the input, as transformers loads it. As forward_quantize
+    (compressed_tensors/quantization/lifecycle/forward.py), which transformers runs; E4M3 on a CPU is computed by
+    `through_e4m3`, which gives the same values.
     """
     import torch
     from compressed_tensors.quantization import QuantizationStatus
@@ -27,10 +28,13 @@ def input_quantizer(
     for local, scale in scales.items():
         setattr(holder, local, scale)
     fast = group_of_fast(arguments, n)
+    narrow = {local: scale for local, scale in scales.items() if scale.dtype.itemsize == 2}
 
     def quantized(x: "torch.Tensor") -> "torch.Tensor":
         if fast is not None and x.device.type == "cpu" and x.dtype == torch.float32:
             return through_e4m3(x, fast(x.shape[-1]))
+        for local, scale in narrow.items():
+            setattr(holder, local, scale.to(x.dtype))
         return forward_quantize(holder.to(x.device), x, "input", arguments).to(x.dtype)
 
     return quantized

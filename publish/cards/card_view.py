@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamquant.convert.recipes.block_runtimes import BlockRuntimes
+from streamquant.convert.recipes.calibration import CalibrationRecord
 from streamquant.files.folders import real_path
 from streamquant.files.sizes import human_bytes
 from streamquant.publish.cards import commands
@@ -51,6 +52,7 @@ class CardView:
     """The original of the report, if it is not the source."""
     made: tuple[commands.Made, ...]
     imatrices: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]
+    calibrations: tuple[tuple[CalibrationRecord, tuple[str, ...]], ...]
     """(record, labels of the variants that were made with it)"""
     guarded: tuple[str, ...]
     """Labels of variants with a guarded template."""
@@ -85,6 +87,7 @@ def make_card_view(folder: VariantFolder, repo: str | None, public: PublicReport
         against=None if first is None or first.against_source else first.report.comparison.original.model.label,
         made=tuple(commands.made_by(folder)),
         imatrices=_imatrices(folder),
+        calibrations=_calibrations(folder),
         guarded=tuple(variant.label for variant in folder.variants if variant.made.options.guard_template),
         versions=_versions(folder.variants),
         formats=tuple((row.variant.label, _formats(row.variant)) for row in rows),
@@ -140,6 +143,14 @@ def _imatrices(folder: VariantFolder) -> tuple[tuple[Mapping[str, Any], tuple[st
     return tuple((record, tuple(labels)) for record, labels in groups.values())
 
 
+def _calibrations(folder: VariantFolder) -> tuple[tuple[CalibrationRecord, tuple[str, ...]], ...]:
+    groups: dict[CalibrationRecord, list[str]] = {}
+    for variant in folder.variants:
+        if (made := variant.made.calibration) is not None:
+            groups.setdefault(made, []).append(variant.label)
+    return tuple((record, tuple(labels)) for record, labels in groups.items())
+
+
 def _versions(variants: Sequence[PublishedVariant]) -> tuple[tuple[str, str], ...]:
     """Package -> version; several where variants were made at different times."""
     found: dict[str, dict[str, None]] = {}
@@ -161,6 +172,7 @@ HELPERS: Mapping[str, Callable[..., object] | object] = {
     "commands": commands,
     "engine_name": engine_name,
     "fence": fence,
+    "file_name": file_name,
     "estimate": estimate,
     "hub_link": hub_link,
     "human_bytes": human_bytes,

@@ -109,7 +109,7 @@ def _shared(folder: VariantFolder, variant: PublishedVariant) -> tuple[list[str]
     """The options that variants of one call have in common, as words, and the contents of metadata.json, if any."""
     made = variant.made
     options = replace(made.options, name=None) if made.options.name == folder.source.name else made.options
-    words = options.words(made.recipe.container, made.imatrix)
+    words = options.words(made.recipe.container, made.imatrix, made.calibration)
     return words, json.dumps(options.metadata, indent=2, ensure_ascii=False) if "metadata.json" in words else ""
 
 

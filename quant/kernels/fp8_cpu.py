@@ -92,6 +92,25 @@ def encode_channel(
 
 
 @kernel
+def tensor_scale(amax: np.float32, dtype: int) -> np.float32:
+    """The scale of a whole tensor, or of activations, whose largest magnitude is `amax`: a value of `dtype`."""
+    return _scale(np.float32(amax), dtype)
+
+
+@kernel
+def encode_by_scales(
+    rows: NDArray[np.float32], codes: NDArray[np.uint8], scales: NDArray[np.float32], dtype: int
+) -> None:
+    """float32[r, n], float32[r] -> codes uint8[r, n]: no quotient is -0.0, to which oneshot adds a zero point of 0."""
+    least = np.uint32(0x33000000) if dtype == F16 else np.uint32(0)  # 2**-25 is 0 in float16
+    for i in range(rows.shape[0]):
+        row, scale = rows[i], scales[i]
+        for j in range(row.size):
+            q = _quotient(row[j], scale, dtype)
+            codes[i, j] = e4m3(q) if np.uint32(q & ABS) > least else np.uint8(0)
+
+
+@kernel
 def encode_tiles(rows: NDArray[np.float32], codes: NDArray[np.uint8], scales: NDArray[np.float32], dtype: int) -> None:
     """float32[r, n] -> codes uint8[r, n], scales float32[ceil(r / 128), ceil(n / 128)]: one scale a 128x128 tile.
 

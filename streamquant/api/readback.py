@@ -4,6 +4,7 @@ from pathlib import Path
 
 from streamquant.api.models import Model, local_weights
 from streamquant.api.paths import paths_told
+from streamquant.convert.recipes.calibration import Calibration
 from streamquant.convert.recipes.imatrix import ImportanceMatrix
 from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.files.listener import SILENT, Listener
@@ -31,6 +32,7 @@ def verify(
     source: Model | None = None,
     imatrix: ImportanceMatrix | None = None,
     *,
+    calibration: Calibration | None = None,
     listener: Listener = SILENT,
 ) -> list[VerifiedVariant]:
     """Read back what `convert` wrote: hashes against the manifest and, with a source, every byte against the model.
@@ -40,16 +42,17 @@ def verify(
         source: the model that was converted. Every tensor is encoded again and compared byte for byte, and decoded and
             compared with the weights, which gives the error of each variant (SQNR, in dB).
         imatrix: the importance matrix that the variants were made with; needed with a source.
+        calibration: likewise the calibration.
         listener: hears of the tasks "verifying" and "fetching" in bytes.
 
     Returns a record for each variant. Its `problems` are empty if all is well; problems are not raised.
 
     Raises:
-        UsageError: for a folder without a manifest, and for a missing or another importance matrix.
+        UsageError: for a folder without a manifest, and for a missing or another importance matrix or calibration.
         StreamquantError: for a broken manifest or a source that cannot be read.
     """
     folder = Path(folder)
     total = readback.bytes_to_verify(folder, with_source=source is not None)
     checkpoint = None if source is None else open_checkpoint(local_weights(source, listener))
     listener.started(readback.VERIFYING, total, "bytes")
-    return readback.verify(folder, checkpoint, imatrix, listener)
+    return readback.verify(folder, checkpoint, imatrix, listener, calibration)

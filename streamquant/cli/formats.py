@@ -19,7 +19,7 @@ def formats_command(as_json: AsJson = False) -> None:
     """List all variants that can be made and all model families that can be converted.
 
     For each variant: its size in bits per weight, counted over the tensors of Llama 2 7B; whether an importance matrix
-    is required, optional or unused; and what runs it. No variant needs calibration data of another kind.
+    is required, optional or unused, or a calibration required; and what runs it.
 
     Example: `streamquant formats`
     """
@@ -37,7 +37,7 @@ def _variants_table(entries: "tuple[CatalogueVariant, ...]") -> Table:
     for name in ("importance matrix", "runs in", "what it is"):
         table.add_column(name)
     for entry in entries:
-        table.add_row(entry.spec, entry.size, entry.importance, ", ".join(entry.runtimes), entry.about)
+        table.add_row(entry.spec, entry.size, entry.measured, ", ".join(entry.runtimes), entry.about)
     return table
 
 

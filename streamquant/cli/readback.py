@@ -41,6 +41,9 @@ def verify_command(
     imatrix: Annotated[
         Path | None, typer.Option(help="The importance matrix that the variants were made with; --source needs it.")
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="The calibration that the variants were made with; --source needs it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read back what was written: compare hashes with the manifest and, with --source, every byte with the checkpoint.
@@ -50,8 +53,9 @@ def verify_command(
     from streamquant.validate.readback.verify_report import verify_json, verify_view
 
     matrix = streamquant.read_imatrix(imatrix) if imatrix is not None else None
+    measured = streamquant.read_calibration(calibration) if calibration is not None else None
     with console_listener() as listener:
-        results = streamquant.verify(folder, source, matrix, listener=listener)
+        results = streamquant.verify(folder, source, matrix, calibration=measured, listener=listener)
     print_result(verify_json(results) if as_json else verify_view(results))
     if any(result.problems for result in results):
         raise typer.Exit(1)

@@ -56,15 +56,16 @@ def test_importance(catalogue: dict[str, CatalogueVariant]) -> None:
     floats, others = {"F32", "F16", "BF16"}, {"Q8_0", "MXFP4_MOE", "TQ1_0", "TQ2_0"}
     folders = {spec for spec, entry in catalogue.items() if entry.container == "safetensors"}
     assert {"fp8-dynamic", "w4a16", "mxfp4", "bf16"} < folders
+    assert {spec for spec, entry in catalogue.items() if entry.measured == "calibration required"} == {
+        *("fp8-static", "fp8-static+kv", "fp8-dynamic+kv", "nvfp4", "nvfp4+kv")
+    }
     assert found["unused"] == {*folders, *floats, *others}
 
 
 def test_command_prints_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(monkeypatch, capsys, "formats")
     for entry in variants():
-        assert re.search(rf"^{re.escape(entry.spec)} +{entry.size} +{entry.importance} ", text, re.MULTILINE), (
-            entry.spec
-        )
+        assert re.search(rf"^{re.escape(entry.spec)} +{entry.size} +{entry.measured} ", text, re.MULTILINE), entry.spec
     assert all(
         re.search(rf"^{entry.hf_architecture} +{entry.gguf_arch} *$", text, re.MULTILINE) for entry in families()
     )

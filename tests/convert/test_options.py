@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from streamquant.convert.options import ARGUMENTS, ConversionOptions, check_ignore, parse_options
+from streamquant.convert.recipes.calibration import Calibration, CalibrationRecord, parse_calibration
 from streamquant.convert.recipes.container import GGUF, SAFETENSORS
 from streamquant.convert.recipes.imatrix import ImportanceMatrix, parse_imatrix
 from streamquant.convert.recipes.overrides import Overrides
@@ -17,6 +18,13 @@ from streamquant.files.json_record import JsonRecord
 from streamquant.quant.errors import StreamquantError, UsageError
 
 MATRIX = ImportanceMatrix("x.gguf", "ab" * 32, ("a.txt",), 7, {"a": np.ones(2, np.float32)}, (), ("attn_k",))
+MEASURED = Calibration(
+    CalibrationRecord("x.safetensors", "cd" * 32, 5, 2048, 10_000, ("a.txt",)),
+    "ef" * 32,
+    {"a": np.ones(1, np.float32)},
+    {"a": np.array([10_000])},
+    {0: (1.0, 2.0)},
+)
 EVERY = ConversionOptions(
     name="Name",
     split_max_size=40_000_000_000,
@@ -28,6 +36,7 @@ EVERY = ConversionOptions(
     overrides=Overrides((("attn_v", "Q8_0"),), "Q6_K", "Q5_K", pure=True, leave_output_tensor=True),
     ignore=("re:.*down_proj$", "lm_head"),
     guard_template=True,
+    calibration=MEASURED,
 )
 """No option at its default: a new one is to be added here."""
 
@@ -45,7 +54,9 @@ def test_no_option_is_forgotten() -> None:
 
 @pytest.mark.parametrize("options", [EVERY, ConversionOptions()])
 def test_the_record_comes_back(options: ConversionOptions) -> None:
-    assert parse_options(manifest(options)) == dataclasses.replace(options, imatrix=None)
+    assert parse_options(manifest(options)) == dataclasses.replace(options, imatrix=None, calibration=None)
+    if options.calibration is not None:
+        assert parse_calibration(manifest(options).object("calibration")) == options.calibration.record
     if options.imatrix is not None:
         assert parse_imatrix(manifest(options).object("imatrix")) == options.imatrix.record()
 
@@ -60,12 +71,14 @@ def test_values_of_another_kind_are_refused(name: str) -> None:
     wrong = [["re:("], [3], "x", 1.5] if name == "ignore" else wrong
     for value in wrong:
         record = JsonRecord({name: value}, "m.json", "broken manifest")
+        read = {"imatrix": parse_imatrix, "calibration": parse_calibration}.get(name)
         with pytest.raises(StreamquantError, match=rf"broken manifest\n  where:    m.json\.{name}"):
-            _ = parse_imatrix(record.object(name)) if name == "imatrix" else parse_options(record)
+            _ = parse_options(record) if read is None else read(record.object(name))
 
 
 def test_every_argument_is_among_the_words_that_repeat_a_conversion() -> None:
-    words = {word for container in (GGUF, SAFETENSORS) for word in EVERY.words(container, MATRIX.record())}
+    records = MATRIX.record(), MEASURED.record
+    words = {word for container in (GGUF, SAFETENSORS) for word in EVERY.words(container, *records)}
     other = dataclasses.replace(MATRIX, include_weights=("a",), exclude_weights=())
     words.update(EVERY.words(GGUF, other.record()))
     flags = {argument.flag for argument in ARGUMENTS} - {"--tensor-type-file"}  # its rules are repeated one by one

@@ -24,6 +24,7 @@ from streamquant.convert.manifest import (
 )
 from streamquant.convert.plan.planner import make_plan
 from streamquant.convert.plan.records import BLOCK_WEIGHTS, Chunk, Matrix, Plan
+from streamquant.convert.recipes.calibration import Calibration
 from streamquant.convert.recipes.imatrix import ImportanceMatrix
 from streamquant.convert.run.blocks import (
     Bytes,
@@ -100,19 +101,21 @@ def verify(
     source: Checkpoint | None = None,
     imatrix: ImportanceMatrix | None = None,
     listener: Listener = SILENT,
+    calibration: Calibration | None = None,
 ) -> list[VerifiedVariant]:
     """Verify every variant of every manifest in `folder`; `listener` hears of the bytes of the task VERIFYING.
 
-    `imatrix` is what the variants were made with, needed to encode them again. Problems are collected, not raised.
-    Raises UsageError without a manifest or with a missing or another importance matrix, StreamquantError for a broken
-    manifest or a source that cannot be read.
+    `imatrix` and `calibration` are what the variants were made with, needed to encode them again. Problems are
+    collected, not raised. Raises UsageError without a manifest or with a missing or another of these, StreamquantError
+    for a broken manifest or a source that cannot be read.
     """
     results = []
     manifests = [(child, _manifest(child)) for child in find_manifests(folder)]
     if source is not None:
         for child, manifest in manifests:
             for spec, variant in manifest.variants.items():
-                _ = _same_imatrix(variant, imatrix, f"{child / MANIFEST}, variant {spec!r}")
+                where = f"{child / MANIFEST}, variant {spec!r}"
+                _ = _same_imatrix(variant, imatrix, where), _same_calibration(variant, calibration, where)
     for child, manifest in manifests:
         for spec, variant in manifest.variants.items():
             result = VerifiedVariant(child, spec)
@@ -126,7 +129,9 @@ def verify(
                 )
                 continue
             found = _same_imatrix(variant, imatrix, str(child))
-            plan = make_plan(source, [variant.recipe], replace(variant.options, imatrix=found))
+            measured = _same_calibration(variant, calibration, str(child))
+            options = replace(variant.options, imatrix=found, calibration=measured)
+            plan = make_plan(source, [variant.recipe], options)
             _compare(plan, result, listener)
     return results
 
@@ -157,6 +162,21 @@ def _same_imatrix(variant: ManifestVariant, imatrix: ImportanceMatrix | None, wh
             required=f"--imatrix with {record.file}, SHA-256 {record.sha256}",
         )
     return replace(imatrix, name=record.file).select(record.include_weights, record.exclude_weights)
+
+
+def _same_calibration(variant: ManifestVariant, calibration: Calibration | None, where: str) -> Calibration | None:
+    """The calibration that a variant was made with. Raises UsageError if it is another."""
+    record = variant.calibration
+    if record is None:
+        return None
+    if calibration is None or calibration.record.sha256 != record.sha256:
+        raise UsageError(
+            "made with a calibration, and so can only be encoded again with it",
+            where=where,
+            found="none" if calibration is None else f"{calibration.record.file}, SHA-256 {calibration.record.sha256}",
+            required=f"--calibration with {record.file}, SHA-256 {record.sha256}",
+        )
+    return calibration
 
 
 # Against the manifest

@@ -38,7 +38,12 @@ class VerifyStage(VariantsStage):
         total = sum(bytes_to_verify(folder.path, with_source=self.with_source) for folder in self.folders)
         self.listener.started(VERIFYING, total, "bytes")
         source = self._local_source() if self.with_source else None
-        found = [result for folder in self.folders for result in verify(folder.path, source, imatrix, self.listener)]
+        calibration = self.file.options.calibration
+        found = [
+            result
+            for folder in self.folders
+            for result in verify(folder.path, source, imatrix, self.listener, calibration)
+        ]
         if wrong := [f"{result.spec}: {problem}" for result in found for problem in result.problems]:
             raise StreamquantError(
                 "what was written is not what it should be",
