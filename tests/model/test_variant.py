@@ -524,18 +524,25 @@ def test_scales_of_a_cache_belong_to_a_layer_and_a_scheme(fp8_folder: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "message"),
     [
-        {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
-        {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
-        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, r"static activations without[\s\S]*q_proj\.input_scale"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+            r"weights without their scales[\s\S]*weight_scale_inv",
+        ),
+        (
+            {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
+            r"unknown quantization[\s\S]*fbgemm_fp8[\s\S]*compressed-tensors",
+        ),
     ],
 )
-def test_other_makers_of_fp8_get_one_clear_error(fp8_folder: Path, settings: dict[str, Any]) -> None:
+def test_codes_of_another_maker_than_config_json_says_get_one_clear_error(
+    fp8_folder: Path, settings: dict[str, Any], message: str
+) -> None:
     edit_config(fp8_folder, lambda config: config.update(quantization_config=settings))
-    with pytest.raises(StreamquantError, match=rf"unknown quantization[\s\S]*{settings['quant_method']}") as error:
+    with pytest.raises(StreamquantError, match=message):
         open_variant(fp8_folder)
-    assert "compressed-tensors" in str(error.value)
 
 
 def test_a_quantized_checkpoint_without_its_config(fp8_folder: Path) -> None:
