@@ -14,6 +14,7 @@ import pytest
 
 from streamquant.convert.run import stream
 from streamquant.convert.run.blocks import Scratch
+from streamquant.convert.run.journal import VERSION, _with_check
 from streamquant.convert.run.output_files import OutputFiles
 from tests.attacks.harness import TO, Zygote, checksums, finished_files, flip, run
 
@@ -106,6 +107,21 @@ def test_journal_of_an_earlier_version(unfinished: tuple[Path, tuple[Any, ...]],
     journal_of(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
     ran = zygote.run(*command, set=SMALL_CHUNKS)
     ran.refused(1, "cannot read the journal", "journal 1, of another version", "finish it with the version that began")
+
+
+def test_journal_of_the_version_before(
+    unfinished: tuple[Path, tuple[Any, ...]], sums: dict[str, str], zygote: Zygote
+) -> None:
+    """Version 2 had no amax, and is gone on with."""
+    out, command = unfinished
+    head, *lines = cut_torn(journal_of(out)).splitlines()
+    record = json.loads(head)
+    record.pop("check")
+    old = json.dumps({**record, "journal": 2}, separators=(",", ":")).encode()
+    journal_of(out).write_bytes(b"\n".join([_with_check(old, record["fingerprint"]), *lines, b""]))
+    assert record["journal"] == VERSION == 3
+    assert zygote.run(*command, set=SMALL_CHUNKS).done().resumed > 0
+    assert checksums(out) == sums
 
 
 def test_finished_file_that_was_changed(
