@@ -36,6 +36,7 @@ from streamquant.quant.errors import StreamquantError
 from streamquant.validate.readback.verify import verify
 from tests import synthetic
 from tests.conftest import TINY_PRE, Shelf, write_small_tokenizer
+from tests.family_checks import check_equals_llama_quantize
 from tests.gguf_peer import read_gguf
 from tests.goldens.models import Entry, write_imatrix
 from tests.shapes import MIXTURES, write_shape
@@ -216,6 +217,58 @@ def test_configs_that_are_refused(tmp_path: Path, key: str, value: object, messa
     with pytest.raises(StreamquantError, match=message) as error:
         make_plan(open_checkpoint(folder), parse_variants(["gguf:Q8_0"]), OPTIONS)
     assert key in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", synthetic.MIXTURES[3:])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({EXPERT.format(2): None}, r"lacks tensors[\s\S]*experts\.2\.up_proj"),
+        ({EXPERT.format(5): (96, 64)}, r"does not explain[\s\S]*experts\.5\.up_proj"),
+        ({EXPERT.format(2): (64, 97)}, r"shape does not fit[\s\S]*experts\.2\.up_proj"),
+        ({"model.layers.1.mlp.gate.weight": (6, 64)}, r"shape does not fit[\s\S]*mlp\.gate"),
+        ({"model.layers.1.mlp.gate.weight": None}, r"lacks tensors[\s\S]*mlp\.gate"),
+    ],
+)
+def test_tensors_of_other_mixtures_that_do_not_fit(
+    tmp_path: Path, architecture: str, changes: Mapping[str, tuple[int, ...] | None], message: str
+) -> None:
+    """Qwen 2 MoE, dots.llm1, OLMoE."""
+    folder = write_model(tmp_path / "Model", architecture)
+    rewrite(folder, **changes)
+    with pytest.raises(StreamquantError, match=message):
+        make_plan(open_checkpoint(folder), parse_variants(["gguf:Q8_0"]), OPTIONS)
+
+
+@pytest.mark.parametrize("architecture", synthetic.MIXTURES[2:])
+def test_an_index_with_a_hole(tmp_path: Path, architecture: str) -> None:
+    """An expert that lies in a shard and is not in the index, and one that is in the index alone."""
+    folder = write_model(tmp_path / "Model", architecture, shards=2)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    hole = {name: file for name, file in content["weight_map"].items() if name != EXPERT.format(2)}
+    for weight_map, message in (
+        (hole, "tensor of a shard is not in the index"),
+        (content["weight_map"] | {EXPERT.format(7): next(iter(hole.values()))}, "tensor of the index is in no shard"),
+    ):
+        index.write_text(json.dumps(content | {"weight_map": weight_map}))
+        with pytest.raises(StreamquantError, match=message):
+            open_checkpoint(folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", synthetic.MIXTURES[2:])
+@pytest.mark.usefixtures("llama_quantize")
+@pytest.mark.timeout(3600)
+def test_equals_llama_quantize(tmp_path: Path, architecture: str) -> None:
+    """GLM-4.5 to 4.7, Qwen 2 MoE, dots.llm1 and OLMoE, of the file in BF16, with columns that K-quants take."""
+    wide = {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "intermediate_size": 512}
+    known = synthetic.FAMILY_KEYS[architecture]
+    sizes = {key: value for key, value in wide.items() if key in known or key == "intermediate_size"}
+    if architecture == "OlmoeForCausalLM":
+        sizes["intermediate_size"] = 256
+    source = write_model(tmp_path / "Model", architecture, size="small", **sizes)
+    check_equals_llama_quantize(source, tmp_path)
 
 
 SHARED = "model.layers.1.mlp.shared_experts.{}_proj.weight"
