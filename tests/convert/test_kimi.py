@@ -22,14 +22,16 @@ from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.model.forward import Setting, all_logits
 from streamquant.model.variants.open import open_original, open_variant
 from streamquant.quant.errors import StreamquantError
-from tests import quantized_sources
+from tests import llama_cpp, quantized_sources
 from tests.conftest import Shelf
 from tests.family_checks import (
+    FILE_TYPES,
     LARGEST_DIVERGENCE,
     OUTTYPES,
     check_equals_llama_quantize,
     check_importance,
     check_verifies,
+    convert_case,
     divergence,
     gguf_logits,
     gguf_of,
@@ -373,8 +375,13 @@ def test_int4_that_does_not_fit_is_refused(
 @pytest.mark.usefixtures("llama_quantize")
 @pytest.mark.timeout(3600)
 def test_equals_llama_quantize(tmp_path: Path) -> None:
-    """Of the file in BF16, of a source in INT4."""
+    """Of the file in BF16; of a source in INT4, whose weights BF16 would round, of that in F32."""
     larger = {"hidden_size": 256, "q_lora_rank": 256, "kv_lora_rank": 256, "moe_intermediate_size": 256}
+    plain = write_model(tmp_path / "Plain", {**CASES["k2"], **larger, "intermediate_size": 512})
+    check_equals_llama_quantize(plain, tmp_path)
     case = {**CASES["k25"], "text_config": {**TEXT, **larger, "intermediate_size": 512}}
-    source = quantize(write_model(tmp_path / "Plain", case), tmp_path / "Model")
-    check_equals_llama_quantize(source, tmp_path)
+    source = quantize(write_model(tmp_path / "Wrapped", case), tmp_path / "Model")
+    convert_case(source, tmp_path, [f"gguf:F32,{','.join(FILE_TYPES)}"])
+    for kind in FILE_TYPES:
+        theirs = llama_cpp.quantize(gguf_of(tmp_path, "Model", "F32"), tmp_path / f"{kind}.gguf", kind)
+        assert read_gguf(gguf_of(tmp_path, "Model", kind))[1] == read_gguf(theirs)[1]
