@@ -120,6 +120,33 @@ def test_rows_and_blocks_of_zeros_like_llm_compressor(kind: str, dtype: str) -> 
     assert not (codes[100:290] & 0x7F).any()
 
 
+@every_dtype
+@pytest.mark.parametrize(("kind", "preset"), [("TENSOR", "FP8"), ("CHANNEL_CALIBRATED", "FP8_DYNAMIC")])
+def test_calibrated_weights_like_compressed_tensors(kind: str, preset: str, dtype: str) -> None:
+    """As oneshot quantizes them: with a zero point of 0, which takes the sign of -0.0, also of a quotient."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    assert scheme.weights is not None
+    for name in ROWS:
+        for factor in (1.0, 1e-6, 1e-38, 1e3):
+            rows = round_to(make_rows(name, 33, 96) * np.float32(factor), dtype)
+            rows[:, 1] = -0.0
+            rows[3:, 2] = round_to(np.full(30, -1e-7 if dtype == "F16" else -1e-41, np.float32), dtype)
+            weights = torch.from_numpy(rows).to(TORCH[dtype])
+            if not bool(torch.isfinite(weights).all()):
+                continue
+            each = (weights.reshape(1, -1) if kind == "TENSOR" else weights).float()
+            least, most = (found.to(TORCH[dtype]) for found in (each.amin(1), each.amax(1)))
+            shape = (-1,) if kind == "TENSOR" else (-1, 1)
+            scale, zero = calculate_qparams(least.reshape(shape), most.reshape(shape), scheme.weights)
+            state = {"weight": weights, "weight_scale": scale, "weight_zero_point": zero}
+            codes = BaseCompressor.get_value_from_registry("float-quantized").compress(state, scheme)["weight"]
+            check_same(FORMATS[f"FP8_{kind}_{dtype}"].encode(rows), (codes, scale), rows)
+
+
 @every_kind
 @every_dtype
 @search
