@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from streamquant.convert.architectures import family_of, text_config
 from streamquant.convert.architectures.names import of_published, published_name, renaming_note
-from streamquant.convert.source.config_as_stored import config_of_weights, with_quantization_outside
+from streamquant.convert.source.config_as_stored import config_of_weights, read_config
 from streamquant.convert.source.fused_experts import separate_experts
 from streamquant.convert.source.model_folder import name_of
 from streamquant.convert.source.passed_over import Shards, passed_over_note
@@ -190,7 +190,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     name, folder = name_of(folder), real_path(folder)
     place = _place(folder)
     weights = find_weights(place)
-    config = with_quantization_outside(read_json_object(folder / CONFIG, MAX_CONFIG))
+    config = read_config(place)
     files: list[SourceFile] = []
     stored: dict[str, Collection[SafetensorsTensor]] = {}
     for shard in weights.shards:

@@ -9,11 +9,13 @@ from typing import Any
 from streamquant.convert.architectures import family_of, text_config
 from streamquant.convert.architectures.layers import stored_mtp_layers
 from streamquant.convert.architectures.text_config import TEXT, with_value
-from streamquant.convert.source.weights import WEIGHTS_KEY
+from streamquant.convert.source.weights import CONFIG, WEIGHTS_KEY, Place
 
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 QUANTIZATIONS = ("quantization_config", "compression_config")
+MODELOPT = "hf_quant_config.json"
+"""Where ModelOpt writes how the weights are quantized."""
 """compression_config: compressed-tensors of 2024."""
 _SCALES = (
     *(
@@ -62,6 +64,22 @@ def config_of_weights(config: Mapping[str, Any], tensors: Collection[str]) -> tu
         )
     changed, told = config_of_mtp_layers(changed, tensors)
     return changed, (*notes, *told)
+
+
+def read_config(place: Place) -> dict[str, Any]:
+    """config.json with what is said of quantization at its top.
+
+    ModelOpt's first checkpoints say it in hf_quant_config.json alone, which llama.cpp's converter and vLLM read, and
+    transformers does not. Raises StreamquantError for a file that is no JSON object.
+    """
+    config = with_quantization_outside(place.read(CONFIG))
+    if MODELOPT not in place.names or any(config.get(key) is not None for key in QUANTIZATIONS):
+        return config
+    record = place.read(MODELOPT)
+    producer, found = record.get("producer"), record.get("quantization")
+    if isinstance(producer, Mapping) and producer.get("name") == "modelopt" and isinstance(found, Mapping):
+        config[QUANTIZATIONS[0]] = {"quant_method": "modelopt", **found}
+    return config
 
 
 def with_quantization_outside(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from streamquant.convert.source.checkpoint import (
     collect_tensors,
     reading_notes,
 )
-from streamquant.convert.source.config_as_stored import with_quantization_outside
+from streamquant.convert.source.config_as_stored import read_config
 from streamquant.convert.source.passed_over import Shards, passed_over_note
 from streamquant.convert.source.side_files import is_side_file
 from streamquant.convert.source.weights import CONFIG, INDEX, SINGLE_FILE, Place, Weights, find_weights
@@ -85,7 +85,7 @@ def open_hub_checkpoint(repo: HubRepo) -> HubCheckpoint:
         name for name in (CONFIG, *side) if PurePosixPath(name).suffix in PLANNED or name.startswith(TOKENIZER_CODE)
     ]
     _fetch(repo, planned, folder)
-    config = with_quantization_outside(read_json_object(folder / CONFIG, MAX_CONFIG))
+    config = read_config(place)
     files = []
     stored: dict[str, list[SafetensorsTensor]] = {}
     for name, data in zip(weights.shards, _read_headers(repo, weights.shards), strict=True):

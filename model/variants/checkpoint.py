@@ -33,7 +33,7 @@ class CheckpointVariant(FolderVariant):
                         where=f"{self.path / tensor.file}, tensor {tensor.name!r}",
                         found=tensor.dtype,
                         required="BF16, F16 or F32",
-                        hint="of ModelOpt (hf_quant_config.json) and others only compressed-tensors can be read",
+                        hint="quantized folders need quant_method compressed-tensors, fp8, modelopt (FP8) or mxfp4",
                     )
                 self.tensors[rule.hf_name] = VariantTensor(
                     rule.hf_name, tensor.format.parts[0].dtype, tensor.shape, tensor.nbytes

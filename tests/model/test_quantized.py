@@ -1,5 +1,6 @@
 """Checkpoints that other tools quantized as variants: weights, and inputs as vLLM's formulas quantize them."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from streamquant.convert.source.checkpoint import open_checkpoint
 from streamquant.model.variants.open import open_variant
 from streamquant.model.variants.quantized import QuantizedVariant
 from streamquant.quant.errors import StreamquantError
 from tests import quantized_sources as sources
+from tests.attacks.harness import edit_json
 
 MODULE = "model.layers.1.self_attn.q_proj"
 DYNAMIC = {"quant_method": "fp8", "activation_scheme": "dynamic"}
@@ -87,6 +90,22 @@ def test_weights_and_inputs(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(quantizer(x), expected, rtol=1e-6, atol=0)
     shared = variant.input_quantizer(MODULE.replace("q_proj", "k_proj")) is quantizer
     assert shared is ("dynamic" in activations)
+
+
+def test_modelopt_s_own_file_says_it_too(tmp_path: Path) -> None:
+    """As Nvidia published it in 2024; convert takes it as well."""
+    model = write(tmp_path / "Model", ONE, MODELOPT, input_scale=SCALE)
+    record = {"producer": {"name": "modelopt", "version": "0.19.0"}, "quantization": {"quant_algo": "FP8"}}
+    edit_json(model / "config.json", quantization_config=None)
+    (model / "hf_quant_config.json").write_text(json.dumps(record))
+    variant, source = open_variant(model), open_checkpoint(model)
+    assert variant.activations() == "float8 per tensor, static"
+    assert source.quantized is not None
+    assert source.quantized.method == "modelopt"
+    for broken in ({}, {**record, "producer": {"name": "another"}}, {**record, "producer": 1, "quantization": []}):
+        (model / "hf_quant_config.json").write_text(json.dumps(broken))
+        with pytest.raises(StreamquantError, match="a quantized tensor in a checkpoint without quantization_config"):
+            open_variant(model)
 
 
 @pytest.mark.parametrize(
