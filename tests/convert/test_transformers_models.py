@@ -6,7 +6,7 @@ probabilities with llama.cpp's.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,15 @@ CASES: Mapping[str, Case] = {
 }
 
 
+DEEP = ("exaone4-window",)
+"""Cases of so many layers that what computes them is a long test."""
+
+
+def computed(names: Iterable[str]) -> list[Any]:
+    """Cases as parameters of a test that computes them."""
+    return [pytest.param(name, marks=[pytest.mark.long] if name in DEEP else [], id=name) for name in names]
+
+
 @pytest.fixture(scope="module")
 def sources(shelf: Shelf) -> dict[str, Path]:
     folder = make_sources(shelf, "transformers", CASES, write_model)
@@ -284,7 +293,7 @@ def test_equals_the_reference_converter(converted: Path, expected: Path, name: s
     assert differences(gguf_of(converted, name, outtype.upper()), expected / f"{name}-{outtype}.gguf") == []
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", computed(CASES))
 def test_logits(sources: dict[str, Path], converted: Path, name: str) -> None:
     """Streamed they are the resident ones; a GGUF's are the source's, and an FP8 folder's are near."""
     variant = open_variant(sources[name])
@@ -315,25 +324,25 @@ def test_a_source_in_fp8(quantized: dict[str, Path], sources: dict[str, Path], c
 
 
 @requires_llama_cpp
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.is_refused])
+@pytest.mark.parametrize("name", computed(name for name, case in CASES.items() if not case.is_refused))
 def test_llama_cpp_agrees(sources: dict[str, Path], converted: Path, name: str) -> None:
     assert divergence(sources[name], gguf_of(converted, name, "F32")) < LARGEST_DIVERGENCE
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", computed(CASES))
 def test_what_was_made_verifies_against_the_source(sources: dict[str, Path], converted: Path, name: str) -> None:
     for folder in (f"{name}-GGUF", f"{name}-FP8-dynamic"):
         check_verifies(converted / folder, sources[name])
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.loads_in_fp8])
+@pytest.mark.parametrize("name", computed(name for name, case in CASES.items() if case.loads_in_fp8))
 def test_fp8_folders_load_in_transformers(sources: dict[str, Path], converted: Path, name: str) -> None:
     """Every module has its weights, and what has a scale is what our reader takes for quantized."""
     pytest.importorskip("compressed_tensors")
     check_loads_in_transformers(converted / f"{name}-FP8-dynamic", sources[name], CASES[name].loader)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", computed(CASES))
 def test_importance_has_an_entry_for_every_matrix_of_the_layers(
     sources: dict[str, Path], converted: Path, name: str
 ) -> None:
