@@ -49,7 +49,8 @@ class StaticScales:
                 f"{self._recipe.spec} cannot be made of this model",
                 where=shortened(unseen, 3),
                 found="layers for multi-token prediction, which a pass over text does not go through",
-                required="a variant without measured scales of inputs",
+                required="a variant without measured scales of inputs, or these layers left as they are",
+                hint=f"--ignore 're:model[.]layers[.]{self._rules[unseen[0]].layer}[.].*'",
             )
         return {path: [made for entry in group for made in self._with(entry)] for path, group in shards.items()}
 

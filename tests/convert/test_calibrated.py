@@ -1,5 +1,6 @@
 """Variants with measured scales against llm-compressor: its oneshot (long), and compressed-tensors' own functions."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -261,8 +262,23 @@ def test_other_measurements_are_another_plan(calibrated: Calibrated, tmp_path: P
     assert plans[0].fingerprint != plans[1].fingerprint
 
 
-def test_experts_and_layers_no_pass_goes_through(tmp_path: Path) -> None:
-    """A mixture's experts have scales each; a layer for multi-token prediction has none, and is refused by name."""
+def test_layers_that_no_pass_goes_through(tmp_path: Path) -> None:
+    """A layer for multi-token prediction has no scales: it is refused by name, or left as it is."""
+    folder = synthetic.write_checkpoint(tmp_path / "glm", architecture="Glm4MoeForCausalLM", size="tiny")
+    variant = open_original(folder)
+    assert isinstance(variant, CheckpointVariant)
+    calibrate(variant, Samples(np.arange(8)[None], np.array([8]), 8, ("x",)), tmp_path / "a.safetensors")
+    options = ConversionOptions(calibration=read_calibration(tmp_path / "a.safetensors"))
+    source, recipes = open_checkpoint(folder), parse_variants(["fp8-static+kv"])
+    with pytest.raises(UsageError, match=r"model\.layers\.2\.[\s\S]*--ignore 're:model\[\.\]layers\[\.\]2"):
+        make_plan(source, recipes, options)
+    plan = make_plan(source, recipes, dataclasses.replace(options, ignore=("re:model[.]layers[.]2[.].*",)))
+    names = plan.variants[0].generated
+    assert any(".layers.1.mlp.experts.0." in name for name in names)
+    assert not [name for name in names if ".layers.2." in name]
+
+
+def test_experts_have_scales_of_their_own(tmp_path: Path) -> None:
     folder = synthetic.write_checkpoint(tmp_path / "moe", architecture=synthetic.MIXTURES[0], size="tiny")
     variant = open_original(folder)
     assert isinstance(variant, CheckpointVariant)
