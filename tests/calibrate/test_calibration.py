@@ -27,6 +27,7 @@ from streamquant.model.variants.checkpoint import CheckpointVariant
 from streamquant.model.variants.open import open_original
 from streamquant.quant.errors import StreamquantError, UsageError
 from tests import synthetic
+from tests.convert import test_qwen3_5 as qwen3_5
 from tests.small_models import Models
 
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.timeout(900)]
@@ -127,6 +128,18 @@ def test_experts_are_stacked_and_those_without_tokens_are_named(models: Models, 
     tight = CalibrationOptions(Setting(dtype="bf16", layer_limit=1, memory_limit=0, scratch=tmp_path))
     calibrate(variant, samples, tmp_path / "b.safetensors", tight)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_layers_with_linear_attention_have_no_keys(tmp_path: Path) -> None:
+    """Their mask is none either, whatever the lengths of the samples."""
+    (tmp_path / "m").mkdir()
+    variant = opened(qwen3_5.write_model(tmp_path / "m", qwen3_5.CASES["dense"]))
+    calibrate(variant, some_samples(variant), tmp_path / "a.safetensors")
+    found = read_calibration(tmp_path / "a.safetensors")
+    kinds = variant.config["layer_types"]
+    assert list(found.caches) == [at for at, kind in enumerate(kinds) if kind == "full_attention"]
+    assert 0 < len(found.caches) < len(kinds)
+    found.check(variant.checkpoint, variant.description)
 
 
 # Interrupted runs
