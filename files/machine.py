@@ -1,8 +1,10 @@
 """What the machine has to offer."""
 
 import contextlib
+import gc
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 from streamquant.quant.errors import StreamquantError
@@ -23,6 +25,21 @@ def available_memory() -> int:
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError, IndexError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without Python's search for cycles, for work that makes a million records and no cycles; also a decorator.
+
+    The search goes through all records again and again: a third of the time of a plan of Kimi K2.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def allow_open_files(count: int) -> None:

@@ -133,43 +133,52 @@ def _shown(value: object) -> str:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return type(value) is int and 0 <= value < 2**63  # of JSON, where a subclass is a bool
+
+
+def _place(where: str, name: str) -> str:
+    return f"{where}, tensor {_shown(name)}"
 
 
 def _check_entry(name: str, entry: object, begin: int, size: int, where: str) -> SafetensorsTensor:
     """One header entry -> SafetensorsTensor, every field checked."""
-    where = f"{where}, tensor {_shown(name)}"
     if not name or not name.isprintable() or ".." in name or "/" in name or len(name) > 1024:
         raise StreamquantError(
-            "tensor name not allowed", where=where, required="printable, without '..' or '/', at most 1024 characters"
+            "tensor name not allowed",
+            where=_place(where, name),
+            required="printable, without '..' or '/', at most 1024 characters",
         )
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         found = _shown(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
-        raise StreamquantError("broken header", where=where, found=found, required="dtype, shape, data_offsets")
+        raise StreamquantError(
+            "broken header", where=_place(where, name), found=found, required="dtype, shape, data_offsets"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise StreamquantError("unknown dtype", where=where, found=_shown(dtype), required=", ".join(DTYPE_BITS))
+        raise StreamquantError(
+            "unknown dtype", where=_place(where, name), found=_shown(dtype), required=", ".join(DTYPE_BITS)
+        )
     if not isinstance(shape, list) or len(shape) > 8 or not all(_is_count(dim) for dim in shape):
         raise StreamquantError(
-            "broken shape", where=where, found=_shown(shape), required="at most 8 non-negative integers"
+            "broken shape", where=_place(where, name), found=_shown(shape), required="at most 8 non-negative integers"
         )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(at) for at in offsets):
         raise StreamquantError(
-            "broken offsets", where=where, found=_shown(offsets), required="two non-negative integers"
+            "broken offsets", where=_place(where, name), found=_shown(offsets), required="two non-negative integers"
         )
     start, stop = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if stop < start or bits % 8 or stop - start != bits // 8:
         raise StreamquantError(
             "offsets do not fit shape and dtype",
-            where=where,
+            where=_place(where, name),
             found=f"[{start}, {stop}), {stop - start} bytes",
             required=f"{bits / 8:g} bytes for {dtype}{shape}",
         )
     if begin + stop > size:
         raise StreamquantError(
             "truncated safetensors file",
-            where=where,
+            where=_place(where, name),
             found=f"{size:,} bytes",
             required=f"at least {begin + stop:,} bytes",
             hint="fetch the file again",

@@ -26,6 +26,7 @@ from streamquant.convert.source.hub_checkpoint import HubCheckpoint
 from streamquant.convert.source.side_files import check_own
 from streamquant.convert.source.tensor import SourceTensor
 from streamquant.convert.source.weights import CONFIG
+from streamquant.files.machine import collector_paused
 from streamquant.files.sizes import human_bytes
 from streamquant.quant.errors import UsageError
 from streamquant.quant.formats import FORMATS
@@ -34,6 +35,7 @@ LAYOUTS: Mapping[Container, type[Layout]] = {GGUF: GgufLayout, SAFETENSORS: Safe
 """How each container stores tensors."""
 
 
+@collector_paused()
 def make_plan(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: ConversionOptions | None = None) -> Plan:
     """Lay out every variant. Reads config.json and the tokenizer, no weight.
 

@@ -72,6 +72,9 @@ class OutputTensor:
     def placements(self) -> "Iterator[Placement]":
         """Where each source goes, in their order."""
         count = len(self.sources)
+        if count == 1:
+            yield Placement(self, 0, self.regions)
+            return
         for number in range(count):
             regions = []
             for whole in self.regions:

@@ -31,6 +31,7 @@ from streamquant.convert.source.weights import (
     refuse_adapters,
 )
 from streamquant.files.folders import real_path
+from streamquant.files.machine import collector_paused
 from streamquant.files.reading import read_bytes
 from streamquant.files.safetensors_file import SafetensorsTensor, read_header
 from streamquant.files.strict_json import MAX_BYTES, read_json_object
@@ -144,6 +145,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 C = TypeVar("C", bound="Checkpoint")
 
 
+@collector_paused()
 def as_source(checkpoint: C) -> C:
     """A checkpoint of weights: codes with their scales (quantized.py), and a config that fits (config_as_stored.py).
 
@@ -178,6 +180,7 @@ def check_dtypes(checkpoint: Checkpoint) -> None:
             )
 
 
+@collector_paused()
 def read_checkpoint(folder: Path) -> Checkpoint:
     """As `open_checkpoint`, with the tensors and config.json as they stand."""
     if not folder.is_dir():
@@ -206,6 +209,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, tuple(files), tensors, side, ignored, given_name=name, notes=tuple(notes))
 
 
+@collector_paused()
 def collect_tensors(
     stored: Mapping[str, Collection[SafetensorsTensor]],
     weights: Weights,
@@ -310,13 +314,15 @@ def _place(folder: Path) -> Place:
 
 
 def _add(tensors: dict[str, SourceTensor], stored: SafetensorsTensor, file: str, folder: str) -> None:
-    where = f"{folder}/{file}, tensor {stored.name!r}"
+    def where() -> str:
+        return f"{folder}/{file}, tensor {stored.name!r}"
+
     if stored.name in tensors:
-        raise StreamquantError("tensor occurs twice", where=where, found=f"also in {tensors[stored.name].file}")
+        raise StreamquantError("tensor occurs twice", where=where(), found=f"also in {tensors[stored.name].file}")
     if stored.start == stored.stop:
         raise StreamquantError(
             "tensor without weights",
-            where=where,
+            where=where(),
             found=f"shape {list(stored.shape)}",
             hint="DeepSpeed ZeRO-3 leaves such tensors where its parts were not gathered: make the model with the"
             " training checkpoint's zero_to_fp32.py, or save it with stage3_gather_16bit_weights_on_model_save",

@@ -73,12 +73,12 @@ class Shape:
     """Weights, as the Hub counts those of plain floats."""
     gib: float | None = None
     """Of all tensors, as they are published."""
-    is_in_time: bool = True
-    """Whether its plan is made within MOST_SECONDS."""
     around: Mapping[str, Any] = field(default_factory=dict)
     """config.json of the class around it."""
     more: tuple[Tensor, ...] = ()
     """What that class has beside."""
+    is_in_time: bool = True
+    """Whether its plan is made within MOST_SECONDS."""
 
 
 def tower() -> Iterator[Tensor]:
