@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import re
 import shlex
 import shutil
@@ -247,6 +248,17 @@ def test_sampling_defaults_reach_every_engine(plain: Path) -> None:
     assert line[1:] == ["-hf", "ORG/Tiny-GGUF:Q4_K_M", "--jinja", "--temp", "0.6", "--top-k", "20", "--top-p", "0.95"]
     wanted = "FROM hf.co/ORG/Tiny-GGUF:Q4_K_M\nPARAMETER temperature 0.6\nPARAMETER top_k 20\nPARAMETER top_p 0.95\n"
     assert blocks(gguf, "text")[0] == wanted
+
+
+def test_titles_and_commands_are_paragraphs_of_their_own(cards: Path) -> None:
+    for path in cards.glob("*/README.md"):
+        lines, inside = path.read_text().splitlines(), False
+        for before, line in itertools.pairwise(lines):
+            opens = line.startswith("```") and not inside
+            if opens or (not inside and re.fullmatch(r"\*\*[^*]+\*\*(?: \(.*\))?", line)):
+                assert before == "", (path.name, before, line)
+            inside ^= line.startswith("```")
+        assert not inside
 
 
 def test_every_link_within_the_repository_leads_somewhere(cards: Path) -> None:
