@@ -86,7 +86,7 @@ def variants() -> tuple[CatalogueVariant, ...]:
     """All variants, in the order in which RECIPES has them.
 
     >>> [(variant.spec, variant.size, variant.importance) for variant in variants()][:3]
-    [('fp8-dynamic', '8.3', 'unused'), ('fp8-block', '8.3', 'unused'), ('w8a8', '8.3', 'unused')]
+    [('fp8-dynamic', '8.3', 'unused'), ('fp8-block', '8.3', 'unused'), ('fp8-static', '8.3', 'unused')]
     """
     model = describe(STANDARD_MODEL)
     tensors = []

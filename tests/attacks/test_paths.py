@@ -116,6 +116,7 @@ def words(place: Place, path: str, pristine: Path, made: Path) -> list[object]:
         "recipe": {"path": gguf},
         "validate": {"original": pristine, "variants": gguf},
         "imatrix": {"model": pristine},
+        "calibrate": {"model": pristine},
         "chat-check": {"original": pristine, "variants": gguf},
         "report": {"report": made / "report"},
         "push": {"folder": variants},
@@ -127,6 +128,7 @@ def words(place: Place, path: str, pristine: Path, made: Path) -> list[object]:
         "convert": {"out": out},
         "validate": {"text": text, "out": out, "chunks": 1, "context": 32, "skip": "engines"},
         "imatrix": {"text": text, "out": out, "chunks": 1, "context": 32},
+        "calibrate": {"text": text, "out": out, "samples": 1, "context": 32},
         "push": {"repo": "a/b", "dry-run": None},
     }
     given, more = dict(arguments[place.command]), dict(options.get(place.command, {}))
@@ -134,6 +136,8 @@ def words(place: Place, path: str, pristine: Path, made: Path) -> list[object]:
         given[place.name] = path
     else:
         more[place.name.replace("_", "-")] = path
+    if place.name == "chat":
+        del more["text"]
     if place.command in ("plan", "convert") and place.name != "recipe":
         more |= {"to": "gguf:Q8_0"}
     flags = [word for name, value in more.items() for word in (f"--{name}", value) if word is not None]

@@ -24,7 +24,7 @@ from tests.oracle import ROWS, assert_same_bytes, ggml_encode, make_rows, round_
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed (it has wheels for Linux alone)")
 
-FP8 = [name for name in FORMATS if name.startswith("FP8")]
+FP8 = sorted(name for name in gpu.ENCODED if name.startswith("FP8"))
 BLOCKS = gpu.ENCODED - set(FP8)
 WEIGHTED = {name for name in gpu.ENCODED if FORMATS[name].uses_importance}
 QUICK_IMPORTANCE = {"Q4_0", "Q4_K", "Q3_K", "IQ4_NL"}
