@@ -34,7 +34,8 @@ PYTEST := python -m pytest -n 3 --dist loadfile
 # The tests of the libraries that change most: huggingface_hub, transformers, compressed-tensors, gguf, pydantic, typer.
 NEWEST_TESTS := tests/hub tests/convert/test_hub_errors.py tests/convert/test_hub_source.py tests/convert/test_hub_spool.py \
 	tests/publish/test_push.py tests/convert/test_cli.py tests/convert/test_gguf_file.py tests/convert/test_recipe_file.py \
-	tests/model/test_forward.py tests/model/test_variant.py tests/validate/test_tokens.py tests/validate/test_engines.py
+	tests/model/test_forward.py tests/model/test_variant.py tests/validate/test_tokens.py tests/validate/test_engines.py \
+	tests/calibrate/test_calibration.py
 TEXT_FLAGS = $(foreach text,$(TEXT),--text $(text))
 REPORT ?= report
 IMATRIX ?= imatrix.gguf

@@ -7,6 +7,7 @@ one layer computes, a thread reads the next.
 """
 
 import ctypes
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ Tokens = NDArray[np.int64]
 """int64[chunks, context]: token ids, each row a text of its own from position 0."""
 
 TORCH_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+WITHOUT_CACHE = ("linear_attention", "conv")
+"""Kinds of layers that have neither a mask nor a key-value cache."""
 BATCH_TOKENS = 2048
 """Tokens that go through a layer at a time, as many as llama.cpp's n_batch; whole chunks."""
 
@@ -346,14 +349,14 @@ class _Model:
         config, hidden, watch = self.skeleton.config, self.lane.hidden, self.lane.on_cache
         assert hidden is not None
         kinds = getattr(config, "layer_types", None)
-        is_linear = kinds is not None and kinds[layer] in (
-            "linear_attention",
-            "conv",
-        )  # it has neither mask nor key-value cache
+        is_linear = kinds is not None and kinds[layer] in WITHOUT_CACHE
         whole = None if is_linear else causal_mask(config, layer, self.positions)
         if config._attn_implementation == "eager" and not is_linear:
             whole = added_mask(whole, self.positions, self.dtype)
         rotary = self._rotary_of(layer)
+        cache = {}
+        if observed and not is_linear and watch is not None:
+            cache[_cache_parameter(module)] = _WatchedCache(layer, watch)
         for first, last, length in self._batches(chunks):
             rows = hidden[first:last, :length]
             output = module(
@@ -362,7 +365,7 @@ class _Model:
                 position_ids=self.positions[:, :length],
                 use_cache=False,
                 position_embeddings=cut_tables(rotary, length),
-                past_key_values=_WatchedCache(layer, watch) if observed and not is_linear and watch else None,
+                **cache,
             )
             yield rows, output[0] if isinstance(output, tuple) else output
 
@@ -445,6 +448,11 @@ class _Model:
 
             if observe is not None or quantize is not None:
                 hooks.callback(linear.register_forward_pre_hook(before).remove)
+
+
+def _cache_parameter(module: Any) -> str:
+    """What a decoder layer's forward calls the key-value cache: transformers renamed it in 5.24, class by class."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 class _WatchedCache:
