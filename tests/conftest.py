@@ -26,6 +26,16 @@ from streamquant.convert.source.checkpoint import open_checkpoint
 from tests import gguf_peer, llama_cpp, synthetic
 from tests.smollm2 import MISSING, PACKAGE, find_gguf
 
+LONG_SECONDS = 1800
+"""After which a long test counts as hanging: what takes 200 s alone took 600 s on a machine that did other things."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give long tests without a limit of their own that of LONG_SECONDS."""
+    for item in items:
+        if item.get_closest_marker("long") is not None and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(LONG_SECONDS))
+
 
 @dataclass(frozen=True, slots=True)
 class Shelf:
