@@ -130,6 +130,16 @@ class ListedTypes:
         return [self.types[name] for name in listed]
 
 
+def windows(interval: str | int) -> ListedTypes:
+    """Layers with a window, and every n-th, or those that `layer_types` lists, with full attention; see ListedTypes.
+
+    >>> windows(4).nth, windows(4).rest
+    ('full_attention', 'sliding_attention')
+    """
+    types = {"full_attention": FULL, "sliding_attention": SLIDING}
+    return ListedTypes(types, interval=interval, nth=FULL, rest=SLIDING)
+
+
 @dataclass(frozen=True, slots=True)
 class Switch:
     """All layers have one tag or the other, those for multi-token prediction too: by whether a key has a value."""

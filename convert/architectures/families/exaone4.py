@@ -12,7 +12,7 @@ import gguf
 
 from streamquant.convert.architectures.family import Family, LlamaCpp, feed_forward, linear, norm
 from streamquant.convert.architectures.gguf_keys import Field, GgufKey, PerLayer, u32
-from streamquant.convert.architectures.layers import FULL, SLIDING, ListedTypes
+from streamquant.convert.architectures.layers import FULL, SLIDING, ListedTypes, windows
 
 ATTENTION = gguf.Keys.Attention
 KEYS = (u32(gguf.Keys.LLM.VOCAB_SIZE, "vocabulary"),)
@@ -37,14 +37,7 @@ EXAONE4_WINDOW = Family(
         norm("post_attention_layernorm"),
         norm("post_feedforward_layernorm"),
     ),
-    layers=(
-        ListedTypes(
-            {"full_attention": FULL, "sliding_attention": SLIDING},
-            interval="sliding_window_pattern",
-            nth=FULL,
-            rest=SLIDING,
-        ),
-    ),
+    layers=(windows("sliding_window_pattern"),),
     defaults={
         "num_key_value_heads": 32,
         "intermediate_size": 16384,

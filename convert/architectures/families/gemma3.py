@@ -19,7 +19,7 @@ from streamquant.convert.architectures.family import (
     norm,
 )
 from streamquant.convert.architectures.gguf_keys import Field, u32
-from streamquant.convert.architectures.layers import FULL, SLIDING, ListedTypes
+from streamquant.convert.architectures.layers import FULL, windows
 from streamquant.convert.architectures.tensor_view import PLUS_ONE
 
 _LEFT_OUT = ("vision_tower.", "multi_modal_projector.")
@@ -40,14 +40,7 @@ GEMMA3 = Family(
         norm("pre_feedforward_layernorm"),
         norm("post_feedforward_layernorm"),
     ),
-    layers=(
-        ListedTypes(
-            {"full_attention": FULL, "sliding_attention": SLIDING},
-            interval="sliding_window_pattern",
-            nth=FULL,
-            rest=SLIDING,
-        ),
-    ),
+    layers=(windows("sliding_window_pattern"),),
     defaults={
         "num_key_value_heads": 4,
         "head_dim": 256,

@@ -23,7 +23,7 @@ from streamquant.convert.architectures.family import (
     router,
 )
 from streamquant.convert.architectures.gguf_keys import Field, u32
-from streamquant.convert.architectures.layers import FULL, SLIDING, ListedTypes
+from streamquant.convert.architectures.layers import FULL, windows
 
 
 def _experts() -> Iterator[LayerTensor]:
@@ -53,7 +53,7 @@ GPT_OSS = Family(
         norm("input_layernorm"),
         norm("post_attention_layernorm"),
     ),
-    layers=(ListedTypes({"full_attention": FULL, "sliding_attention": SLIDING}, interval=2, nth=FULL, rest=SLIDING),),
+    layers=(windows(2),),
     defaults={
         "num_key_value_heads": 8,
         "head_dim": 64,

@@ -10,7 +10,7 @@ import gguf
 
 from streamquant.convert.architectures.families.olmo2 import OLMO2
 from streamquant.convert.architectures.gguf_keys import Field, GgufKey, PerLayer, u32
-from streamquant.convert.architectures.layers import FULL, SLIDING, ListedTypes
+from streamquant.convert.architectures.layers import SLIDING, windows
 
 ATTENTION = gguf.Keys.Attention
 
@@ -18,7 +18,7 @@ OLMO3 = replace(
     OLMO2,
     hf_architecture="Olmo3ForCausalLM",
     model_type="olmo3",
-    layers=(ListedTypes({"full_attention": FULL, "sliding_attention": SLIDING}, interval=4, nth=FULL, rest=SLIDING),),
+    layers=(windows(4),),
     defaults={**OLMO2.defaults, "sliding_window": 4096},
     nullable=OLMO2.nullable | {"layer_types"},
     sliding_theta=(None, 5e5),
